@@ -1,0 +1,168 @@
+"""The nine networks of the cascade: where a checkpoint keeps them, which stage runs them, what their engines bind.
+
+`docs/engines.md` is the same contract in prose.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engines.errors import SettingsError
+from engines.spec import Axis, Binding, GraphSpec
+
+STAGES = ("text", "base", "interp", "sr1", "sr2")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network, one engine. `folders` are the names its checkpoint goes by: short, and as downloaded."""
+
+    name: str
+    stage: str
+    folders: tuple[str, ...]
+    subfolder: str
+
+
+_BASE = ("base", "show-1-base")
+_SR2 = ("sr2", "show-1-sr2")
+
+CATALOG: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network("t5", "text", _BASE, "text_encoder"),
+        Network("base", "base", _BASE, "unet"),
+        Network("interp", "interp", ("interpolation", "show-1-interpolation"), "unet"),
+        Network("if2", "sr1", ("if2", "IF-II-L-v1.0"), "unet"),
+        Network("sr1", "sr1", ("sr1", "show-1-sr1"), "unet"),
+        Network("clip", "sr2", _SR2, "text_encoder"),
+        Network("sr2", "sr2", _SR2, "unet"),
+        Network("vae_encoder", "sr2", _SR2, "vae"),
+        Network("vae_decoder", "sr2", _SR2, "vae"),
+    )
+}
+
+UNETS = ("base", "interp", "if2", "sr1", "sr2")
+
+TOKENIZERS = {"t5": _BASE, "clip": _SR2}
+
+
+def networks_of(stages: Iterable[str]) -> list[Network]:
+    """The networks of some stages ("all" for every one), in the cascade's order."""
+    wanted = set(stages)
+    unknown = wanted - {"all", *STAGES}
+    if unknown:
+        raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: all, {', '.join(STAGES)}.")
+    return [network for network in CATALOG.values() if "all" in wanted or network.stage in wanted]
+
+
+# Frames and batch of each UNet: (min, opt, max). interp takes all seven gaps, guided, as one batch of 14.
+_BATCH = {"base": (1, 2, 16), "interp": (1, 14, 32), "if2": (1, 2, 4), "sr1": (1, 2, 4), "sr2": (1, 2, 4)}
+_FRAMES = {"base": (1, 8, 64), "interp": (2, 5, 32), "if2": (1, 1, 8), "sr1": (1, 8, 32), "sr2": (1, 29, 256)}
+
+_TEXT_BATCH = Axis(1, 2, 8)
+_TOKENS = Axis(1, 77, 512)
+
+
+def _pixels(opt: int, multiple: int, least: int) -> Axis:
+    """Up to four times the size tuned for, so that one engine serves other formats."""
+    opt = max(opt // multiple * multiple, least)
+    return Axis(least, opt, max(4 * opt, 1024 // multiple * multiple), multiple)
+
+
+def t5_graph(width: int, dtype: str) -> GraphSpec:
+    axes = ("batch", "tokens")
+    return GraphSpec(
+        "encode",
+        (Binding("input_ids", "int64", axes), Binding("attention_mask", "int64", axes)),
+        (Binding("prompt_embeds", dtype, (*axes, width)),),
+        {"default": {"batch": _TEXT_BATCH, "tokens": _TOKENS}},
+    )
+
+
+def clip_graph(width: int, max_tokens: int, dtype: str) -> GraphSpec:
+    axes = ("batch", "tokens")
+    return GraphSpec(
+        "encode",
+        (Binding("input_ids", "int64", axes),),
+        (Binding("prompt_embeds", dtype, (*axes, width)),),
+        {"default": {"batch": _TEXT_BATCH, "tokens": Axis(1, max_tokens, max_tokens)}},
+    )
+
+
+def context_graph(text_dim: int, text_kv: int, cond_emb: int | None, noise_level: bool, dtype: str) -> GraphSpec:
+    """What a prompt contributes to every step; see `docs/engines.md`."""
+    inputs = [Binding("prompt_embeds", dtype, ("batch", "tokens", text_dim))]
+    outputs = [Binding("text_kv", dtype, ("batch", "tokens", text_kv))]
+    if noise_level:
+        inputs.append(Binding("noise_level", "float32", ("batch",)))
+    if cond_emb:
+        outputs.append(Binding("cond_emb", dtype, ("batch", cond_emb)))
+    profile = {"batch": _TEXT_BATCH, "tokens": _TOKENS}
+    return GraphSpec("context", tuple(inputs), tuple(outputs), {"default": profile})
+
+
+def step_graph(
+    network: str,
+    in_channels: int,
+    noise_channels: int,
+    learned_variance: bool,
+    context: GraphSpec,
+    size_multiple: int,
+    levels: int,
+    size: tuple[int, int],
+    dtype: str,
+) -> GraphSpec:
+    """One denoising step at (height, width) `size`, fed with the outputs of `context`."""
+    pixels = ("batch", noise_channels, "frames", "height", "width")
+    outputs = ("noise_pred", "variance_frac") if learned_variance else ("noise_pred",)
+    least = 2**levels  # two pixels at the coarsest level: one alone would be a graph of its own
+    return GraphSpec(
+        "step",
+        (
+            Binding("sample", dtype, ("batch", in_channels, "frames", "height", "width")),
+            Binding("timestep", "float32", ("batch",)),
+            *context.outputs,
+        ),
+        tuple(Binding(name, dtype, pixels) for name in outputs),
+        {
+            "default": {
+                "batch": Axis(*_BATCH[network]),
+                "frames": Axis(*_FRAMES[network]),
+                "height": _pixels(size[0], size_multiple, least),
+                "width": _pixels(size[1], size_multiple, least),
+                "tokens": _TOKENS,
+            }
+        },
+    )
+
+
+# The autoencoder takes frames one by one or a few together: its activations are the largest of the cascade.
+_VAE_FRAMES = Axis(1, 1, 32)
+
+
+def vae_encoder_graph(latent_channels: int, factor: int, size: tuple[int, int], dtype: str) -> GraphSpec:
+    latents = ("frames", latent_channels, f"height/{factor}", f"width/{factor}")
+    profile = {
+        "frames": _VAE_FRAMES,
+        "height": _pixels(size[0], factor, 2 * factor),
+        "width": _pixels(size[1], factor, 2 * factor),
+    }
+    return GraphSpec(
+        "encode",
+        (Binding("image", dtype, ("frames", 3, "height", "width")),),
+        (Binding("mean", dtype, latents), Binding("logvar", dtype, latents)),
+        {"default": profile},
+    )
+
+
+def vae_decoder_graph(latent_channels: int, factor: int, size: tuple[int, int], dtype: str) -> GraphSpec:
+    profile = {
+        "frames": _VAE_FRAMES,
+        "height": _pixels(size[0] // factor, 1, 2),
+        "width": _pixels(size[1] // factor, 1, 2),
+    }
+    return GraphSpec(
+        "decode",
+        (Binding("latents", dtype, ("frames", latent_channels, "height", "width")),),
+        (Binding("image", dtype, ("frames", 3, f"height*{factor}", f"width*{factor}")),),
+        {"default": profile},
+    )

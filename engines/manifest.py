@@ -1,0 +1,113 @@
+"""The manifest of a bundle: one JSON file that says what every engine is, where it came from and how exact it is."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engines.errors import BundleError
+from engines.spec import Axis, Binding, GraphSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle, relative to its root, with forward slashes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """A compiled graph: its contract, its plan (the file a runner opens) with what lies beside it, its measured error.
+
+    `parity` has one row per size tried: the sizes, the largest and mean absolute difference from the torch module, the
+    largest reference value, and the tolerance.
+    """
+
+    spec: GraphSpec
+    plan: FileEntry
+    weights: FileEntry | None
+    parity: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One compiled network. `source` is everything it was made from: it is stale when any of it changes."""
+
+    name: str
+    backend: str
+    precision: str
+    source: dict[str, str]
+    properties: dict[str, Any]
+    graphs: dict[str, GraphEntry]
+
+    def files(self) -> list[FileEntry]:
+        return [file for graph in self.graphs.values() for file in (graph.plan, graph.weights) if file]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`schedulers` holds each stage's published scheduler configs, `defaults` the settings of the reference run."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] = (576, 320)  # (width, height) of the finished video that the profiles are tuned for
+    defaults: dict[str, Any] = field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizers: dict[str, FileEntry] = field(default_factory=dict)
+    engines: dict[str, EngineEntry] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        # allow_nan: published scheduler configs hold -Infinity, which Python's and most JSON readers take.
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise BundleError(
+                    f"{where}: manifest format {data['format']}, this version reads {FORMAT}. "
+                    "Build the bundle again with `python -m export build`."
+                )
+            return cls(
+                versions=data["versions"],
+                size=tuple(data["size"]),
+                defaults=data["defaults"],
+                schedulers=data["schedulers"],
+                tokenizers={name: FileEntry(**file) for name, file in data["tokenizers"].items()},
+                engines={name: _engine(engine) for name, engine in data["engines"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{where} is not a bundle's manifest ({type(error).__name__}: {error}). "
+                "Build the bundle again with `python -m export build --force`."
+            ) from None
+
+
+def _engine(data: dict[str, Any]) -> EngineEntry:
+    return EngineEntry(**{**data, "graphs": {name: _graph(graph) for name, graph in data["graphs"].items()}})
+
+
+def _graph(data: dict[str, Any]) -> GraphEntry:
+    spec = data["spec"]
+    return GraphEntry(
+        spec=GraphSpec(
+            name=spec["name"],
+            inputs=tuple(_binding(b) for b in spec["inputs"]),
+            outputs=tuple(_binding(b) for b in spec["outputs"]),
+            profiles={
+                name: {axis: Axis(**limits) for axis, limits in profile.items()}
+                for name, profile in spec["profiles"].items()
+            },
+        ),
+        plan=FileEntry(**data["plan"]),
+        weights=FileEntry(**data["weights"]) if data["weights"] else None,
+        parity=data["parity"],
+    )
+
+
+def _binding(data: dict[str, Any]) -> Binding:
+    return Binding(data["name"], data["dtype"], tuple(data["axes"]))

@@ -1,0 +1,74 @@
+"""What a compiled network looks like from outside: bindings, axes, profiles, graphs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engines.errors import ProfileError
+
+Precision = str  # "fp32" or "fp16": what the graph's floating-point bindings and weights are
+PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Smallest, tuned-for and largest size of a dynamic axis; every size is a multiple of `multiple`."""
+
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.min <= self.opt <= self.max) or any(n % self.multiple for n in (self.min, self.opt, self.max)):
+            raise ValueError(f"not a range: {self}")
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max and size % self.multiple == 0
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.max}" + (f" in steps of {self.multiple}" if self.multiple > 1 else "")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A named input or output. `axes` holds sizes, axis names ("frames") and, for outputs, derived ones ("height/8")."""
+
+    name: str
+    dtype: str  # NumPy's name
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of an engine. `profiles` maps a profile's name to the range of every dynamic axis."""
+
+    name: str
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    profiles: Mapping[str, Mapping[str, Axis]]
+
+    def check(self, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ProfileError unless the inputs' shapes agree with each other and with one of the profiles."""
+        sizes: dict[str, int] = {}
+        for binding in self.inputs:
+            shape = shapes.get(binding.name)
+            if shape is None:
+                raise ProfileError(f"{engine}/{self.name}: input {binding.name} is missing.")
+            fits = len(shape) == len(binding.axes) and all(
+                size == axis if isinstance(axis, int) else sizes.setdefault(axis, size) == size
+                for axis, size in zip(binding.axes, shape, strict=True)
+            )
+            if not fits:
+                want = ", ".join(map(str, binding.axes))
+                known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
+                raise ProfileError(f"{engine}/{self.name}: {binding.name} has shape {shape}, wanted [{want}] ({known}).")
+        if not any(all(sizes[axis] in r for axis, r in profile.items()) for profile in self.profiles.values()):
+            raise ProfileError(self._outside(engine, sizes))
+
+    def _outside(self, engine: str, sizes: Mapping[str, int]) -> str:
+        profile = next(iter(self.profiles.values()))
+        wrong = [f"{axis} {size} (built for {profile[axis]})" for axis, size in sizes.items() if size not in profile[axis]]
+        return (
+            f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a smaller or fitting size, or rebuild for it: "
+            "`python -m export build --stage all --size WIDTHxHEIGHT`."
+        )

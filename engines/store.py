@@ -1,0 +1,161 @@
+"""A bundle on disk: one folder with a manifest, engines and tokenizers; read by the runtime, written by `export`."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from engines.errors import BundleError
+from engines.manifest import EngineEntry, FileEntry, Manifest
+
+MANIFEST = "manifest.json"
+ENGINES = "engines"
+TOKENIZERS = "tokenizers"
+_TEMPORARY = ".tmp-"
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Bundle:
+    """Read access to a finished bundle; `Bundle.writer` is the only way to change one."""
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self.root, self.manifest = root, manifest
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> "Bundle":
+        root = Path(root)
+        path = root / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError:
+            raise BundleError(
+                f"{root}: no {MANIFEST} there, so it is not a bundle. "
+                "Make one with `python -m export build --stage all --out FOLDER`, or give --bundle."
+            ) from None
+        return cls(root, Manifest.from_json(text, str(path)))
+
+    def engine(self, name: str) -> EngineEntry:
+        try:
+            return self.manifest.engines[name]
+        except KeyError:
+            have = ", ".join(self.manifest.engines) or "none"
+            raise BundleError(
+                f"{self.root}: engine {name} is missing (it has: {have}). "
+                f"Add it with `python -m export build --stage all --out {self.root}`."
+            ) from None
+
+    def path(self, file: FileEntry) -> Path:
+        """Where a file lies; raises BundleError when it is not there or not of the recorded length."""
+        path = self.root / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            raise BundleError(
+                f"{path} is missing or cut short. Build it again: `python -m export build --out {self.root}`."
+            )
+        return path
+
+    def tokenizer(self, name: str) -> Path:
+        if name not in self.manifest.tokenizers:
+            raise BundleError(f"{self.root}: tokenizer {name} is missing. Build the text and sr2 stages.")
+        return self.path(self.manifest.tokenizers[name])
+
+    def damage(self, file: FileEntry) -> str | None:
+        """Why a file cannot be used, or None; reads the whole file."""
+        path = self.root / file.path
+        if not path.is_file():
+            return f"{file.path} is missing"
+        if path.stat().st_size != file.bytes:
+            return f"{file.path} has {path.stat().st_size} bytes, should have {file.bytes}"
+        if hash_file(path) != file.sha256:
+            return f"{file.path} has been changed: its SHA-256 is not the manifest's"
+        return None
+
+    @staticmethod
+    @contextlib.contextmanager
+    def writer(root: Path) -> Iterator["BundleWriter"]:
+        """Exclusive write access; a second builder is refused, leftovers of a builder that died are removed."""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(root / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise BundleError(
+                f"{root}: another build is writing this bundle. Wait for it, or choose another --out."
+            ) from None
+        except OSError as error:
+            raise BundleError(f"{root} cannot be written ({error}). Choose another --out.") from None
+        try:
+            for leftover in root.rglob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            exists = (root / MANIFEST).exists()
+            if not exists and any(p.name != ".lock" for p in root.iterdir()):
+                raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
+            yield BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
+        finally:
+            lock.release()
+
+
+class BundleWriter(Bundle):
+    """Files are complete before the manifest names them, and the manifest is replaced in one move."""
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder of the bundle's disk for what is being made; gone afterwards, whatever happens."""
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.root) as folder:
+            yield Path(folder)
+
+    def install(self, folder: Path, entry: EngineEntry) -> None:
+        """Move a finished engine's `folder` into place and name it in the manifest; drop the one it replaces.
+
+        The entry's file paths are relative to `folder`.
+        """
+        digest = hashlib.sha256("".join(file.sha256 for file in entry.files()).encode()).hexdigest()
+        home = f"{ENGINES}/{entry.name}-{digest[:12]}"
+        target = self.root / home
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(folder, target)
+        graphs = {
+            name: replace(
+                graph,
+                plan=replace(graph.plan, path=f"{home}/{graph.plan.path}"),
+                weights=replace(graph.weights, path=f"{home}/{graph.weights.path}") if graph.weights else None,
+            )
+            for name, graph in entry.graphs.items()
+        }
+        self.update(engines={**self.manifest.engines, entry.name: replace(entry, graphs=graphs)})
+        for old in target.parent.glob(f"{entry.name}-*"):
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def install_tokenizer(self, name: str, text: str) -> None:
+        path = self.root / TOKENIZERS / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, text)
+        entry = FileEntry(f"{TOKENIZERS}/{name}.json", hash_file(path), path.stat().st_size)
+        self.update(tokenizers={**self.manifest.tokenizers, name: entry})
+
+    def update(self, **changes: Any) -> None:
+        self.manifest = replace(self.manifest, **changes)
+        write_atomically(self.root / MANIFEST, self.manifest.to_json())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

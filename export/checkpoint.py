@@ -1,0 +1,139 @@
+"""Published checkpoint folders: finding them, reading their configs, loading safetensors into our modules."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engines.errors import CheckpointError
+
+_STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Autoencoders saved before diffusers 0.18 call their attention projections otherwise.
+_OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def find_folder(checkpoint: Path, names: Iterable[str], subfolder: str = "") -> Path:
+    """The first of `names` below `checkpoint`; raises CheckpointError that says what was looked for."""
+    names = list(names)
+    for name in names:
+        folder = checkpoint / name / subfolder
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(
+        f"{checkpoint}: no folder {' or '.join(f'{n}/{subfolder}'.rstrip('/') for n in names)}. Give --checkpoint a "
+        "folder that holds the published checkpoints, or fetch them with `python -m export download`."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Download the whole folder again.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
+    return config
+
+
+def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
+    """The safetensors files of a folder: whole or in shards, full precision or the fp16 variant.
+
+    Both variants load into either precision; the one asked for is taken where both are there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing. Download the whole checkpoint again.")
+    for variant in (".fp16", "") if prefer_fp16 else ("", ".fp16"):
+        for stem in _STEMS:
+            if (whole := folder / f"{stem}{variant}.safetensors").is_file():
+                return [whole]
+            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                if (folder / index).is_file():
+                    return _shards(folder / index)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: {', '.join(pickles)} is a pickle, which can run any code when it is loaded, and is refused. "
+            "Get the .safetensors files of this checkpoint: `python -m export download` fetches only those."
+        )
+    raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_STEMS)}, whole or in shards).")
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = [index.parent / name for name in sorted(set(read_config(index).get("weight_map", {}).values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        raise CheckpointError(f"{index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them again.")
+    return shards
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_weights(
+    module: nn.Module,
+    files: Iterable[Path],
+    dtype: torch.dtype,
+    where: str,
+    renames: Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Fill `module` (built on the meta device) from safetensors, cast to `dtype`, shard by shard.
+
+    `renames` replaces parts of names; names that contain one of `ignore` are skipped. Raises CheckpointError that
+    lists every missing, unexpected and misshapen parameter.
+    """
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    unexpected, misshapen = [], []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    ours = name
+                    for old, new in (renames or {}).items():
+                        ours = ours.replace(old, new)
+                    if any(part in ours for part in ignore):
+                        continue
+                    if ours not in wanted:
+                        unexpected.append(name)
+                        continue
+                    value = file.get_tensor(name)
+                    if tuple(value.shape) != wanted[ours]:
+                        # The oldest autoencoders keep these projections as 1 x 1 convolutions.
+                        if tuple(value.shape) == (*wanted[ours], 1, 1):
+                            value = value[..., 0, 0]
+                        else:
+                            misshapen.append(f"{name} {list(value.shape)}, wanted {list(wanted[ours])}")
+                            continue
+                    state[ours] = value.to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
+    missing = [name for name in wanted if name not in state and name not in {m.split()[0] for m in misshapen}]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: the weights do not fit the config beside them. " + "; ".join(problems) + ".")
+    module.load_state_dict(state, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def load_vae(module: nn.Module, files: Iterable[Path], dtype: torch.dtype, where: str) -> None:
+    load_weights(module, files, dtype, where, renames=_OLD_VAE_NAMES)

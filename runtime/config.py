@@ -1,0 +1,121 @@
+"""Settings of a run. The reference's values stand here once, with their source; presets change steps only."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from engines.errors import SettingsError
+
+DIFFUSION_STAGES = ("base", "interp", "if2", "sr1", "sr2")
+Preset = Literal["reference", "quick", "draft"]
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+SEED = 345  # the authors' script's
+NEGATIVE_PROMPT = "low resolution, blur"  # for the latent stage; the pixel stages have the empty one
+
+INTERP_FRAMES = 5  # of one gap: two keyframes and three new frames between them
+SR1_SCALE = 4
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes a video but its prompt and seed.
+
+    Defaults are the authors' run_inference.py (Show-1 repository); sr2's guidance is their pipeline's default, which
+    the script does not override.
+    """
+
+    base: StageSettings = StageSettings(75, 9.0)
+    interp: StageSettings = StageSettings(75, 4.0)
+    if2: StageSettings = StageSettings(70, 4.0)
+    sr1: StageSettings = StageSettings(125, 7.0)
+    sr2: StageSettings = StageSettings(50, 15.0)
+    keyframes: int = 8
+    size: tuple[int, int] = (576, 320)  # (width, height) of the finished video, pixels
+    strength: float = 0.8  # share of sr2's steps that are run (SDEdit)
+    if2_noise_level: int = 150  # training timestep up to which the low-resolution image is noised
+    sr1_noise_level: int = 250
+    sr1_window: int = 8  # frames; successive windows share one
+    fps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in DIFFUSION_STAGES:
+            stage = getattr(self, name)
+            if stage.num_inference_steps < 1:
+                raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
+            if not 0 <= stage.guidance_scale < float("inf"):
+                raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
+        if self.keyframes < 2:
+            raise SettingsError(f"keyframes: {self.keyframes}; allowed: 2 or more (N keyframes give 4(N-1)+1 frames).")
+        if not 0 < self.strength <= 1:
+            raise SettingsError(f"strength: {self.strength}; allowed: above 0, up to 1.")
+        if self.sr1_window < 2:
+            raise SettingsError(f"sr1_window: {self.sr1_window}; allowed: 2 or more frames.")
+        if self.fps < 1:
+            raise SettingsError(f"fps: {self.fps}; allowed: 1 or more.")
+        stage_sizes(self.size)
+
+    @property
+    def num_frames(self) -> int:
+        return (INTERP_FRAMES - 1) * (self.keyframes - 1) + 1
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Settings":
+        """Inverse of `to_dict`, as stored in a bundle's manifest."""
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise SettingsError(f"unknown settings: {', '.join(sorted(unknown))}.")
+        values = dict(data)
+        for name in DIFFUSION_STAGES:
+            if name in values:
+                values[name] = StageSettings(**values[name])
+        if "size" in values:
+            values["size"] = tuple(values["size"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def with_preset(self, preset: str) -> "Settings":
+        if preset not in PRESETS:
+            raise SettingsError(f"unknown preset {preset!r}; allowed: {', '.join(PRESETS)}.")
+        return self.with_steps(_PRESET_STEPS[preset])
+
+    def with_steps(self, steps: Mapping[str, int]) -> "Settings":
+        return self._with_stages("num_inference_steps", steps)
+
+    def with_guidance(self, guidance: Mapping[str, float]) -> "Settings":
+        return self._with_stages("guidance_scale", guidance)
+
+    def _with_stages(self, field: str, values: Mapping[str, float]) -> "Settings":
+        unknown = set(values) - set(DIFFUSION_STAGES)
+        if unknown:
+            raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(DIFFUSION_STAGES)}.")
+        return replace(self, **{name: replace(getattr(self, name), **{field: n}) for name, n in values.items()})
+
+
+_PRESET_STEPS: dict[str, dict[str, int]] = {
+    "reference": {},  # as the bundle says
+    "quick": {"interp": 50, "if2": 50, "sr1": 50},  # the authors' demo, app.py
+    "draft": {"base": 8, "interp": 4, "if2": 6, "sr1": 4, "sr2": 4},  # a look at a prompt and a seed, no more
+}
+
+
+def stage_sizes(size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """(width, height) in pixels that each UNet's stage works at, for a finished video of `size`.
+
+    Keeps the reference's ratios: 64 x 40 becomes 256 x 160, then 576 x 320. The key frames' sides are rounded to
+    multiples of 8, which every published network takes.
+    """
+    width, height = size
+    if width % 8 or height % 8 or width < 64 or height < 64:
+        raise SettingsError(f"size {width}x{height}; allowed: width and height in multiples of 8, from 64.")
+    base = (max(8, round(width / 72) * 8), max(8, round(height / 64) * 8))
+    sr1 = (base[0] * SR1_SCALE, base[1] * SR1_SCALE)
+    return {"base": base, "interp": base, "if2": sr1, "sr1": sr1, "sr2": size}

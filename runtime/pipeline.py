@@ -1,0 +1,125 @@
+"""A prompt in, a video out: the cascade from text to frames."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.catalog import networks_of
+from engines.errors import SettingsError
+from engines.store import Bundle
+from runtime.config import NEGATIVE_PROMPT, SEED, Settings
+from runtime.ops import clip_to_frames
+from runtime.runner import EnginePool
+from runtime.stages.base import run_base
+from runtime.stages.diffusion import FloatArray, Progress
+from runtime.stages.interp import run_interp
+from runtime.stages.sr1 import run_if2, run_sr1
+from runtime.stages.sr2 import run_sr2
+from runtime.stages.text import OnCut, run_clip_text, run_text
+
+OnClip = Callable[[str, FloatArray], None]  # (stage, its clip)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video. `clip` is what `frames` shows before it was cut to 8 bits: float32 [1, 3, F, H, W]."""
+
+    frames: NDArray[np.uint8]  # [F, H, W, 3]
+    clip: FloatArray
+    prompt: str
+    negative_prompt: str
+    seed: int
+    settings: Settings
+    cut: dict[str, str] = field(default_factory=dict)  # encoder -> the end of the prompt it did not read
+
+    def metadata(self) -> dict[str, Any]:
+        """What it takes to make this video again, as JSON's types."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "settings": self.settings.to_dict(),
+        }
+
+
+class Show1Pipeline:
+    """The whole cascade over one bundle.
+
+    >>> with Show1Pipeline.from_bundle("bundle") as pipeline:
+    ...     video = pipeline("a panda taking a selfie", seed=345)
+    >>> video.frames.shape
+    (29, 320, 576, 3)
+
+    The stages are functions of their own (`runtime.stages`) over `pipeline.engines`.
+    """
+
+    def __init__(self, engines: EnginePool):
+        self.engines = engines
+        self.settings = Settings.from_dict(engines.bundle.manifest.defaults)
+
+    @classmethod
+    def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
+        """Open a bundle made by `python -m export build`. `keep_loaded` trades memory for faster further calls."""
+        bundle = Bundle.open(path)
+        for network in networks_of(["all"]):  # a missing stage is said now, not after an hour
+            bundle.engine(network.name)
+        return cls(EnginePool(bundle, keep_loaded))
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = NEGATIVE_PROMPT,
+        seed: int = SEED,
+        settings: Settings | None = None,
+        progress: Progress | None = None,
+        on_cut: OnCut | None = None,
+        on_clip: OnClip | None = None,
+    ) -> Video:
+        """Make a video of `prompt`.
+
+        `negative_prompt` is read by the last stage; the stages before it have the empty one, as in the reference.
+        `settings` start from the bundle's (`pipeline.settings`). `progress(stage, done, total)` is called after every
+        step, `on_cut(encoder, text)` when a prompt is too long for a text encoder, `on_clip(stage, clip)` with every
+        stage's result. Raises SettingsError for an empty prompt or impossible settings.
+        """
+        if not prompt.strip():
+            raise SettingsError("the prompt is empty. Say what the video should show, in a sentence.")
+        settings = settings or self.settings
+        cut: dict[str, str] = {}
+
+        def note_cut(encoder: str, text: str) -> None:
+            cut[encoder] = text
+            if on_cut is not None:
+                on_cut(encoder, text)
+
+        def done(stage: str, clip: FloatArray) -> FloatArray:
+            if on_clip is not None:
+                on_clip(stage, clip)
+            return clip
+
+        engines = self.engines
+        text = run_text(engines, prompt, note_cut)
+        keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
+        clip = done("interp", run_interp(engines, text, keyframes, settings, seed, progress))
+        first_frame = done("if2", run_if2(engines, text, clip[:, :, :1], settings, seed, progress))
+        clip = done("sr1", run_sr1(engines, text, clip, first_frame, settings, seed, progress))
+        latent_text = run_clip_text(engines, prompt, negative_prompt, note_cut)
+        clip = done("sr2", run_sr2(engines, latent_text, clip_to_frames(clip), settings, seed, progress))
+        return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
+
+    def close(self) -> None:
+        self.engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,35 @@
+"""Key frames in pixels from noise: the first stage of the cascade."""
+
+from runtime.config import Settings, stage_sizes
+from runtime.noise import NoiseStream
+from runtime.runner import EnginePool
+from runtime.sampler import denoise
+from runtime.schedulers import make_schedule
+from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+
+
+def run_base(
+    engines: EnginePool,
+    text: PromptEmbeds,
+    settings: Settings,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Key frames, float32 [1, 3, keyframes, H, W] near [-1, 1], not clamped.
+
+    `size` is (width, height) in pixels, by default what `settings.size` calls for (64 x 40).
+    """
+    width, height = size or stage_sizes(settings.size)["base"]
+    schedule = make_schedule(scheduler_of(engines.bundle, "base"), settings.base.num_inference_steps)
+    noise = NoiseStream(seed)
+    x = noise.normal((1, 3, settings.keyframes, height, width))
+    with engines.use("base") as engine:
+        return denoise(
+            prompted(engine, text, settings.base.guidance_scale),
+            x,
+            schedule,
+            guidance_scale=settings.base.guidance_scale,
+            noise=noise,
+            on_step=step_counter(progress, "base"),
+        )

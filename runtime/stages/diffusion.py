@@ -1,0 +1,60 @@
+"""What the diffusion stages share: an engine with its prompt as a function that the sampler can call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BundleError
+from engines.store import Bundle
+from runtime.runner import Engine
+from runtime.sampler import Unet
+from runtime.schedulers import SchedulerConfig
+
+FloatArray = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+OnStep = Callable[[int, int, FloatArray], None]  # the sampler's: (index, steps of this loop, x)
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Encoded text of one prompt and of its negative, float32 [1, L, D] each."""
+
+    prompt: FloatArray
+    negative: FloatArray
+
+
+def scheduler_of(bundle: Bundle, name: str) -> SchedulerConfig:
+    """A stage's published scheduler; `name` is a UNet's, or "sr1.noising" for the one that noises its condition."""
+    if name not in bundle.manifest.schedulers:
+        raise BundleError(f"{bundle.root}: no scheduler for {name}. Build its stage: `python -m export build`.")
+    return SchedulerConfig.from_dict(bundle.manifest.schedulers[name], f"{bundle.root}: scheduler of {name}")
+
+
+def prompted(
+    engine: Engine, text: PromptEmbeds, guidance_scale: float, clips: int = 1, noise_level: int | None = None
+) -> Unet:
+    """The engine with one prompt, for `clips` clips side by side; the prompt's part is computed here, once.
+
+    `noise_level` is the training timestep that super-resolution networks are told their condition was noised to.
+    """
+    embeds = np.concatenate([text.negative, text.prompt]) if guidance_scale > 1 else text.prompt
+    feeds = {"prompt_embeds": embeds}
+    if engine.properties["noise_level"]:
+        feeds["noise_level"] = np.full(len(embeds), noise_level or 0, np.float32)
+    # Negative and prompt once per clip, in the sampler's order: [negative] * clips + [prompt] * clips.
+    context = {name: np.repeat(value, clips, axis=0) for name, value in engine.run("context", **feeds).items()}
+
+    def unet(sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
+        outputs = engine.run("step", sample=sample, timestep=np.full(len(sample), timestep, np.float32), **context)
+        return outputs["noise_pred"], outputs.get("variance_frac")
+
+    return unet
+
+
+def step_counter(progress: Progress | None, stage: str, part: int = 0, parts: int = 1) -> OnStep | None:
+    """Progress of loop `part` of a stage that runs `parts` loops of equal length."""
+    if progress is None:
+        return None
+    return lambda index, steps, _: progress(stage, part * steps + index + 1, parts * steps)

@@ -1,0 +1,73 @@
+"""Three new frames between every two key frames, all gaps in one batch."""
+
+import numpy as np
+
+from runtime.config import INTERP_FRAMES, Settings
+from runtime.noise import NoiseStream
+from runtime.ops import cross_fade
+from runtime.runner import EnginePool
+from runtime.sampler import denoise
+from runtime.schedulers import make_schedule
+from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+
+
+def run_interp(
+    engines: EnginePool,
+    text: PromptEmbeds,
+    keyframes: FloatArray,
+    settings: Settings,
+    seed: int,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Key frames [1, 3, N, H, W] -> float32 [1, 3, 4(N-1)+1, H, W].
+
+    The gaps read the key frames only, never each other, and share seed and noise: as a batch they give what the
+    reference computes one by one. As there, the key frames themselves are generated anew.
+    """
+    gaps = fill_gaps(engines, text, keyframes[0], settings, seed, progress=progress)
+    # Every gap's last frame is overwritten by the next gap's first.
+    return np.concatenate([*gaps[:, :, :-1], gaps[-1, :, -1:]], axis=1)[None]
+
+
+def fill_gaps(
+    engines: EnginePool,
+    text: PromptEmbeds,
+    keyframes: FloatArray,
+    settings: Settings,
+    seed: int,
+    init_noise: FloatArray | None = None,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """The N-1 gaps of key frames [3, N, H, W], ends included: float32 [N-1, 3, 5, H, W].
+
+    `init_noise` [1, 3, 5, H, W] replaces the seed's first draw, which all gaps share.
+    """
+    channels, count, height, width = keyframes.shape
+    ends = keyframes.swapaxes(0, 1)  # [N, 3, H, W]
+    fade = cross_fade(ends[:-1], ends[1:], INTERP_FRAMES)
+    mask = np.zeros((1, 1, INTERP_FRAMES, 1, 1), np.float32)
+    mask[:, :, [0, -1]] = 1  # frames that are given
+    condition = np.concatenate([fade, np.broadcast_to(mask, (count - 1, 1, *fade.shape[2:]))], axis=1)
+
+    guidance = settings.interp.guidance_scale
+    schedule = make_schedule(scheduler_of(engines.bundle, "interp"), settings.interp.num_inference_steps)
+    filled = []
+    with engines.use("interp") as engine:
+        most = engine.specs["step"].profiles["default"]["batch"].max // (2 if guidance > 1 else 1)
+        batches = [condition[i : i + most] for i in range(0, count - 1, most)]
+        for number, batch in enumerate(batches):
+            noise = NoiseStream(seed)
+            shape = (1, channels, INTERP_FRAMES, height, width)
+            x = noise.normal(shape) if init_noise is None else init_noise
+            filled.append(
+                denoise(
+                    prompted(engine, text, guidance, clips=len(batch)),
+                    np.repeat(x, len(batch), axis=0),
+                    schedule,
+                    guidance_scale=guidance,
+                    noise=noise,
+                    condition=batch,
+                    on_step=step_counter(progress, "interp", number, len(batches)),
+                )
+            )
+    return np.concatenate(filled)

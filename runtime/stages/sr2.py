@@ -1,0 +1,75 @@
+"""Latent refinement to the final size: the clip is encoded, noised part of the way and denoised again (SDEdit)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.config import Settings
+from runtime.noise import NoiseStream
+from runtime.ops import frames_to_clip, resize_frames
+from runtime.runner import EnginePool
+from runtime.sampler import denoise
+from runtime.schedulers import add_noise, make_schedule
+from runtime.stages.diffusion import FloatArray, OnStep, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+
+Frames = NDArray[np.uint8]
+
+
+def run_sr2(
+    engines: EnginePool,
+    text: PromptEmbeds,
+    frames: Frames,
+    settings: Settings,
+    seed: int,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """Frames uint8 [F, h, w, 3] of any size -> float32 [1, 3, F, H, W] at `settings.size`, near [-1, 1], not clamped.
+
+    `text` is CLIP's. The detour through 8 bits is the reference's.
+    """
+    noise = NoiseStream(seed)
+    mean, logvar = encode(engines, frames_to_clip(resize_frames(frames, settings.size)))
+    # One draw for all frames' posteriors: Kingma & Welling (2013), eq. 10.
+    latents = mean + np.exp(0.5 * logvar) * noise.normal(mean.shape)
+    latents = refine(engines, text, latents, settings, noise, step_counter(progress, "sr2"))
+    return decode(engines, latents)
+
+
+def encode(engines: EnginePool, clip: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Frames float32 [F, 3, H, W] in [-1, 1] -> mean and log variance of their latents [F, 4, H/8, W/8], unscaled."""
+    with engines.use("vae_encoder") as engine:
+        # One frame at a time: the autoencoder's activations are the largest of the cascade.
+        outputs = [engine.run("encode", image=clip[i : i + 1]) for i in range(len(clip))]
+    return np.concatenate([o["mean"] for o in outputs]), np.concatenate([o["logvar"] for o in outputs])
+
+
+def refine(
+    engines: EnginePool,
+    text: PromptEmbeds,
+    latents: FloatArray,
+    settings: Settings,
+    noise: NoiseStream,
+    on_step: OnStep | None = None,
+) -> FloatArray:
+    """SDEdit (Meng et al. 2021) on unscaled latents [F, 4, h, w]: noise to `settings.strength`, denoise; same shape."""
+    config = scheduler_of(engines.bundle, "sr2")
+    schedule = make_schedule(config, settings.sr2.num_inference_steps, settings.strength)
+    guidance = settings.sr2.guidance_scale
+    scale = np.float32(engines.bundle.engine("vae_decoder").properties["scaling_factor"])
+    with engines.use("sr2") as engine:
+        x = add_noise(config, latents * scale, noise.normal(latents.shape), int(schedule.timesteps[0]))
+        x = denoise(
+            prompted(engine, text, guidance),
+            x.swapaxes(0, 1)[None],  # [1, 4, F, h, w]
+            schedule,
+            guidance_scale=guidance,
+            noise=noise,
+            on_step=on_step,
+        )
+    return x[0].swapaxes(0, 1) / scale
+
+
+def decode(engines: EnginePool, latents: FloatArray) -> FloatArray:
+    """Unscaled latents [F, 4, h, w] -> clip float32 [1, 3, F, 8h, 8w] near [-1, 1], not clamped."""
+    with engines.use("vae_decoder") as engine:
+        frames = [engine.run("decode", latents=latents[i : i + 1])["image"] for i in range(len(latents))]
+    return np.concatenate(frames).swapaxes(0, 1)[None]

@@ -1,0 +1,57 @@
+"""What every test shares: the golden fixtures, and when slow and GPU tests are skipped."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from unpack_golden import unpack
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden fixtures (tests/golden/README.md); SHOW1_GOLDEN names one that is unpacked already."""
+    elsewhere = os.environ.get("SHOW1_GOLDEN")
+    if elsewhere:
+        folder = Path(elsewhere)
+        if not (folder / "meta.json").is_file():
+            pytest.fail(f"SHOW1_GOLDEN is {elsewhere}: no meta.json there. Name an unpacked folder, or unset it.")
+        return folder
+    return unpack(ROOT / "build" / "golden")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow_wanted = config.getoption("--run-slow") or re.search(r"\bslow\b", config.getoption("-m") or "")
+    if not slow_wanted:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: ask for it with --run-slow or -m slow"))
+
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    missing = why_no_gpu() if gpu_items else None
+    if missing:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"gpu: {missing}"))
+
+
+def why_no_gpu() -> str | None:
+    """None when the NVIDIA driver finds a GPU, else what is missing. Asks the driver itself, no CUDA toolkit needed."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return f"no NVIDIA driver here ({library} does not load)"
+    status = driver.cuInit(0)
+    if status != 0:
+        return f"the NVIDIA driver finds no usable GPU (cuInit returns {status})"
+    return None
