@@ -1,0 +1,129 @@
+"""`python -m export`: build, list, check and verify bundles; download checkpoints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.catalog import CATALOG, STAGES
+from engines.errors import CheckpointError, Show1Error
+from engines.spec import PRECISIONS
+from engines.store import Bundle
+
+CHECKPOINTS = Path("checkpoints")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 576x320") from None
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from export.build import build  # torch: only when something is built
+
+    bundle = build(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.stage.split(","),
+        arguments.precision,
+        arguments.size,
+        arguments.force,
+        arguments.jobs,
+    )
+    print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    print(f"{'engine':12} {'stage':7} {'checkpoint folder':42}")
+    for network in CATALOG.values():
+        folders = " or ".join(f"{folder}/{network.subfolder}" for folder in network.folders)
+        print(f"{network.name:12} {network.stage:7} {folders}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    bundle = Bundle.open(arguments.bundle)
+    problems = 0
+    for name in CATALOG:
+        entry = bundle.manifest.engines.get(name)
+        reasons = ["not built"] if entry is None else list(filter(None, map(bundle.damage, entry.files())))
+        problems += bool(reasons)
+        details = f"{entry.backend} {entry.precision}" if entry else ""
+        print(f"{name:12} {details:18} {'; '.join(reasons) or 'ok'}")
+    for name in ("t5", "clip"):
+        file = bundle.manifest.tokenizers.get(name)
+        reason = bundle.damage(file) if file else "not built"
+        problems += bool(reason)
+        print(f"{f'{name} tokenizer':31} {reason or 'ok'}")
+    if problems:
+        raise Show1Error(f"{problems} parts are unusable: `python -m export build --stage all --out {bundle.root}`.")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from export.verify import Row, verify
+
+    print(f"{'case':28} {'max error':>10} {'mean error':>10} {'tolerance':>10}  ok")
+
+    def report(row: Row) -> None:
+        ok = "ok" if row.ok else "MISS"
+        print(f"{row.case:28} {row.max_error:10.2e} {row.mean_error:10.2e} {row.tolerance:10.0e}  {ok}", flush=True)
+
+    rows = verify(Bundle.open(arguments.bundle), arguments.reference, report)
+    misses = sum(not row.ok for row in rows)
+    print(f"{len(rows) - misses} of {len(rows)} cases ok")
+    if misses:
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="make or update a bundle of engines from published checkpoints")
+    build.set_defaults(run=_build)
+    build.add_argument(
+        "--stage", default="all", help=f"all, or some of {','.join(STAGES)}, separated by commas (default: %(default)s)"
+    )
+    build.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINTS, help="folder with the checkpoint folders (default: %(default)s)"
+    )
+    build.add_argument("--out", type=Path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
+    build.add_argument("--engine", choices=["onnxruntime"], default="onnxruntime", help="what runs the engines")
+    build.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
+    build.add_argument(
+        "--size", type=_size, default=(576, 320), help="video size that the engines are tuned for (default: 576x320)"
+    )
+    build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
+    build.add_argument("--jobs", type=int, help="engines built side by side (default: what processors and memory allow)")
+
+    listing = commands.add_parser("list", help="the nine networks and where a checkpoint keeps them")
+    listing.set_defaults(run=_list)
+
+    check = commands.add_parser("check", help="is every file of a bundle there and unchanged?")
+    check.set_defaults(run=_check)
+    check.add_argument("bundle", type=Path)
+
+    verify = commands.add_parser("verify", help="compare a bundle with outputs of the authors' code")
+    verify.set_defaults(run=_verify)
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--reference", type=Path, required=True, help="folder in the format of tests/golden/README.md")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except Show1Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
