@@ -62,13 +62,14 @@ class GraphSpec:
                 want = ", ".join(map(str, binding.axes))
                 known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
                 raise ProfileError(f"{engine}/{self.name}: {binding.name} has shape {shape}, wanted [{want}] ({known}).")
-        if not any(all(sizes[axis] in r for axis, r in profile.items()) for profile in self.profiles.values()):
-            raise ProfileError(self._outside(engine, sizes))
+        self.check_sizes(engine, sizes)
 
-    def _outside(self, engine: str, sizes: Mapping[str, int]) -> str:
-        profile = next(iter(self.profiles.values()))
-        wrong = [f"{axis} {size} (built for {profile[axis]})" for axis, size in sizes.items() if size not in profile[axis]]
-        return (
-            f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a smaller or fitting size, or rebuild for it: "
-            "`python -m export build --stage all --size WIDTHxHEIGHT`."
-        )
+    def check_sizes(self, engine: str, sizes: Mapping[str, int]) -> None:
+        """Raises ProfileError unless one profile takes these sizes of its axes, some or all of them."""
+        if not any(all(size in profile[axis] for axis, size in sizes.items()) for profile in self.profiles.values()):
+            profile = next(iter(self.profiles.values()))
+            wrong = [f"{axis} {size} (built for {profile[axis]})" for axis, size in sizes.items() if size not in profile[axis]]
+            raise ProfileError(
+                f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a fitting size or number of frames, or rebuild "
+                "for another size: `python -m export build --stage all --size WIDTHxHEIGHT`."
+            )

@@ -45,6 +45,11 @@ class Bundle:
             ) from None
         return cls(root, Manifest.from_json(text, str(path)))
 
+    @property
+    def id(self) -> str:
+        """Changes with every file of the bundle: what a video's metadata names it by."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()[:12]
+
     def engine(self, name: str) -> EngineEntry:
         try:
             return self.manifest.engines[name]

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from engines.catalog import networks_of
 from engines.errors import SettingsError
 from engines.store import Bundle
-from runtime.config import NEGATIVE_PROMPT, SEED, Settings
+from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
 from runtime.ops import clip_to_frames
 from runtime.runner import EnginePool
+from runtime.schedulers import make_schedule
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import FloatArray, Progress
+from runtime.stages.diffusion import FloatArray, Progress, scheduler_of
 from runtime.stages.interp import run_interp
 from runtime.stages.sr1 import run_if2, run_sr1
 from runtime.stages.sr2 import run_sr2
@@ -65,10 +66,7 @@ class Show1Pipeline:
     @classmethod
     def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
         """Open a bundle made by `python -m export build`. `keep_loaded` trades memory for faster further calls."""
-        bundle = Bundle.open(path)
-        for network in networks_of(["all"]):  # a missing stage is said now, not after an hour
-            bundle.engine(network.name)
-        return cls(EnginePool(bundle, keep_loaded))
+        return cls(EnginePool(Bundle.open(path), keep_loaded))
 
     def __call__(
         self,
@@ -88,9 +86,8 @@ class Show1Pipeline:
         step, `on_cut(encoder, text)` when a prompt is too long for a text encoder, `on_clip(stage, clip)` with every
         stage's result. Raises SettingsError for an empty prompt or impossible settings.
         """
-        if not prompt.strip():
-            raise SettingsError("the prompt is empty. Say what the video should show, in a sentence.")
         settings = settings or self.settings
+        check_prompt(prompt)
         cut: dict[str, str] = {}
 
         def note_cut(encoder: str, text: str) -> None:
@@ -104,6 +101,7 @@ class Show1Pipeline:
             return clip
 
         engines = self.engines
+        check_run(engines.bundle, settings)
         text = run_text(engines, prompt, note_cut)
         keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
         clip = done("interp", run_interp(engines, text, keyframes, settings, seed, progress))
@@ -123,3 +121,32 @@ class Show1Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises SettingsError for a prompt that says nothing or is not text."""
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty. Say what the video should show, in a sentence.")
+    if not prompt.isprintable() and any(0xD800 <= ord(char) < 0xE000 for char in prompt):
+        raise SettingsError("the prompt is not valid text (bytes that are not UTF-8). Type it again in UTF-8.")
+
+
+def check_run(bundle: Bundle, settings: Settings) -> None:
+    """Raises Show1Error for what would stop a run half-way: a missing engine, a size or step count out of range."""
+    for network in networks_of(["all"]):
+        bundle.engine(network.name)
+    factor = bundle.engine("vae_encoder").properties["factor"]
+    window = min(settings.sr1_window, settings.num_frames)
+    frames = {"base": settings.keyframes, "interp": INTERP_FRAMES, "if2": 1, "sr1": window, "sr2": settings.num_frames}
+    for name, (width, height) in stage_sizes(settings.size).items():
+        if name == "sr2":
+            spec = bundle.engine("vae_encoder").graphs["encode"].spec
+            spec.check_sizes("vae_encoder", {"height": height, "width": width})
+            width, height = width // factor, height // factor
+        sizes = {"frames": frames[name], "height": height, "width": width}
+        bundle.engine(name).graphs["step"].spec.check_sizes(name, sizes)
+        steps = getattr(settings, name).num_inference_steps
+        try:
+            make_schedule(scheduler_of(bundle, name), steps, settings.strength if name == "sr2" else 1.0)
+        except SettingsError as error:
+            raise SettingsError(f"{name}: {error}") from None

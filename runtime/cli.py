@@ -1,0 +1,198 @@
+"""`show1-rt`: a prompt in, a video out."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engines.errors import OutputError, Show1Error
+from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED, Settings
+
+EXAMPLES = """examples:
+  show1-rt generate "a panda taking a selfie"
+  show1-rt generate "toad practicing karate" --preset quick --seed 7 --out toad.mp4
+  show1-rt generate "a burning lamborghini" --steps base=50,sr1=60 --guidance base=12 --save-stages stages
+"""
+
+
+def _pairs(kind: Callable[[str], float]) -> Callable[[str], dict[str, Any]]:
+    """Parser of `stage=value,stage=value`."""
+
+    def parse(text: str) -> dict[str, Any]:
+        values = {}
+        for part in text.split(","):
+            stage, _, value = part.partition("=")
+            try:
+                values[stage.strip()] = kind(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"{part!r} is not STAGE=NUMBER; stages: {', '.join(DIFFUSION_STAGES)}, e.g. base=75,sr1=125"
+                ) from None
+        return values
+
+    return parse
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 576x320")
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="show1-rt", description="Text-to-video with the Show-1 cascade.")
+    parser.add_argument("--version", action="version", version=f"show1-rt {version('show1-rt')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        help="make a video of a prompt",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.set_defaults(run=_generate)
+    add = generate.add_argument
+    add("prompt", help="what the video should show")
+    add("--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)")
+    add("--out", help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: an .mp4 named after the prompt)")
+    add("--seed", type=int, default=SEED, help="default: %(default)s, the authors' script's")
+    add(
+        "--negative-prompt",
+        default=NEGATIVE_PROMPT,
+        help="for the last stage; the others have the empty one, as in the reference (default: %(default)r)",
+    )
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="reference",
+        help="steps per stage: the authors' script (default), their quicker demo's, or a few to look",
+    )
+    add("--steps", type=_pairs(int), default={}, metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
+    add("--guidance", type=_pairs(float), default={}, metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
+    add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
+    add("--size", type=_size, metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
+    add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
+    add("--json", action="store_true", help="print settings, times and the file's name as JSON")
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    # Heavy imports wait until arguments have been read: --help and a typing error answer at once.
+    from runtime.ops import clip_to_frames
+    from runtime.pipeline import Show1Pipeline, check_prompt, check_run
+    from runtime.video import check_output, save_video
+
+    check_prompt(arguments.prompt)
+    out = arguments.out or _file_name(arguments.prompt, arguments.seed)
+    check_output(out)
+    if arguments.save_stages:
+        _make_folder(arguments.save_stages)
+    pipeline = Show1Pipeline.from_bundle(arguments.bundle)
+    settings = _settings(pipeline.settings, arguments)
+    check_run(pipeline.engines.bundle, settings)
+
+    seconds: dict[str, float] = {}
+    start = last = time.perf_counter()
+
+    def save_stage(stage: str, clip: Any) -> None:
+        nonlocal last
+        seconds[stage] = time.perf_counter() - last
+        last = time.perf_counter()
+        if arguments.save_stages:
+            import numpy as np
+
+            save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
+            with open(arguments.save_stages / f"{stage}.npy", "wb") as file:
+                np.save(file, clip)
+
+    def say_cut(encoder: str, text: str) -> None:
+        print(f"warning: {encoder} reads 77 tokens; this end of the prompt was cut off: {text!r}", file=sys.stderr)
+
+    with pipeline, _Bars() as bars:
+        video = pipeline(
+            arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            seed=arguments.seed,
+            settings=settings,
+            progress=bars,
+            on_cut=say_cut,
+            on_clip=save_stage,
+        )
+    bundle = pipeline.engines.bundle
+    about = {**video.metadata(), "bundle": f"{bundle.root.name} {bundle.id}", "software": f"show1-rt {version('show1-rt')}"}
+    save_video(video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
+    if arguments.json:
+        times = {"seconds": time.perf_counter() - start, "stage_seconds": seconds}
+        print(json.dumps({"out": str(out), "frames": len(video.frames), "cut": video.cut, **about, **times}, indent=1))
+    else:
+        print(out)
+
+
+def _settings(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    settings = settings.with_preset(arguments.preset).with_steps(arguments.steps).with_guidance(arguments.guidance)
+    changes = {"keyframes": arguments.keyframes, "size": arguments.size}
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _file_name(prompt: str, seed: int) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{words or 'video'}-{seed}.mp4"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --save-stages.") from None
+
+
+class _Bars:
+    """One progress bar per stage, with time left; plain lines where the output is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            from tqdm import tqdm
+
+            self._close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=f"{stage:6}", unit="step", disable=None, dynamic_ncols=True)
+            if self._bar.disable:
+                print(f"{stage}: {total} steps", file=sys.stderr, flush=True)
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except Show1Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: no video was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
