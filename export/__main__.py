@@ -36,6 +36,20 @@ def _build(arguments: argparse.Namespace) -> None:
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
 
 
+def _download(arguments: argparse.Namespace) -> None:
+    from export.download import download
+
+    download(arguments.out, arguments.stage.split(","), arguments.precision)
+    print(arguments.out)
+
+
+def _random_checkpoint(arguments: argparse.Namespace) -> None:
+    from export.random_checkpoint import random_checkpoint
+
+    random_checkpoint(arguments.out, arguments.seed)
+    print(arguments.out)
+
+
 def _list(arguments: argparse.Namespace) -> None:
     print(f"{'engine':12} {'stage':7} {'checkpoint folder':42}")
     for network in CATALOG.values():
@@ -97,6 +111,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
     build.add_argument("--jobs", type=int, help="engines built side by side (default: what processors and memory allow)")
+
+    download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")
+    download.set_defaults(run=_download)
+    download.add_argument("--stage", default="all", help="as for build")
+    download.add_argument("--out", type=Path, default=CHECKPOINTS, help="default: %(default)s")
+    download.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp16", help="fetch half-precision files where published"
+    )
+
+    random = commands.add_parser("random-checkpoint", help="write a small checkpoint of random weights, to try things")
+    random.set_defaults(run=_random_checkpoint)
+    random.add_argument("--out", type=Path, required=True, help="new folder")
+    random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     listing = commands.add_parser("list", help="the nine networks and where a checkpoint keeps them")
     listing.set_defaults(run=_list)

@@ -73,7 +73,8 @@ def _name_bindings(model: ir.Model, spec: GraphSpec) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            value.shape = None  # in the exporter's own symbols; every backend infers shapes itself
+            if value.shape is not None:  # without the exporter's own symbols
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
     for values, bindings in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         if len(values) != len(bindings):
             raise ParityError(f"{spec.name}: traced {len(values)} bindings, the contract has {len(bindings)}.")

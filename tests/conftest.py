@@ -1,17 +1,20 @@
-"""What every test shares: the golden fixtures, and when slow and GPU tests are skipped."""
+"""What every test shares: the golden fixtures, a bundle built from them, and when tests are skipped."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from unpack_golden import unpack
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_TORCH = "torch: needs the export extra, `pip install -e '.[export]'`"
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,21 @@ def golden() -> Path:
     return unpack(ROOT / "build" / "golden")
 
 
+@pytest.fixture(scope="session")
+def bundle(golden: Path) -> Path:
+    """All nine engines of the golden models in float32; built in minutes once, and again when the exporter changes.
+
+    Copy it before changing it.
+    """
+    pytest.importorskip("torch", reason=NO_TORCH)
+    from export.build import build
+
+    folder = ROOT / "build" / "bundle"
+    with FileLock(ROOT / "build" / ".bundle.lock"):  # a second test run waits here, then finds all up to date
+        build(golden / "models", folder)
+    return folder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run tests marked slow too")
 
@@ -36,6 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: ask for it with --run-slow or -m slow"))
+
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason=NO_TORCH))
 
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     missing = why_no_gpu() if gpu_items else None

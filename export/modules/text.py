@@ -39,7 +39,7 @@ class T5Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return x.to(self.weight.dtype) * self.weight
+        return (x * self.weight.float()).to(self.weight.dtype)
 
 
 class T5SelfAttention(nn.Module):

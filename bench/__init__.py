@@ -1,0 +1,1 @@
+"""Measurements: what a run costs, where the time goes, and under which conditions that was so."""

@@ -1,0 +1,140 @@
+"""`python -m bench`: measure a bundle on this machine. Alone it lists the benchmarks."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engines.errors import OutputError, SettingsError, Show1Error
+from runtime.config import PRESETS, SEED
+
+RESULTS = Path(__file__).parent / "results"
+FORMAT = 1
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise SettingsError(f"--size {text!r}; wanted: WIDTHxHEIGHT, e.g. 576x320.")
+    return int(match[1]), int(match[2])
+
+
+def _steps(text: str) -> dict[str, int]:
+    pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part) for part in text.split(",")]
+    if not all(pairs):
+        raise SettingsError(f"--steps {text!r}; wanted: STAGE=N,STAGE=N, e.g. base=8,sr1=4.")
+    return {pair[1]: int(pair[2]) for pair in pairs if pair}
+
+
+def _stages(text: str) -> list[str]:
+    """In the cascade's order, whatever the order asked for."""
+    from bench.latency import STAGES
+
+    wanted = {part.strip() for part in text.split(",")}
+    unknown = wanted - {"all", *STAGES}
+    if unknown:
+        raise SettingsError(f"--stages {', '.join(sorted(unknown))}; allowed: all, {', '.join(STAGES)}.")
+    return [stage for stage in STAGES if "all" in wanted or stage in wanted]
+
+
+def _latency(arguments: argparse.Namespace) -> None:
+    # Heavy imports wait until arguments have been read: the list and --help answer at once.
+    from bench import latency, report
+    from bench.machine import describe_bundle, describe_machine, device
+    from engines.store import Bundle
+    from runtime.config import Settings
+
+    for name, least in (("warmup", 0), ("repeats", 1)):
+        if getattr(arguments, name) < least:
+            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
+    stages = _stages(arguments.stages)
+    bundle = Bundle.open(arguments.bundle)
+    settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
+    settings = settings.with_steps(_steps(arguments.steps) if arguments.steps else {})
+    if arguments.size:
+        settings = replace(settings, size=_size(arguments.size))
+    if arguments.keyframes is not None:
+        settings = replace(settings, keyframes=arguments.keyframes)
+
+    machine, engines = describe_machine(), describe_bundle(bundle)
+    size, day = "{}x{}".format(*settings.size), machine["date"].split()[0]
+    out = arguments.out or RESULTS / f"latency-{device(machine)}-{size}-{arguments.preset}-{day}.json"
+    _check_output(out)
+    counts = (arguments.seed, arguments.warmup, arguments.repeats)
+    asked = latency.describe_run(settings, stages, arguments.preset, *counts)
+    for name, values in (("machine", machine), ("bundle", engines), ("run", asked)):
+        print(f"{name}\n\n{report.facts(values)}\n", flush=True)
+
+    def said(result: latency.StageResult) -> None:
+        times = ", ".join(report.number(run.wall) for run in result.runs)
+        print(f"{result.stage}: {times} s", file=sys.stderr, flush=True)
+
+    results = latency.run_latency(bundle, settings, stages, *counts, on_stage=said)
+    for table in latency.tables(results):
+        print((table.as_markdown() if arguments.markdown else table.as_text()) + "\n")
+    facts = {"machine": machine, "bundle": engines, "run": asked}
+    _write(out, {"format": FORMAT, "benchmark": "latency", **facts, **latency.to_json(results)})
+    print(f"written to {out.name}" if arguments.out is None else f"written to {out}")
+
+
+def _check_output(path: Path) -> None:
+    """Said before the measurement, which may take hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Name a file, e.g. --out {path / 'latency.json'}.")
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    from engines.store import write_atomically
+
+    try:
+        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND", title="benchmarks")
+
+    latency = commands.add_parser("latency", help="time of every stage and step of the cascade, in and outside engines")
+    latency.set_defaults(run=_latency)
+    add = latency.add_argument
+    add(
+        "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
+    )
+    add("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
+    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
+    add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+    add("--size", metavar="WxH", help="of the video, multiples of 8 (default: the bundle's, 576x320)")
+    add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
+    add("--seed", type=int, default=SEED, help="default: %(default)s")
+    add("--warmup", type=int, default=1, metavar="N", help="runs of each stage before the measured ones (default: 1)")
+    add("--repeats", type=int, default=5, metavar="N", help="measured runs of each stage (default: 5)")
+    add("--out", type=Path, help="JSON file (default: bench/results/latency-<cpu|gpu>-<size>-<preset>-<date>.json)")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except Show1Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: no result was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The conditions of a measurement: machine, software, bundle, commit. No host names and no paths: it is published."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.errors import EngineError
+from engines.store import Bundle
+
+try:
+    import psutil
+except ImportError:
+    raise EngineError("psutil is not installed. The benchmarks need it: `pip install -e '.[bench]'`.") from None
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware and software, as JSON's types."""
+    from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
+
+    physical = psutil.cpu_count(logical=False)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu_model(),
+        "cores": {"physical": physical, "logical": psutil.cpu_count()},
+        "threads": "ONNX Runtime's default, one per physical core",
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": _gpu(),
+        "os": _os_name(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": ort.__version__,
+        "providers_available": list(ort.get_available_providers()),
+        "commit": git_commit(ROOT),
+    }
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """What the engines are: how they were made and how large the networks are."""
+    manifest = bundle.manifest
+    engines = manifest.engines.values()
+    return {
+        "id": bundle.id,
+        "backend": sorted({engine.backend for engine in engines}),
+        "precision": sorted({engine.precision for engine in engines}),
+        "tuned_for": "{}x{}".format(*manifest.size),
+        "million_parameters": {
+            engine.name: round(engine.properties["parameters"] / 1e6, 1)
+            for engine in engines
+            if "parameters" in engine.properties
+        },
+        "versions": manifest.versions,
+    }
+
+
+def device(machine: dict[str, Any]) -> str:
+    """What the engines run on, in a file's name."""
+    return "gpu" if "CUDAExecutionProvider" in machine["providers_available"] else "cpu"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far (resident set; on Windows, working set). It never falls."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def git_commit(root: Path) -> str | None:
+    """The checkout's commit, "+ changes" where files differ from it; None where `root` is not a checkout."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return None
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    # A result that was written just now is no change.
+    changes = _git(root, "status", "--porcelain", "--", ".", ":!bench/results")
+    return f"{commit} + changes" if commit and changes else commit
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    # --no-optional-locks: `status` would rewrite the index otherwise, perhaps under another git's hands.
+    return _output("git", "--no-optional-locks", "-C", str(root), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is not installed or fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        return None
+    done = subprocess.run([program, *command[1:]], capture_output=True, text=True, encoding="utf-8", errors="replace")
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpu() -> str | None:
+    query = "--query-gpu=name,driver_version,memory.total,power.limit"
+    cards = _output("nvidia-smi", query, "--format=csv,noheader")
+    return (
+        "; ".join(f"{name} ({rest})" for name, _, rest in (c.partition(", ") for c in cards.splitlines()))
+        if cards
+        else None
+    )
+
+
+def _os_name() -> str:
+    name = f"{platform.system()} {platform.release().partition('-')[0]}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {name}"
+    except (OSError, KeyError):  # not Linux, or one that does not say
+        return name
+
+
+def _cpu_model() -> str:
+    if sys.platform == "win32":
+        import winreg
+
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # macOS
+    return platform.processor() or platform.machine()

@@ -1,0 +1,49 @@
+"""Timing shared by every benchmark: warm-up, the list of all times, median and the 10th and 90th percentile."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """One measured call: when it began and ended (`time.perf_counter`, s) and what it returned."""
+
+    start: float
+    end: float
+    result: T
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a table shows of `n` times, in their unit."""
+
+    n: int
+    median: float
+    p10: float
+    p90: float
+
+
+def measure(call: Callable[[], T], warmup: int, repeats: int) -> list[Timed[T]]:
+    """Call `warmup` times without a look at the clock, then `repeats` times with one."""
+    for _ in range(warmup):
+        call()
+    timed = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call()
+        timed.append(Timed(start, time.perf_counter(), result))
+    return timed
+
+
+def summarize(times: Sequence[float]) -> Summary | None:
+    """None where there is nothing to summarize. Percentiles are interpolated: of few times they are rough."""
+    if not times:
+        return None
+    p10, median, p90 = np.percentile(times, [10, 50, 90]).tolist()
+    return Summary(len(times), median, p10, p90)

@@ -1,0 +1,65 @@
+"""`export download`: the published checkpoints from Hugging Face, only what the cascade reads, only safetensors."""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from engines.catalog import TOKENIZERS, networks_of
+from engines.errors import CheckpointError
+
+# folder -> repository. Weights: CC BY-NC 4.0 (Show-1), DeepFloyd IF licence (IF-II, to be accepted on its page).
+REPOSITORIES = {
+    "show-1-base": "showlab/show-1-base",
+    "show-1-interpolation": "showlab/show-1-interpolation",
+    "IF-II-L-v1.0": "DeepFloyd/IF-II-L-v1.0",
+    "show-1-sr1": "showlab/show-1-sr1",
+    "show-1-sr2": "showlab/show-1-sr2",
+}
+_SMALL = (".json", ".txt", ".model")
+
+
+def needed_files(files: Iterable[str], subfolders: set[str], prefer_fp16: bool) -> list[str]:
+    """Of a repository's files those below `subfolders` that a build reads: configs, tokenizers, one set of weights."""
+    chosen = []
+    for subfolder in sorted(subfolders):
+        here = [file for file in files if PurePosixPath(file).parts[0] == subfolder]
+        weights = [file for file in here if file.endswith(".safetensors")]
+        half = [file for file in weights if ".fp16" in PurePosixPath(file).name]
+        full = [file for file in weights if file not in half]
+        chosen += [file for file in here if file.endswith(_SMALL)]
+        chosen += (half or full) if prefer_fp16 else (full or half)
+    return chosen
+
+
+def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16") -> None:
+    """Fetch the checkpoints of `stages` into folders below `out`; what is there already is kept.
+
+    Raises CheckpointError that says what to do when a repository is gated, unknown or out of reach.
+    """
+    subfolders: dict[str, set[str]] = {}
+    for network in networks_of(stages):
+        folder = network.folders[1]
+        subfolders.setdefault(folder, {"scheduler", "image_noising_scheduler"}).add(network.subfolder)
+        if network.name in TOKENIZERS:
+            subfolders[folder].add("tokenizer")
+    for folder, wanted in subfolders.items():
+        repository = REPOSITORIES[folder]
+        try:
+            files = needed_files(HfApi().list_repo_files(repository), wanted, precision == "fp16")
+            snapshot_download(repository, allow_patterns=files, local_dir=out / folder)
+        except GatedRepoError:
+            raise CheckpointError(
+                f"{repository} is gated: log in with `hf auth login` and accept the licence on the model's page at "
+                "Hugging Face, then run this again."
+            ) from None
+        except RepositoryNotFoundError:
+            raise CheckpointError(f"{repository} was not found, or you are not allowed to see it.") from None
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{repository} cannot be fetched ({error}). Check the connection and the disk; a second run goes on "
+                "where this one stopped."
+            ) from None
+
+

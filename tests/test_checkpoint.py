@@ -1,0 +1,403 @@
+"""Checkpoint folders: what is found and loaded, and what is said of those that cannot be used."""
+
+import json
+import lzma
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engines.catalog import CATALOG, TOKENIZERS, UNETS
+from engines.errors import CheckpointError
+from export import networks
+from export.checkpoint import find_folder, load_vae, load_weights, read_config, weight_files
+from export.modules.text import CLIPTextEncoder, T5Encoder
+from export.modules.unet import UNetConfig, VideoUNet
+from export.modules.vae import autoencoder
+from export.networks import Source
+
+pytestmark = pytest.mark.torch
+
+AS_DOWNLOADED = {
+    "base": "show-1-base",
+    "interpolation": "show-1-interpolation",
+    "if2": "IF-II-L-v1.0",
+    "sr1": "show-1-sr1",
+    "sr2": "show-1-sr2",
+}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def empty(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def clip_module(golden: Path) -> nn.Module:
+    return empty(lambda: CLIPTextEncoder(read_json(golden / "models/sr2/text_encoder/config.json"), "clip"))
+
+
+def assert_holds(module: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    state = module.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value.to(state[name].dtype), rtol=0, atol=0)
+
+
+# Weights that fit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_are_cast_to_the_precision_asked_for(golden: Path, dtype: "torch.dtype") -> None:
+    path = golden / "models/sr2/text_encoder/model.safetensors"
+    module = clip_module(golden)
+    load_weights(module, [path], dtype, "clip")
+    assert {value.dtype for value in module.state_dict().values()} == {dtype}
+    assert_holds(module, load_file(path))
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_shards_load_as_the_whole_does(golden: Path, tmp_path: Path, index: str) -> None:
+    weights = load_file(golden / "models/sr2/text_encoder/model.safetensors")
+    write_shards(tmp_path, index, weights)
+    module = clip_module(golden)
+    load_weights(module, weight_files(tmp_path, prefer_fp16=False), torch.float32, "clip")
+    assert_holds(module, weights)
+
+
+def test_a_missing_shard_is_named(golden: Path, tmp_path: Path) -> None:
+    weights = load_file(golden / "models/sr2/text_encoder/model.safetensors")
+    write_shards(tmp_path, "model.safetensors.index.json", weights)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json: shards model-00002-of-00003\.safetensors are missing"):
+        weight_files(tmp_path, prefer_fp16=False)
+
+
+def write_shards(folder: Path, index: str, weights: Mapping[str, Tensor]) -> None:
+    """Three files and their index, as the publishers' libraries split large models."""
+    weight_map = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(weights)}
+    for shard in set(weight_map.values()):
+        save_file({name: weights[name] for name in weights if weight_map[name] == shard}, folder / shard)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model"])
+@pytest.mark.parametrize(
+    ("there", "prefer_fp16", "chosen"),
+    [
+        (["", ".fp16"], True, ".fp16"),
+        (["", ".fp16"], False, ""),
+        ([""], True, ""),
+        ([".fp16"], False, ".fp16"),
+    ],
+)
+def test_the_variant_asked_for_is_taken_or_else_the_other(
+    tmp_path: Path, stem: str, there: list[str], prefer_fp16: bool, chosen: str
+) -> None:
+    for variant in there:
+        (tmp_path / f"{stem}{variant}.safetensors").touch()
+    (tmp_path / f"{stem}.bin").touch()  # beside safetensors a pickle does no harm
+    assert weight_files(tmp_path, prefer_fp16) == [tmp_path / f"{stem}{chosen}.safetensors"]
+
+
+def test_t5_loads_under_any_name_of_its_embedding(golden: Path, tmp_path: Path) -> None:
+    folder = golden / "models/base/text_encoder"
+    weights = load_file(folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    other = {"encoder.embed_tokens.weight": weights["shared.weight"].clone()}
+    without = {name: value for name, value in weights.items() if name != "shared.weight"}
+    for stored in (weights, {**without, **other}, {**weights, **other}):
+        save_file(stored, tmp_path / "model.safetensors")
+        source = Source(CATALOG["t5"], tmp_path, config, [tmp_path / "model.safetensors"], None)
+        module = networks.load(source, "fp32", (576, 320)).graphs[0].module
+        assert isinstance(module, T5Encoder)
+        assert_holds(module, weights)
+
+
+@pytest.mark.parametrize("as_convolution", [False, True], ids=["linear", "1x1 convolution"])
+def test_autoencoders_load_under_their_old_attention_names(golden: Path, tmp_path: Path, as_convolution: bool) -> None:
+    folder = golden / "models/sr2/vae"
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    stored = {}
+    for name, value in weights.items():
+        for new, old in old_names.items():
+            if f"attentions.0.{new}." in name:
+                name = name.replace(new, old)
+                if as_convolution and name.endswith("weight"):
+                    value = value[..., None, None].clone()
+        stored[name] = value
+    assert len(stored.keys() - weights.keys()) == 16  # weight and bias of four projections, in encoder and decoder
+    save_file(stored, tmp_path / "vae.safetensors")
+
+    vae = empty(lambda: autoencoder(read_json(folder / "config.json")))
+    load_vae(vae, [tmp_path / "vae.safetensors"], torch.float32, "sr2/vae")
+    assert_holds(vae, weights)
+
+
+def test_clip_buffers_that_nothing_reads_are_skipped(golden: Path, tmp_path: Path) -> None:
+    weights = load_file(golden / "models/sr2/text_encoder/model.safetensors")
+    unread = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.ones(2, 2)}
+    save_file({**weights, **unread}, tmp_path / "model.safetensors")
+    config = read_json(golden / "models/sr2/text_encoder/config.json")
+    source = Source(CATALOG["clip"], tmp_path, config, [tmp_path / "model.safetensors"], None)
+    assert_holds(networks.load(source, "fp32", (576, 320)).graphs[0].module, weights)
+
+
+# Weights that do not
+
+
+def test_every_missing_unexpected_and_misshapen_parameter_is_listed(tmp_path: Path) -> None:
+    save_file(
+        {
+            "0.weight": torch.ones(2, 2),
+            "1.weight": torch.ones(3, 3, 1),
+            "2.bias": torch.ones(3),
+            "ema.decay": torch.ones(1),
+            "3.weight": torch.ones(3, 3),
+        },
+        tmp_path / "model.safetensors",
+    )
+    module = empty(lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))))
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(module, [tmp_path / "model.safetensors"], torch.float32, "base/unet")
+    assert str(caught.value) == (
+        "base/unet: the weights do not fit the config beside them. "
+        "3 missing: 0.bias, 1.bias, 2.weight; "
+        "2 unexpected: 3.weight, ema.decay; "
+        "2 misshapen: 0.weight [2, 2], wanted [3, 3], 1.weight [3, 3, 1], wanted [3, 3]."
+    )
+
+
+@pytest.mark.parametrize("name", ["model.bin", "diffusion_pytorch_model.pt", "model.ckpt", "model.pth"])
+def test_a_pickle_is_refused_and_the_safe_file_asked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=rf"{name} is a pickle.*refused.*\.safetensors.*export download"):
+        weight_files(tmp_path, prefer_fp16=False)
+
+
+def test_a_folder_without_weights_says_which_files_it_wants(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no \.safetensors weights \(diffusion_pytorch_model or model"):
+        weight_files(tmp_path, prefer_fp16=False)
+    with pytest.raises(CheckpointError, match="is missing. Download the whole checkpoint again"):
+        weight_files(tmp_path / "absent", prefer_fp16=False)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_a_truncated_file_is_named(golden: Path, tmp_path: Path, kept: int) -> None:
+    whole = (golden / "models/sr2/text_encoder/model.safetensors").read_bytes()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(whole[:kept])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read \(.+\)\. Download it again"):
+        load_weights(clip_module(golden), [path], torch.float32, "clip")
+
+
+def test_another_stages_checkpoint_in_a_folder_is_recognised(golden: Path, tmp_path: Path) -> None:
+    models = link_models(golden, tmp_path, {"interpolation": "base"})
+    source = Source.find(CATALOG["base"], models, "fp32")
+    with pytest.raises(CheckpointError, match=r"7 channels in and 6 out; the base network has 3 in.*Is another stage's"):
+        networks.load(source, "fp32", (576, 320))
+
+
+def test_a_config_of_other_weights_is_told_apart_from_them(golden: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(golden / "models/base", models / "base")
+    config = read_json(models / "base/unet/config.json")
+    (models / "base/unet/config.json").write_text(json.dumps({**config, "cross_attention_dim": 32}))
+    with pytest.raises(CheckpointError, match=r"misshapen: .*encoder_hid_proj\.weight \[64, 64\], wanted \[32, 64\]"):
+        networks.load(Source.find(CATALOG["base"], models, "fp32"), "fp32", (576, 320))
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"act_fn": "relu"}, "act_fn is 'relu'; supported: 'gelu' or 'silu' or 'swish'"),
+        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'; supported: None or 'timestep'"),
+        ({"num_attention_heads": 8}, "num_attention_heads is 8; supported: null"),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type is 'UNetMidBlock2DCrossAttn'; supported: 'UNetMid"),
+        ({"down_block_types": ["AttnDownBlock3D", "DownBlock3D"]}, "block type is 'AttnDownBlock3D'; supported: Resnet"),
+        ({"up_block_types": ["UpBlock", "UpBlock3D"]}, "block type is 'UpBlock'; supported: .* with 2D or 3D"),
+        ({"layers_per_block": [1, 2, 3]}, r"layers_per_block is \[1, 2, 3\]; supported: one value, or .* 2 levels"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'; supported: 'positional'"),
+    ],
+)
+def test_unsupported_values_of_a_unet_are_named_with_what_is_supported(
+    golden: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = read_json(golden / "models/base/unet/config.json")
+    with pytest.raises(CheckpointError, match=f"base/unet: {message}"):
+        UNetConfig.from_dict({**config, **changes}, "base/unet")
+
+
+@pytest.mark.parametrize("key", ["block_out_channels", "mid_block_type", "in_channels"])
+def test_a_unet_config_without_an_essential_key_is_refused(golden: Path, key: str) -> None:
+    config = read_json(golden / "models/base/unet/config.json")
+    del config[key]
+    with pytest.raises(CheckpointError, match=f"'{key}' is missing. Is this a UNet's config.json"):
+        UNetConfig.from_dict(config, "base/unet")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("t5", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'; supported: 'gated-gelu'"),
+        ("clip", {"hidden_act": "relu"}, "activation 'relu' is not supported; allowed: gelu, quick_gelu"),
+        ("clip", {"vocab_size": None}, "text_encoder/config.json: 'vocab_size' is missing"),
+    ],
+)
+def test_unsupported_text_encoders_are_refused(golden: Path, name: str, changes: dict[str, Any], message: str) -> None:
+    source = Source.find(CATALOG[name], golden / "models", "fp32")
+    config = {key: value for key, value in {**source.config, **changes}.items() if value is not None}
+    with pytest.raises(CheckpointError, match=message):
+        networks.load(Source(source.network, source.folder, config, source.weights, None), "fp32", (576, 320))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "cannot be read as JSON"), (b"[1]", "expected a JSON object, found list"), (b"\xff\xfe", "cannot be read")],
+)
+def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json.*{message}"):
+        read_config(tmp_path / "config.json")
+
+
+# Folders
+
+
+def link_models(golden: Path, tmp_path: Path, names: Mapping[str, str]) -> Path:
+    """A checkpoint folder with some of the golden models under other names."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, other in names.items():
+        (models / other).symlink_to(golden / "models" / name, target_is_directory=True)
+    return models
+
+
+@pytest.mark.parametrize("names", [{name: name for name in AS_DOWNLOADED}, AS_DOWNLOADED], ids=["short", "published"])
+def test_all_networks_are_found_under_both_kinds_of_folder_names(
+    golden: Path, tmp_path: Path, names: Mapping[str, str]
+) -> None:
+    models = link_models(golden, tmp_path, names)
+    for network in CATALOG.values():
+        source = Source.find(network, models, "fp32")
+        assert source.where == f"{names[golden_name(network.folders)]}/{network.subfolder}"
+        assert source.weights
+    for folders in TOKENIZERS.values():
+        assert find_folder(models, folders, "tokenizer").is_dir()
+    assert set(networks.schedulers(models, CATALOG.values())) == {*UNETS, "if2.noising", "sr1.noising"}
+
+
+def golden_name(folders: Iterable[str]) -> str:
+    return next(name for name in folders if name in AS_DOWNLOADED)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_missing_folder_is_named_with_both_of_its_names(tmp_path: Path, name: str) -> None:
+    folders = " or ".join(CATALOG[name].folders)
+    with pytest.raises(CheckpointError, match=rf"no folder {folders}\. Give --checkpoint .*export download"):
+        Source.find(CATALOG[name], tmp_path, "fp32")
+
+
+@pytest.mark.parametrize("path", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_missing_file_of_a_checkpoint_is_named(golden: Path, tmp_path: Path, path: str) -> None:
+    shutil.copytree(golden / "models/base", tmp_path / "base")
+    (tmp_path / "base" / path).unlink()
+    with pytest.raises(CheckpointError, match=rf"base/{path} is missing. Download the whole folder again"):
+        Source.find(CATALOG["base"], tmp_path, "fp32")
+
+
+# Published sizes
+
+_PIXEL = {
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "attention_head_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "norm_num_groups": 32,
+    "out_channels": 6,
+    "resnet_time_scale_shift": "scale_shift",
+}
+
+
+def _base(in_channels: int) -> dict[str, Any]:
+    return {
+        **_PIXEL,
+        "in_channels": in_channels,
+        "block_out_channels": [320, 640, 960, 1280],
+        "layers_per_block": 3,
+        "down_block_types": ["ResnetDownsampleBlock3D"] + ["SimpleCrossAttnDownBlock3D"] * 3,
+        "mid_block_type": "UNetMidBlock3DSimpleCrossAttn",
+        "up_block_types": ["SimpleCrossAttnUpBlock3D"] * 3 + ["ResnetUpsampleBlock3D"],
+        "cross_attention_dim": 1280,
+    }
+
+
+def _super_resolution(kind: str, channels: list[int], layers: list[int], dim: int) -> dict[str, Any]:
+    return {
+        **_PIXEL,
+        "in_channels": 6,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": [f"ResnetDownsampleBlock{kind}"] * 3 + [f"SimpleCrossAttnDownBlock{kind}"] * 2,
+        "mid_block_type": f"UNetMidBlock{kind}SimpleCrossAttn",
+        "up_block_types": [f"SimpleCrossAttnUpBlock{kind}"] * 2 + [f"ResnetUpsampleBlock{kind}"] * 3,
+        "cross_attention_dim": dim,
+        "time_embedding_dim": dim,
+        "class_embed_type": "timestep",
+        "time_embedding_act_fn": "gelu",
+        "resnet_skip_time_act": True,
+    }
+
+
+PUBLISHED = {
+    "base": _base(3),
+    "interp": _base(7),
+    "if2": _super_resolution("2D", [160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1280),
+    "sr1": _super_resolution("3D", [128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 768),
+    "sr2": {
+        "act_fn": "silu",
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+        "mid_block_type": "UNetMidBlock3DCrossAttn",
+        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+        "transfromer_in_opt": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def published_shapes() -> dict[str, dict[str, list[int]]]:
+    """Of the original classes, with the published configs."""
+    packed = Path(__file__).parent / "golden" / "state_dict_shapes.json.xz"
+    return json.loads(lzma.decompress(packed.read_bytes()))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_have_the_names_and_shapes_of_the_published_checkpoints(
+    published_shapes: dict[str, dict[str, list[int]]], name: str
+) -> None:
+    unet = empty(lambda: VideoUNet(UNetConfig.from_dict(PUBLISHED[name], name)))
+    assert {key: list(value.shape) for key, value in unet.state_dict().items()} == published_shapes[name]
