@@ -1,4 +1,4 @@
-"""ONNX Runtime's compiler: the graph itself, with the operators that its kernels do best, and weights in a file beside."""
+"""ONNX Runtime's compiler: the graph itself, with the operators that its kernels do best, and its weights beside it."""
 
 from pathlib import Path
 

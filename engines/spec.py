@@ -31,7 +31,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Binding:
-    """A named input or output. `axes` holds sizes, axis names ("frames") and, for outputs, derived ones ("height/8")."""
+    """A named input or output. `axes` holds sizes, axis names ("frames") and, in outputs, derived ones ("height/8")."""
 
     name: str
     dtype: str  # NumPy's name
@@ -61,14 +61,20 @@ class GraphSpec:
             if not fits:
                 want = ", ".join(map(str, binding.axes))
                 known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
-                raise ProfileError(f"{engine}/{self.name}: {binding.name} has shape {shape}, wanted [{want}] ({known}).")
+                raise ProfileError(
+                    f"{engine}/{self.name}: {binding.name} has shape {shape}, wanted [{want}] ({known})."
+                )
         self.check_sizes(engine, sizes)
 
     def check_sizes(self, engine: str, sizes: Mapping[str, int]) -> None:
         """Raises ProfileError unless one profile takes these sizes of its axes, some or all of them."""
         if not any(all(size in profile[axis] for axis, size in sizes.items()) for profile in self.profiles.values()):
             profile = next(iter(self.profiles.values()))
-            wrong = [f"{axis} {size} (built for {profile[axis]})" for axis, size in sizes.items() if size not in profile[axis]]
+            wrong = [
+                f"{axis} {size} (built for {profile[axis]})"
+                for axis, size in sizes.items()
+                if size not in profile[axis]
+            ]
             raise ProfileError(
                 f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a fitting size or number of frames, or rebuild "
                 "for another size: `python -m export build --stage all --size WIDTHxHEIGHT`."

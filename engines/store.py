@@ -147,19 +147,19 @@ class BundleWriter(Bundle):
     def install_tokenizer(self, name: str, text: str) -> None:
         path = self.root / TOKENIZERS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, text.encode())
         entry = FileEntry(f"{TOKENIZERS}/{name}.json", hash_file(path), path.stat().st_size)
         self.update(tokenizers={**self.manifest.tokenizers, name: entry})
 
     def update(self, **changes: Any) -> None:
         self.manifest = replace(self.manifest, **changes)
-        write_atomically(self.root / MANIFEST, self.manifest.to_json())
+        write_atomically(self.root / MANIFEST, self.manifest.to_json().encode())
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engines.catalog import CATALOG, STAGES
-from engines.errors import CheckpointError, Show1Error
+from engines.errors import Show1Error
+from engines.manifest import EngineEntry
 from engines.spec import PRECISIONS
 from engines.store import Bundle
 
@@ -62,7 +63,7 @@ def _check(arguments: argparse.Namespace) -> None:
     problems = 0
     for name in CATALOG:
         entry = bundle.manifest.engines.get(name)
-        reasons = ["not built"] if entry is None else list(filter(None, map(bundle.damage, entry.files())))
+        reasons = ["not built"] if entry is None else _unusable(bundle, entry)
         problems += bool(reasons)
         details = f"{entry.backend} {entry.precision}" if entry else ""
         print(f"{name:12} {details:18} {'; '.join(reasons) or 'ok'}")
@@ -73,6 +74,19 @@ def _check(arguments: argparse.Namespace) -> None:
         print(f"{f'{name} tokenizer':31} {reason or 'ok'}")
     if problems:
         raise Show1Error(f"{problems} parts are unusable: `python -m export build --stage all --out {bundle.root}`.")
+
+
+def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
+    """Why an engine cannot run here: damaged files, or plans that its backend does not load."""
+    from runtime.runner import Engine
+
+    reasons = list(filter(None, map(bundle.damage, entry.files())))
+    if not reasons:
+        try:
+            Engine(bundle, entry).close()
+        except Show1Error as error:
+            reasons.append(str(error))
+    return reasons
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -110,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_size, default=(576, 320), help="video size that the engines are tuned for (default: 576x320)"
     )
     build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
-    build.add_argument("--jobs", type=int, help="engines built side by side (default: what processors and memory allow)")
+    build.add_argument(
+        "--jobs", type=int, help="engines built side by side (default: what processors and memory allow)"
+    )
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")
     download.set_defaults(run=_download)

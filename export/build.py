@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
@@ -25,7 +27,7 @@ from engines.store import Bundle, BundleWriter, hash_file
 from export import networks
 from export.checkpoint import find_folder
 from export.networks import Source
-from export.parity import check_parity, example_sizes, SEED
+from export.parity import SEED, check_parity, example_sizes
 from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
@@ -167,16 +169,15 @@ def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:
 
 
 def _plan_bytes(job: Job) -> int:
-    """Size of an engine's weights. Checkpoints may be stored in half precision."""
-    stored = {"fp32": 4, "fp16": 2}
-    half = any(".fp16." in path.name for path in job.source.weights) or job.source.bytes < _GIB
-    return job.source.bytes * stored[job.precision] // (2 if half else 4)
+    return job.source.parameters * np.dtype(PRECISIONS[job.precision]).itemsize
 
 
 def _check_disk(root: Path, pending: list[Job]) -> None:
     need, free = sum(map(_plan_bytes, pending)), shutil.disk_usage(root).free
     if need > free:
-        raise BundleError(f"{root}: {need / _GIB:.1f} GiB needed, {free / _GIB:.1f} GiB free. Make room or choose another --out.")
+        raise BundleError(
+            f"{root}: {need / _GIB:.1f} GiB needed, {free / _GIB:.1f} GiB free. Make room or choose another --out."
+        )
 
 
 def _parallel_jobs(pending: list[Job]) -> int:
@@ -211,6 +212,11 @@ def _build_all(bundle: BundleWriter, pending: list[Job], jobs: int) -> None:
                 error = max(row["max_error"] for graph in entry.graphs.values() for row in graph.parity)
                 bar.write(f"{entry.name}: built in {seconds:.0f} s, differs from torch by {error:.1e}", file=sys.stderr)
                 bar.update(cost[entry.name])
+        except BrokenProcessPool:
+            raise BundleError(
+                "a build process was killed, most likely for want of memory. Finished engines are kept; "
+                "run this again with --jobs 1."
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,22 @@ def _shards(index: Path) -> list[Path]:
     shards = [index.parent / name for name in sorted(set(read_config(index).get("weight_map", {}).values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:
-        raise CheckpointError(f"{index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them again.")
+        raise CheckpointError(
+            f"{index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them again."
+        )
     return shards
+
+
+def count_parameters(files: Iterable[Path]) -> int:
+    """From the files' headers alone."""
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
+    return total
 
 
 def file_hash(paths: Iterable[Path]) -> str:

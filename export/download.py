@@ -61,5 +61,3 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
                 f"{repository} cannot be fetched ({error}). Check the connection and the disk; a second run goes on "
                 "where this one stopped."
             ) from None
-
-

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from engines import catalog
-from engines.catalog import CATALOG, Network
+from engines.catalog import Network
 from engines.errors import CheckpointError
 from engines.spec import PRECISIONS, Binding, GraphSpec
-from export.checkpoint import file_hash, find_folder, load_vae, load_weights, read_config, weight_files
+from export.checkpoint import (
+    count_parameters,
+    file_hash,
+    find_folder,
+    load_vae,
+    load_weights,
+    read_config,
+    weight_files,
+)
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
 from runtime.config import stage_sizes
@@ -51,8 +59,8 @@ class Source:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.weights)
+    def parameters(self) -> int:
+        return count_parameters(self.weights)
 
     @property
     def learned_variance(self) -> bool:
@@ -259,5 +267,3 @@ def schedulers(checkpoint: Path, networks: Iterable[Network]) -> dict[str, dict[
             found[key] = read_config(path)
             SchedulerConfig.from_dict(found[key], f"{home.name}/{folder}/{path.name}")
     return found
-
-

@@ -68,7 +68,7 @@ _UNETS: dict[str, dict[str, Any]] = {
     "base": _pixel(3, [32, 64], "3D"),
     "interpolation": _pixel(7, [32, 64], "3D"),
     "if2": _pixel(6, [32, 32, 64], "2D", _class_name="UNet2DConditionModel", **_SUPER_RESOLUTION),
-    "sr1": _pixel(6, [32, 32, 64, 64], "3D", **_SUPER_RESOLUTION),
+    "sr1": _pixel(6, [32, 32, 64], "3D", **_SUPER_RESOLUTION),
     "sr2": {
         "_class_name": "UNet3DConditionModel",
         "act_fn": "silu",
@@ -122,7 +122,11 @@ _COSINE = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_
 _SCHEDULERS = {
     "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"},
     "interpolation": {
-        **_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"
+        **_DPM,
+        **_COSINE,
+        "sample_max_value": 1.5,
+        "lambda_min_clipped": -5.1,
+        "variance_type": "fixed_small",
     },
     "if2": {"_class_name": "DDPMScheduler", **_COSINE, "sample_max_value": 1.0, "variance_type": "fixed_small"},
     "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"},
@@ -162,7 +166,7 @@ def _save(folder: Path, config: dict[str, Any], module: nn.Module) -> None:
 
 
 def _initialised(module: Any) -> Any:
-    """Default weights, matrices and filters rounded to 11 levels: they pack to a quarter, and fit in float16 exactly."""
+    """Default weights; matrices and filters rounded to 11 levels, which pack to a quarter and are exact in float16."""
     for value in module.eval().requires_grad_(False).parameters():
         if value.ndim > 1:
             step = (value.std() * 0.6).half().float()
@@ -205,7 +209,7 @@ def _colours(frames: int, height: int, width: int, generator: torch.Generator, c
 
 
 def _ridge(layer: nn.Conv2d, run: Callable[[int], Tensor], rounds: int, rows: int, strength: float = 1e-3) -> None:
-    """Fit the first `rows` filters of `layer` by least squares; `run(i)` runs its network and gives [N, rows, H, W]."""
+    """Fit the first `rows` filters of `layer` by least squares; `run(i)` runs the network, gives [N, rows, H, W]."""
     seen: list[Tensor] = []
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     gram = moment = torch.zeros(())

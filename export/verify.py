@@ -1,7 +1,7 @@
 """`export verify`: a bundle's engines against reference data made by the authors' code, case by case.
 
-The reference is any folder of the format described in `tests/golden/README.md`: `meta.json` with the settings, `models/`
-with the checkpoint, and NPZ files with inputs and expected outputs, each of which may be absent.
+The reference is any folder of the format described in `tests/golden/README.md`: `meta.json` with the settings,
+`models/` with the checkpoint, and NPZ files with inputs and expected outputs, each of which may be absent.
 """
 
 import contextlib
@@ -134,7 +134,9 @@ def _unets(reference: Reference, engines: EnginePool) -> Iterator[Row]:
                 yield _unet(f"unet_{name}{suffix}", engine, data, suffix, data["timestep"], f"out{suffix}")
                 if f"out_tbatch{suffix}" in data:
                     timestep = data["timestep_batch"]
-                    yield _unet(f"unet_{name}{suffix} t per item", engine, data, suffix, timestep, f"out_tbatch{suffix}")
+                    yield _unet(
+                        f"unet_{name}{suffix} t per item", engine, data, suffix, timestep, f"out_tbatch{suffix}"
+                    )
 
 
 def _unet(case: str, engine: Engine, data: Mapping[str, Array], suffix: str, timestep: Array, out: str) -> Row:

@@ -1,6 +1,7 @@
 """`show1-rt`: a prompt in, a video out."""
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     add = generate.add_argument
     add("prompt", help="what the video should show")
-    add("--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)")
+    add(
+        "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
+    )
     add("--out", help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: an .mp4 named after the prompt)")
     add("--seed", type=int, default=SEED, help="default: %(default)s, the authors' script's")
     add(
@@ -105,11 +108,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         seconds[stage] = time.perf_counter() - last
         last = time.perf_counter()
         if arguments.save_stages:
-            import numpy as np
-
             save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
-            with open(arguments.save_stages / f"{stage}.npy", "wb") as file:
-                np.save(file, clip)
+            _save_array(clip, arguments.save_stages / f"{stage}.npy")
 
     def say_cut(encoder: str, text: str) -> None:
         print(f"warning: {encoder} reads 77 tokens; this end of the prompt was cut off: {text!r}", file=sys.stderr)
@@ -125,8 +125,14 @@ def _generate(arguments: argparse.Namespace) -> None:
             on_clip=save_stage,
         )
     bundle = pipeline.engines.bundle
-    about = {**video.metadata(), "bundle": f"{bundle.root.name} {bundle.id}", "software": f"show1-rt {version('show1-rt')}"}
-    save_video(video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
+    about = {
+        **video.metadata(),
+        "bundle": f"{bundle.root.name} {bundle.id}",
+        "software": f"show1-rt {version('show1-rt')}",
+    }
+    save_video(
+        video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    )
     if arguments.json:
         times = {"seconds": time.perf_counter() - start, "stage_seconds": seconds}
         print(json.dumps({"out": str(out), "frames": len(video.frames), "cut": video.cut, **about, **times}, indent=1))
@@ -150,6 +156,21 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --save-stages.") from None
+
+
+def _save_array(clip: Any, path: Path) -> None:
+    import numpy as np
+
+    from engines.store import write_atomically
+
+    content = io.BytesIO()
+    np.save(content, clip)
+    try:
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}). Make room, or choose another folder."
+        ) from None
 
 
 class _Bars:

@@ -12,7 +12,8 @@ try:
     import onnxruntime as ort
 except ImportError:
     raise EngineError(
-        "ONNX Runtime is not installed. Install one flavour: `pip install -e '.[cpu]'`, or `'.[cuda]'` for an NVIDIA card."
+        "ONNX Runtime is not installed. Install one flavour: `pip install -e '.[cpu]'`, or for an NVIDIA card "
+        "`pip install -e '.[cuda]'`."
     ) from None
 
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first

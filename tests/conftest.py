@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from unpack_golden import unpack
+
+from export.unpack import unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_TORCH = "torch: needs the export extra, `pip install -e '.[export]'`"
@@ -26,7 +27,7 @@ def golden() -> Path:
         if not (folder / "meta.json").is_file():
             pytest.fail(f"SHOW1_GOLDEN is {elsewhere}: no meta.json there. Name an unpacked folder, or unset it.")
         return folder
-    return unpack(ROOT / "build" / "golden")
+    return unpack(ROOT / "tests" / "golden" / "golden.tar.xz", ROOT / "build" / "golden")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 @torch.library.custom_op("show1::temporal_attention", mutates_args=())
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """The same for the frames of a pixel: very many rows (one per pixel) of 2 to 32 tokens, which suit other kernels."""
+    """The same for the frames of a pixel: very many rows (one per pixel) of 2 to 32 tokens suit other kernels."""
     return _attention(q, k, v, num_heads)
 
 

@@ -122,7 +122,9 @@ class T5Encoder(nn.Module):
         half = self.buckets // 2
         exact = half // 2
         far = exact + (
-            torch.log(distance.abs().clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+            torch.log(distance.abs().clamp(min=1).float() / exact)
+            / math.log(self.max_distance / exact)
+            * (half - exact)
         ).long().clamp(max=half - exact - 1)
         bucket = torch.where(distance.abs() < exact, distance.abs(), far) + (distance > 0) * half
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -142,7 +144,9 @@ class CLIPLayer(nn.Module):
     def __init__(self, dim: int, heads: int, inner: int, eps: float, act: Any):
         super().__init__()
         self.heads, self.act = heads, act
-        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
         self.layer_norm1 = LayerNorm(dim, eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, inner), "fc2": nn.Linear(inner, dim)})
         self.layer_norm2 = LayerNorm(dim, eps)
@@ -150,7 +154,8 @@ class CLIPLayer(nn.Module):
     def forward(self, x: Tensor, causal: Tensor) -> Tensor:
         y = self.layer_norm1(x)
         q, k, v = (
-            self.self_attn[f"{name}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q", "k", "v")
+            self.self_attn[f"{name}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name in ("q", "k", "v")
         )
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         weights = (scores.float() + causal).softmax(-1).to(v.dtype)

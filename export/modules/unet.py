@@ -184,7 +184,7 @@ class UNetConfig:
 
 
 class Layers(nn.Module):
-    """The layers of one block: resnet, then temporal convolution, attention and temporal attention where it has them."""
+    """The layers of one block: resnet, then temporal convolution, attention, temporal attention where it has them."""
 
     def __init__(self, config: UNetConfig, level: int, io: list[tuple[int, int]], attention: str | None, mid: bool):
         super().__init__()
@@ -197,9 +197,7 @@ class Layers(nn.Module):
             self.temp_convs = nn.ModuleList(TemporalConvLayer(channels, config.norm_num_groups) for _ in io)
         if attention:
             count = 1 if mid else len(io)
-            self.attentions = nn.ModuleList(
-                spatial_attention(config, channels, level, attention) for _ in range(count)
-            )
+            self.attentions = nn.ModuleList(spatial_attention(config, channels, level, attention) for _ in range(count))
             if temporal:
                 # Show-1 reads attention_head_dim as the number of heads here, whatever it means for the spatial ones.
                 heads = config.attention_head_dim[level]
@@ -257,7 +255,7 @@ class MidBlock(Layers):
 
 
 class UpBlock(Layers):
-    """Block `index` of the way up, coarsest first; its layers meet one skip each, plus the finer level's sampler skip."""
+    """Block `index` of the way up, coarsest first; each layer meets one skip, the last the finer level's."""
 
     def __init__(self, config: UNetConfig, index: int):
         channels = config.block_out_channels
@@ -338,7 +336,7 @@ class VideoUNet(nn.Module):
             yield from getattr(block, "attentions", ())
 
     def drop_variance(self, channels: int) -> None:
-        """Keep the first `channels` rows of the last convolution: no DPM-Solver or fixed-variance step reads the rest."""
+        """Keep the first `channels` rows of the last convolution: DPM-Solver and fixed variances read no others."""
         self.conv_out.weight = nn.Parameter(self.conv_out.weight[:channels].clone())
         self.conv_out.bias = nn.Parameter(self.conv_out.bias[:channels].clone())
         self.conv_out.out_channels = channels

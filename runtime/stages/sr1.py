@@ -1,4 +1,4 @@
-"""Pixel super-resolution, four times as wide and high: the first frame by DeepFloyd IF-II, the clip window by window."""
+"""Pixel super-resolution, four times as wide and high: first frame by DeepFloyd IF-II, the clip window by window."""
 
 import numpy as np
 
@@ -50,9 +50,7 @@ def run_sr1(
             window = np.s_[:, :, start : start + settings.sr1_window]
             on_step = step_counter(progress, "sr1", number, len(starts))
             # The shared frame is generated again and overwritten, as in the reference.
-            out[window] = upscale(
-                engines.bundle, "sr1", unet, clip[window], first_frame, stage, level, seed, on_step
-            )
+            out[window] = upscale(engines.bundle, "sr1", unet, clip[window], first_frame, stage, level, seed, on_step)
             first_frame = out[window][:, :, -1:]
     return out
 
@@ -90,4 +88,3 @@ def upscale(
         condition=condition,
         on_step=on_step,
     )
-

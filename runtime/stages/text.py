@@ -24,9 +24,7 @@ def run_text(engines: EnginePool, prompt: str, on_cut: OnCut | None = None) -> P
     return PromptEmbeds(embeds, negative)
 
 
-def run_clip_text(
-    engines: EnginePool, prompt: str, negative_prompt: str, on_cut: OnCut | None = None
-) -> PromptEmbeds:
+def run_clip_text(engines: EnginePool, prompt: str, negative_prompt: str, on_cut: OnCut | None = None) -> PromptEmbeds:
     """CLIP embeddings [1, 77, D] of the prompt as typed and of the negative prompt."""
     tokenizer = Tokenizer.from_file(engines.bundle.tokenizer("clip"))
     with engines.use("clip") as clip:

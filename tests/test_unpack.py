@@ -1,4 +1,4 @@
-"""unpack_golden: once, whole or not at all, and never over somebody else's files."""
+"""Archives unpack once, whole or not at all, and never over somebody else's files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from unpack_golden import ARCHIVE, GoldenError, unpack
+
+from engines.errors import CheckpointError
+from export.unpack import unpack
+
+ARCHIVE = Path(__file__).parent / "golden" / "golden.tar.xz"
 
 
 def write_archive(path: Path, files: dict[str, bytes]) -> Path:
@@ -30,32 +34,21 @@ def test_models_has_a_folder_per_stage(golden: Path) -> None:
 
 
 def test_second_unpack_does_nothing(tmp_path: Path, archive: Path) -> None:
-    target = unpack(tmp_path / "deep" / "golden", archive=archive)
+    target = unpack(archive, tmp_path / "deep" / "golden")
     assert (target / "models" / "base" / "config.json").read_bytes() == b"{}"
     (target / "meta.json").write_text("mine")
 
-    assert unpack(target, archive=archive) == target
-    assert unpack(target, only="models", archive=archive) == target
+    assert unpack(archive, target) == target
     assert (target / "meta.json").read_text() == "mine"
 
 
 def test_changed_archive_replaces_the_content(tmp_path: Path, archive: Path) -> None:
-    target = unpack(tmp_path / "golden", archive=archive)
+    target = unpack(archive, tmp_path / "golden")
     write_archive(archive, {"meta.json": b"[]"})
 
-    unpack(target, archive=archive)
+    unpack(archive, target)
     assert (target / "meta.json").read_bytes() == b"[]"
     assert not (target / "models").exists()
-
-
-def test_only_models_is_completed_by_a_full_unpack(tmp_path: Path, archive: Path) -> None:
-    target = unpack(tmp_path / "golden", only="models", archive=archive)
-    assert not (target / "meta.json").exists()
-
-    unpack(target, archive=archive)
-    assert (target / "meta.json").exists()
-    with pytest.raises(GoldenError, match=r"has no 'weights'; it has meta\.json, models"):
-        unpack(tmp_path / "other", only="weights", archive=archive)
 
 
 @pytest.mark.parametrize("kept", [0, 5_000_000, -8], ids=["empty", "half", "no tail"])
@@ -64,15 +57,15 @@ def test_truncated_archive_raises_and_leaves_nothing(tmp_path: Path, kept: int) 
     cut.write_bytes(ARCHIVE.read_bytes()[:kept])
     folder = tmp_path / "folder"
 
-    with pytest.raises(GoldenError, match="damaged or incomplete"):
-        unpack(folder / "golden", archive=cut)
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        unpack(cut, folder / "golden")
     assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_members_outside_the_target_are_refused(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "outside.tar.xz", {"../outside.txt": b""})
-    with pytest.raises(GoldenError, match=r"holds '\.\./outside\.txt'"):
-        unpack(tmp_path / "golden", archive=archive)
+    with pytest.raises(CheckpointError, match=r"holds '\.\./outside\.txt'"):
+        unpack(archive, tmp_path / "golden")
     assert not (tmp_path / "outside.txt").exists()
 
 
@@ -81,6 +74,6 @@ def test_folder_with_other_files_is_left_alone(tmp_path: Path, archive: Path) ->
     target.mkdir()
     (target / "letter.txt").write_text("dear")
 
-    with pytest.raises(GoldenError, match="Name a new or empty folder"):
-        unpack(target, archive=archive)
+    with pytest.raises(CheckpointError, match="Name a new or empty folder"):
+        unpack(archive, target)
     assert (target / "letter.txt").read_text() == "dear"

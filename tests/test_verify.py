@@ -1,0 +1,116 @@
+"""`export verify`: all golden cases hold, and it notices when one does not."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+from engines.store import Bundle
+from export.__main__ import main
+from export.verify import verify
+
+pytestmark = pytest.mark.torch
+
+Array = NDArray[Any]
+
+
+@pytest.fixture
+def trimmed(golden: Path, tmp_path: Path) -> Path:
+    """A reference folder with the one file that is checked fastest."""
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for name in ("meta.json", "text_t5.npz"):
+        shutil.copyfile(golden / name, folder / name)
+    return folder
+
+
+def change(folder: Path, key: str, how: Callable[[Array], Array]) -> None:
+    path = folder / "text_t5.npz"
+    with np.load(path) as data:
+        arrays = {**data, key: how(data[key])}
+    np.savez(path, **arrays)
+
+
+def run_verify(bundle: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m export verify`."""
+    try:
+        code = main(["verify", str(bundle), "--reference", str(reference)])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+def test_all_golden_cases_hold(golden: Path, bundle: Path) -> None:
+    rows = verify(Bundle.open(bundle), golden)
+    misses = [row for row in rows if not row.ok]
+    assert not misses, "\n".join(map(str, misses))
+    assert len(rows) >= 73  # as of the first version: cases may be added, none may vanish
+
+
+def test_an_unchanged_reference_passes_and_absent_files_are_left_out(
+    bundle: Path, trimmed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_verify(bundle, trimmed, capsys)
+    assert code == 0
+    assert "MISS" not in out
+    cases = [line.split("  ")[0] for line in out.splitlines()[1:]]
+    assert cases == ["t5 input_ids", "t5 attention_mask", "t5 prompt", "t5 negative", "4 of 4 cases ok"]
+
+
+@pytest.mark.parametrize(
+    ("key", "case", "how"),
+    [
+        ("prompt_embeds", "t5 prompt", lambda x: x + np.float32(2e-5)),
+        ("negative_embeds", "t5 negative", lambda x: np.where(np.arange(x.size).reshape(x.shape) == 7, np.nan, x)),
+        ("input_ids", "t5 input_ids", lambda x: x[:, ::-1]),
+    ],
+    ids=["off by two tolerances", "one NaN", "other tokens"],
+)
+def test_a_changed_reference_is_a_miss_and_exit_code_1(
+    bundle: Path,
+    trimmed: Path,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    case: str,
+    how: Callable[[Array], Array],
+) -> None:
+    change(trimmed, key, how)
+    code, out, _ = run_verify(bundle, trimmed, capsys)
+    assert code == 1
+    assert [line.split("  ")[0] for line in out.splitlines() if line.endswith("MISS")] == [case]
+    assert out.splitlines()[-1] == "3 of 4 cases ok"
+
+
+def test_a_reference_of_another_shape_fails_and_names_the_case(
+    bundle: Path, trimmed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(trimmed, "prompt_embeds", lambda x: x[:, :5])
+    code, out, err = run_verify(bundle, trimmed, capsys)
+    assert code == 1
+    assert "t5 prompt" in out + err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "meta.json").unlink(), "no meta.json there"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "meta.json cannot be read as JSON"),
+        (lambda folder: (folder / "text_t5.npz").unlink(), "no reference arrays"),
+        (lambda folder: (folder / "text_t5.npz").write_bytes(b"PK\x03\x04"), "text_t5.npz"),
+    ],
+    ids=["no meta.json", "broken meta.json", "no arrays", "truncated arrays"],
+)
+def test_an_unusable_reference_folder_is_one_clear_line(
+    bundle: Path, trimmed: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], Any], message: str
+) -> None:
+    spoil(trimmed)
+    code, _, err = run_verify(bundle, trimmed, capsys)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and message in line
