@@ -24,10 +24,10 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## tiny checkpoint -> engines in bundle/ -> out/demo.mp4 (random weights: a film of noise)
-	$(VENV)/bin/python tests/unpack_golden.py build/golden
-	$(RUN) export build --stage all --checkpoint build/golden/models --out bundle
-	$(VENV)/bin/show1-rt generate "A burning lamborghini driving on rainbow." --bundle bundle \
+demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (random weights: colours)
+	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
+	mkdir -p out
+	$(VENV)/bin/show1-rt generate "A burning lamborghini driving on rainbow." --bundle build/demo-bundle \
 		--preset draft --size 576x320 --out out/demo.mp4
 
 test: $(INSTALLED)  ## ruff, mypy and all tests but the slow ones

@@ -2,31 +2,16 @@
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from engines.errors import OutputError, SettingsError, Show1Error
-from runtime.config import PRESETS, SEED
+from runtime.config import PRESETS, SEED, parse_size, parse_stage_values
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match:
-        raise SettingsError(f"--size {text!r}; wanted: WIDTHxHEIGHT, e.g. 576x320.")
-    return int(match[1]), int(match[2])
-
-
-def _steps(text: str) -> dict[str, int]:
-    pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part) for part in text.split(",")]
-    if not all(pairs):
-        raise SettingsError(f"--steps {text!r}; wanted: STAGE=N,STAGE=N, e.g. base=8,sr1=4.")
-    return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
 def _stages(text: str) -> list[str]:
@@ -53,9 +38,10 @@ def _latency(arguments: argparse.Namespace) -> None:
     stages = _stages(arguments.stages)
     bundle = Bundle.open(arguments.bundle)
     settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
-    settings = settings.with_steps(_steps(arguments.steps) if arguments.steps else {})
+    if arguments.steps is not None:
+        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
     if arguments.size:
-        settings = replace(settings, size=_size(arguments.size))
+        settings = replace(settings, size=parse_size(arguments.size))
     if arguments.keyframes is not None:
         settings = replace(settings, keyframes=arguments.keyframes)
 
@@ -94,7 +80,7 @@ def _write(path: Path, content: dict[str, object]) -> None:
     from engines.store import write_atomically
 
     try:
-        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
 

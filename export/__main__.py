@@ -10,31 +10,38 @@ from engines.errors import Show1Error
 from engines.manifest import EngineEntry
 from engines.spec import PRECISIONS
 from engines.store import Bundle
+from export.unpack import unpack
+from runtime.config import parse_size
 
 CHECKPOINTS = Path("checkpoints")
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    try:
-        return int(width), int(height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 576x320") from None
+DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
+DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `random-checkpoint`
 
 
 def _build(arguments: argparse.Namespace) -> None:
     from export.build import build  # torch: only when something is built
 
     bundle = build(
-        arguments.checkpoint,
+        _checkpoint(arguments.checkpoint),
         arguments.out,
         arguments.stage.split(","),
         arguments.precision,
-        arguments.size,
+        parse_size(arguments.size),
         arguments.force,
         arguments.jobs,
     )
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
+
+
+def _checkpoint(given: Path | None) -> Path:
+    """The folder asked for; by default checkpoints/ where there is one, else the demo checkpoint."""
+    if given is None:
+        if CHECKPOINTS.is_dir():
+            return CHECKPOINTS
+        print(f"no {CHECKPOINTS} folder here: building the demo checkpoint (random weights)", file=sys.stderr)
+    elif str(given) != DEMO:
+        return given
+    return unpack(DEMO_ARCHIVE, Path("build") / "demo-checkpoint")
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -115,13 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", default="all", help=f"all, or some of {','.join(STAGES)}, separated by commas (default: %(default)s)"
     )
     build.add_argument(
-        "--checkpoint", type=Path, default=CHECKPOINTS, help="folder with the checkpoint folders (default: %(default)s)"
+        "--checkpoint",
+        type=Path,
+        help=f"folder with the checkpoint folders, or {DEMO!r} (default: {CHECKPOINTS} where it exists, else {DEMO})",
     )
     build.add_argument("--out", type=Path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
     build.add_argument("--engine", choices=["onnxruntime"], default="onnxruntime", help="what runs the engines")
     build.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
     build.add_argument(
-        "--size", type=_size, default=(576, 320), help="video size that the engines are tuned for (default: 576x320)"
+        "--size", default="576x320", help="video size that the engines are tuned for (default: %(default)s)"
     )
     build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
     build.add_argument(

@@ -1,27 +1,23 @@
 """Small checkpoints of random weights in the published format: something to build and run where the real ones are not.
 
-Only the last layer of each network is fitted (ridge regression on its random features), so that the networks denoise
-smooth colours weakly instead of amplifying noise. Nothing is learned: the videos are drifting colours, not scenes.
+Nothing is learned: the videos are noise in colour.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-from torch import Tensor, nn
+from torch import nn
 
 from engines.errors import OutputError
 from export.modules.text import CLIPTextEncoder, T5Encoder
-from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
-from export.modules.vae import VAEDecoder, VAEEncoder, autoencoder
+from export.modules.unet import UNetConfig, VideoUNet
+from export.modules.vae import VAEDecoder, autoencoder
 
 _TEXT_DIM = 64
-_ROUNDS = 24  # clips that a last layer is fitted to
 _CLIP_DIM = 32
 _PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
 
@@ -93,6 +89,7 @@ _VAE: dict[str, Any] = {
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
 }
 
 _T5 = {
@@ -139,19 +136,17 @@ def random_checkpoint(out: Path, seed: int = 0) -> None:
     """Write the checkpoint folders base, interpolation, if2, sr1 and sr2 below `out`, which must not exist."""
     if out.exists():
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # the modules' own initialisation
+    torch.manual_seed(seed)
     _save(out / "base" / "text_encoder", _T5, _initialised(T5Encoder(_T5, "T5")))
     _save_t5_tokenizer(out / "base" / "tokenizer")
     _save(out / "sr2" / "text_encoder", _CLIP, _initialised(CLIPTextEncoder(_CLIP, "CLIP")))
     _save_clip_tokenizer(out / "sr2" / "tokenizer")
 
     vae = _initialised(autoencoder(_VAE))
-    scaling_factor = _fit_autoencoder(vae, generator)
-    _save(out / "sr2" / "vae", {**_VAE, "scaling_factor": scaling_factor}, vae)
+    _raise_contrast(VAEDecoder(vae), vae.decoder.conv_out)
+    _save(out / "sr2" / "vae", _VAE, vae)
     for name, config in _UNETS.items():
         unet = _initialised(VideoUNet(UNetConfig.from_dict(config, name)))
-        _fit_unet(unet, name, generator)
         _save(out / name / "unet", config, unet)
         _write_json(out / name / "scheduler" / "scheduler_config.json", _SCHEDULERS[name])
         if name in ("if2", "sr1"):
@@ -168,10 +163,18 @@ def _save(folder: Path, config: dict[str, Any], module: nn.Module) -> None:
 def _initialised(module: Any) -> Any:
     """Default weights; matrices and filters rounded to 11 levels, which pack to a quarter and are exact in float16."""
     for value in module.eval().requires_grad_(False).parameters():
-        if value.ndim > 1:
+        if value.ndim > 1 and value.any():
             step = (value.std() * 0.6).half().float()
             value.copy_((value / step).round().clamp(-5, 5) * step)
     return module
+
+
+def _raise_contrast(decoder: nn.Module, last: nn.Conv2d) -> None:
+    """Scale the last layer so that pictures spread over [-1, 1]; untrained ones are all but grey."""
+    with torch.no_grad():
+        spread = decoder(torch.randn(1, 4, 16, 16)).std()
+        last.weight *= 0.5 / spread
+        last.bias.zero_()
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -200,71 +203,3 @@ def _save_clip_tokenizer(folder: Path) -> None:
     end = "<|endoftext|>"
     special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
     _write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})
-
-
-def _colours(frames: int, height: int, width: int, generator: torch.Generator, channels: int = 3) -> Tensor:
-    """A clip of smooth colours that drift, [1, C, F, H, W] in [-1, 1]."""
-    coarse = torch.randn(1, channels, 2, 3, 5, generator=generator)
-    return torch.tanh(1.5 * F.interpolate(coarse, (frames, height, width), mode="trilinear", align_corners=True))
-
-
-def _ridge(layer: nn.Conv2d, run: Callable[[int], Tensor], rounds: int, rows: int, strength: float = 1e-3) -> None:
-    """Fit the first `rows` filters of `layer` by least squares; `run(i)` runs the network, gives [N, rows, H, W]."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    gram = moment = torch.zeros(())
-    for i in range(rounds):
-        with torch.no_grad():
-            target = run(i)
-        patches = F.unfold(seen.pop(), 3, padding=1).transpose(1, 2).flatten(0, 1)  # [N*H*W, C*9]
-        patches = torch.cat([patches, torch.ones(len(patches), 1)], dim=1).double()
-        gram = gram + patches.T @ patches
-        moment = moment + patches.T @ target.flatten(2).transpose(1, 2).flatten(0, 1).double()
-    hook.remove()
-    gram = gram + torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean() * strength
-    solution = torch.linalg.solve(gram, moment).float()  # [C*9 + 1, rows]
-    with torch.no_grad():
-        layer.weight[:rows] = solution[:-1].T.reshape(rows, *layer.weight.shape[1:])
-        layer.bias[:rows] = solution[-1]
-
-
-def _fit_autoencoder(vae: nn.Module, generator: torch.Generator) -> float:
-    """Fit the decoder's last layer to give back colours; returns 1 / std of the latents."""
-    encoder, decoder = VAEEncoder(vae), VAEDecoder(vae)
-    spreads = []
-
-    def run(_: int) -> Tensor:
-        image = _colours(1, 64, 96, generator)[:, :, 0]
-        latents, _logvar = encoder(image)
-        spreads.append(latents.std())
-        decoder(latents)
-        return image
-
-    _ridge(vae.decoder.conv_out, run, _ROUNDS, 3)
-    return float(1 / torch.stack(spreads).mean())
-
-
-def _fit_unet(unet: VideoUNet, name: str, generator: torch.Generator) -> None:
-    """Fit the noise rows of the last layer to predict the noise in drifting colours, over all noise levels."""
-    channels = 4 if name == "sr2" else 3
-    frames = 1 if name == "if2" else 5
-    context, step = UNetContext(unet), UNetStep(unet, channels)
-
-    def run(i: int) -> Tensor:
-        clean = _colours(frames, 16, 32, generator, channels)
-        noise = torch.randn(clean.shape, generator=generator)
-        angle = torch.tensor((i + 0.5) / _ROUNDS * torch.pi / 2)  # signal cos, noise sin: the cosine schedule's
-        sample = clean * angle.cos() + noise * angle.sin()
-        if name == "interpolation":
-            fade = torch.lerp(clean[:, :, :1], clean[:, :, -1:], torch.linspace(0, 1, frames)[:, None, None])
-            mask = torch.zeros(1, 1, frames, *clean.shape[3:])
-            mask[:, :, [0, -1]] = 1
-            sample = torch.cat([sample, fade, mask], dim=1)
-        if name in ("if2", "sr1"):
-            sample = torch.cat([sample, clean + 0.3 * torch.randn(clean.shape, generator=generator)], dim=1)
-        text = torch.randn(1, 77, unet.config.text_dim, generator=generator)
-        level = [torch.full((1,), 200.0)] if unet.config.class_embed_type else []
-        step(sample, torch.full((1,), (i + 0.5) / _ROUNDS * 999), *context(text, *level))
-        return noise.transpose(1, 2).flatten(0, 1)
-
-    _ridge(unet.conv_out, run, _ROUNDS, channels)

@@ -6,45 +6,20 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError, Show1Error
-from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED, Settings
+from runtime.config import NEGATIVE_PROMPT, PRESETS, SEED, Settings, parse_size, parse_stage_values
 
 EXAMPLES = """examples:
   show1-rt generate "a panda taking a selfie"
   show1-rt generate "toad practicing karate" --preset quick --seed 7 --out toad.mp4
   show1-rt generate "a burning lamborghini" --steps base=50,sr1=60 --guidance base=12 --save-stages stages
 """
-
-
-def _pairs(kind: Callable[[str], float]) -> Callable[[str], dict[str, Any]]:
-    """Parser of `stage=value,stage=value`."""
-
-    def parse(text: str) -> dict[str, Any]:
-        values = {}
-        for part in text.split(","):
-            stage, _, value = part.partition("=")
-            try:
-                values[stage.strip()] = kind(value)
-            except ValueError:
-                raise argparse.ArgumentTypeError(
-                    f"{part!r} is not STAGE=NUMBER; stages: {', '.join(DIFFUSION_STAGES)}, e.g. base=75,sr1=125"
-                ) from None
-        return values
-
-    return parse
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 576x320")
-    return int(match[1]), int(match[2])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         default="reference",
         help="steps per stage: the authors' script (default), their quicker demo's, or a few to look",
     )
-    add("--steps", type=_pairs(int), default={}, metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
-    add("--guidance", type=_pairs(float), default={}, metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
+    add("--steps", metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
+    add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
-    add("--size", type=_size, metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
+    add("--size", metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
     add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
     add("--json", action="store_true", help="print settings, times and the file's name as JSON")
     return parser
@@ -141,9 +116,16 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _settings(settings: Settings, arguments: argparse.Namespace) -> Settings:
-    settings = settings.with_preset(arguments.preset).with_steps(arguments.steps).with_guidance(arguments.guidance)
-    changes = {"keyframes": arguments.keyframes, "size": arguments.size}
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    settings = settings.with_preset(arguments.preset)
+    if arguments.steps is not None:
+        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
+    if arguments.guidance is not None:
+        settings = settings.with_guidance(parse_stage_values(arguments.guidance, float))
+    if arguments.keyframes is not None:
+        settings = replace(settings, keyframes=arguments.keyframes)
+    if arguments.size is not None:
+        settings = replace(settings, size=parse_size(arguments.size))
+    return settings
 
 
 def _file_name(prompt: str, seed: int) -> str:

@@ -1,6 +1,7 @@
 """Settings of a run. The reference's values stand here once, with their source; presets change steps only."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -105,6 +106,28 @@ _PRESET_STEPS: dict[str, dict[str, int]] = {
     "quick": {"interp": 50, "if2": 50, "sr1": 50},  # the authors' demo, app.py
     "draft": {"base": 8, "interp": 4, "if2": 6, "sr1": 4, "sr2": 4},  # a look at a prompt and a seed, no more
 }
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "576x320" -> (576, 320)."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if not match:
+        raise SettingsError(f"size {text!r}; allowed: WIDTHxHEIGHT, e.g. 576x320.")
+    return int(match[1]), int(match[2])
+
+
+def parse_stage_values(text: str, kind: Callable[[str], float]) -> dict[str, Any]:
+    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}."""
+    values = {}
+    for part in text.split(","):
+        stage, _, value = part.partition("=")
+        try:
+            values[stage.strip()] = kind(value)
+        except ValueError:
+            raise SettingsError(
+                f"{part!r}; allowed: STAGE=NUMBER, stages {', '.join(DIFFUSION_STAGES)}, e.g. base=75,sr1=125."
+            ) from None
+    return values
 
 
 def stage_sizes(size: tuple[int, int]) -> dict[str, tuple[int, int]]:

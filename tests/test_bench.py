@@ -141,8 +141,8 @@ def test_bench_alone_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         (["--stages", "base,sr3"], "--stages sr3; allowed: all, text, base, interp, if2, sr1, sr2."),
-        (["--steps", "base"], "--steps 'base'; wanted: STAGE=N,STAGE=N, e.g. base=8,sr1=4."),
-        (["--size", "big"], "--size 'big'; wanted: WIDTHxHEIGHT, e.g. 576x320."),
+        (["--steps", "base"], "'base'; allowed: STAGE=NUMBER, stages base,"),
+        (["--size", "big"], "size 'big'; allowed: WIDTHxHEIGHT, e.g. 576x320."),
         (["--repeats", "0"], "--repeats 0; allowed: 1 or more."),
         (["--out", "."], ". is a folder."),
     ],

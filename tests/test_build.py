@@ -1,0 +1,536 @@
+"""`export build` and `export check`: what is rebuilt, what a failure leaves behind, and what is in a bundle.
+
+Most tests build the two text encoders alone: the smallest networks, a few seconds each.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+import onnx
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from engines.catalog import CATALOG
+from engines.errors import BundleError, CheckpointError, ParityError
+from engines.manifest import Manifest
+from engines.spec import Binding
+from engines.store import Bundle
+from export.__main__ import main
+from export.build import Job, build, build_engine
+from export.networks import Source
+from runtime.runner import Engine
+
+pytestmark = pytest.mark.torch
+
+CLIP = "sr2/text_encoder"
+
+
+def build_text_encoders(checkpoint: Path, out: Path, **options: Any) -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.build.networks_of", lambda stages: [CATALOG["t5"], CATALOG["clip"]])
+        return build(checkpoint, out, **options)
+
+
+class InThisProcess(Executor):
+    """In place of the builder's processes, which take seconds to start and do not see what a test has patched."""
+
+    _processes = None
+
+    def __init__(self, jobs: int, mp_context: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(work(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.build.ProcessPoolExecutor", InThisProcess)
+
+
+@pytest.fixture
+def checkpoint(golden: Path, tmp_path: Path) -> Path:
+    """The golden text encoders and tokenizers, to be spoilt."""
+    for part in ("base/text_encoder", "base/tokenizer", "sr2/text_encoder", "sr2/tokenizer"):
+        shutil.copytree(golden / "models" / part, tmp_path / "models" / part)
+    return tmp_path / "models"
+
+
+@pytest.fixture(scope="module")
+def built(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of both text encoders."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    build_text_encoders(golden / "models", out)
+    return out
+
+
+@pytest.fixture
+def out(built: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(built, tmp_path / "bundle")
+
+
+@pytest.fixture
+def pending(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the engines that a build would have made: it makes none."""
+    names: list[str] = []
+
+    def note(bundle: Bundle, jobs: list[Job], *_: Any) -> None:
+        names.extend(job.source.network.name for job in jobs)
+
+    monkeypatch.setattr("export.build._build_all", note)
+    return names
+
+
+def reasons(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What a build said of each engine."""
+    lines = capsys.readouterr().err.splitlines()
+    return dict(line.split(": ", 1) for line in lines if line.partition(":")[0] in CATALOG)
+
+
+def files_of(bundle: Path, engine: str) -> list[Path]:
+    opened = Bundle.open(bundle)
+    return [opened.path(file) for file in opened.engine(engine).files()]
+
+
+def assert_tidy(bundle: Path) -> None:
+    """No temporary files, no folder that the manifest does not name, every file as the manifest says."""
+    opened = Bundle.open(bundle)
+    assert not list(bundle.rglob(".tmp-*"))
+    files = [file for engine in opened.manifest.engines.values() for file in engine.files()]
+    files += opened.manifest.tokenizers.values()
+    assert [opened.damage(file) for file in files if opened.damage(file)] == []
+    on_disk = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert on_disk - {".lock", "manifest.json"} == {file.path for file in files}
+
+
+# What is rebuilt
+
+
+def test_a_second_build_finds_all_up_to_date_and_touches_no_engine(
+    checkpoint: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for engine in ("t5", "clip") for path in files_of(out, engine)}
+    bundle = build_text_encoders(checkpoint, out)
+    assert reasons(capsys) == {"t5": "up to date", "clip": "up to date"}
+    assert set(bundle.manifest.engines) == {"t5", "clip"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def change_weights(checkpoint: Path) -> None:
+    path = checkpoint / CLIP / "model.safetensors"
+    weights = load_file(path)
+    bias = weights["text_model.final_layer_norm.bias"]
+    weights["text_model.final_layer_norm.bias"] = bias.float() + 1  # stored in half precision, which would round
+    save_file(weights, path)
+
+
+def change_config(checkpoint: Path) -> None:
+    path = checkpoint / CLIP / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_norm_eps": 1e-6}))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "expected"),
+    [
+        (change_weights, {}, {"clip": "changed: weights"}),
+        (change_config, {}, {"clip": "changed: config"}),
+        (None, {"precision": "fp16"}, {"t5": "changed: precision", "clip": "changed: precision"}),
+        (None, {"size": (640, 384)}, {"t5": "changed: size", "clip": "changed: size"}),
+        (None, {"force": True}, {"t5": "--force", "clip": "--force"}),
+    ],
+    ids=["weights", "config", "precision", "size", "force"],
+)
+def test_exactly_what_changed_is_rebuilt_and_the_reason_is_said(
+    checkpoint: Path,
+    out: Path,
+    pending: list[str],
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None] | None,
+    options: dict[str, Any],
+    expected: dict[str, str],
+) -> None:
+    if change:
+        change(checkpoint)
+    build_text_encoders(checkpoint, out, **options)
+    assert reasons(capsys) == {"t5": "up to date", "clip": "up to date", **expected}
+    assert pending == list(expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.unlink(),
+        lambda plan: os.truncate(plan, plan.stat().st_size // 2),
+        lambda plan: plan.write_bytes(bytes(plan.stat().st_size)),
+    ],
+    ids=["missing", "truncated", "overwritten"],
+)
+def test_a_damaged_engine_is_rebuilt_and_its_file_named(
+    checkpoint: Path,
+    out: Path,
+    pending: list[str],
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    plan, _ = files_of(out, "clip")
+    damage(plan)
+    build_text_encoders(checkpoint, out)
+    said = reasons(capsys)
+    assert pending == ["clip"]
+    assert said["t5"] == "up to date"
+    assert plan.name in said["clip"]
+
+
+def test_a_rebuilt_engine_replaces_the_old_one_and_computes_with_the_new_weights(
+    checkpoint: Path, out: Path, in_this_process: None
+) -> None:
+    old, ids = files_of(out, "clip"), np.arange(5)[None]
+    untouched = {path: path.stat().st_mtime_ns for path in files_of(out, "t5")}
+    before = run_clip(out, ids)
+    change_weights(checkpoint)
+    build_text_encoders(checkpoint, out)
+    np.testing.assert_allclose(run_clip(out, ids), before + 1, atol=1e-5)
+    assert not any(path.exists() for path in old)
+    assert {path: path.stat().st_mtime_ns for path in files_of(out, "t5")} == untouched
+    assert_tidy(out)
+
+
+def run_clip(bundle: Path, ids: np.ndarray) -> np.ndarray:
+    opened = Bundle.open(bundle)
+    engine = Engine(opened, opened.engine("clip"))
+    try:
+        return engine.run("encode", input_ids=ids)["prompt_embeds"]
+    finally:
+        engine.close()
+
+
+# What a failure leaves behind
+
+
+def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, weights = tmp_path / "new", checkpoint / CLIP / "model.safetensors"
+    whole = weights.read_bytes()
+    stored = load_file(weights)
+    del stored["text_model.final_layer_norm.bias"]
+    save_file(stored, weights)
+    with pytest.raises(CheckpointError, match=r"sr2/text_encoder: .* 1 missing: text_model\.final_layer_norm\.bias"):
+        build_text_encoders(checkpoint, out, jobs=1)
+    assert list(Bundle.open(out).manifest.engines) == ["t5"]
+    assert_tidy(out)
+
+    weights.write_bytes(whole)
+    monkeypatch.setattr("export.build._build_all", lambda *_: None)
+    capsys.readouterr()
+    build_text_encoders(checkpoint, out)
+    assert reasons(capsys) == {"t5": "up to date", "clip": "not built yet"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal to a process group")
+def test_an_interrupted_build_says_so_in_a_line_and_leaves_a_sound_bundle(golden: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "export", "build", "--stage", "text", "--checkpoint", str(golden / "models")]
+    with subprocess.Popen(
+        [*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            wait_for(lambda: list(out.glob(".tmp-*/t5")), process)
+            os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted; what was finished is kept"
+    assert Bundle.open(out).manifest.engines == {}
+    assert_tidy(out)
+    with Bundle.writer(out):
+        pass  # the lock is free again
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the build ended early: {process.stderr.read()}"
+        assert time.monotonic() < end, "the build did not start"
+        time.sleep(0.05)
+
+
+def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, out: Path) -> None:
+    (out / ".tmp-x1y2" / "t5").mkdir(parents=True)
+    (out / ".tmp-x1y2" / "t5" / "encode.onnx").touch()
+    (out / ".tmp-manifest.json").touch()
+    build_text_encoders(checkpoint, out)
+    assert_tidy(out)
+
+
+def test_a_second_builder_is_refused_while_the_first_is_at_work(checkpoint: Path, out: Path) -> None:
+    with (
+        FileLock(out / ".lock"),
+        pytest.raises(BundleError, match=r"another build is writing this bundle\. Wait for it, or choose another --out"),
+    ):
+        build_text_encoders(checkpoint, out, force=True)
+    assert_tidy(out)
+
+
+def test_a_graph_that_differs_from_torch_is_not_installed(
+    checkpoint: Path, out: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(out).manifest
+    change_weights(checkpoint)
+    monkeypatch.setattr("export.parity.TOLERANCE", {"fp32": 0.0})
+    with pytest.raises(
+        ParityError, match=r"clip/encode: .* differs from its torch module by .*e-\d+ \(tolerance 0\).*not installed"
+    ):
+        build_text_encoders(checkpoint, out)
+    assert Bundle.open(out).manifest.engines == before.engines
+    assert_tidy(out)
+
+
+def test_too_full_a_disk_is_noticed_before_anything_is_built(
+    checkpoint: Path, tmp_path: Path, pending: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(BundleError, match=r"GiB needed, 0\.0 GiB free\. Make room or choose another --out"):
+        build_text_encoders(checkpoint, tmp_path / "new")
+    assert not pending
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(BundleError, match="holds other files and no bundle. Choose an empty or new folder for --out"):
+        build_text_encoders(checkpoint, home)
+    assert (home / "letter.txt").read_text() == "dear"
+    assert {path.name for path in home.iterdir()} <= {"letter.txt", ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "base,sr9"], "unknown stage sr9; allowed: all, text, base, interp, sr1, sr2"),
+        (["--size", "100x64"], "size 100x64; allowed: width and height in multiples of 8, from 64"),
+        (["--checkpoint", "nowhere"], "nowhere: no such folder. Give --checkpoint"),
+    ],
+)
+def test_impossible_requests_are_one_line(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code = main(["build", "--checkpoint", str(golden / "models"), "--out", str(tmp_path / "new"), *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 1
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "new").exists()
+
+
+# What is in a bundle
+
+# docs/engines.md in the golden models' numbers: text of 64 (T5) and 32 (CLIP) channels, 4 latent channels of a quarter
+# of the size, as many text attentions as make K.
+_PIXEL_CONTEXT = "prompt_embeds[batch, tokens, 64] -> text_kv[batch, tokens, 512], cond_emb[batch, {emb}]"
+_SR_CONTEXT = (
+    "prompt_embeds[batch, tokens, 64], noise_level:float32[batch] -> text_kv[batch, tokens, 512], cond_emb[batch, 64]"
+)
+_STEP = (
+    "sample[batch, {channels}, frames, height, width], timestep:float32[batch], text_kv[batch, tokens, 512], "
+    "cond_emb[batch, {emb}] -> noise_pred[batch, 3, frames, height, width]"
+)
+CONTRACT = {
+    "t5/encode": "input_ids:int64[batch, tokens], attention_mask:int64[batch, tokens] -> "
+    "prompt_embeds[batch, tokens, 64]",
+    "base/context": _PIXEL_CONTEXT.format(emb=128),
+    "base/step": _STEP.format(channels=3, emb=128),
+    "interp/context": _PIXEL_CONTEXT.format(emb=128),
+    "interp/step": _STEP.format(channels=7, emb=128),
+    "if2/context": _SR_CONTEXT,
+    "if2/step": _STEP.format(channels=6, emb=64) + ", variance_frac[batch, 3, frames, height, width]",
+    "sr1/context": _SR_CONTEXT,
+    "sr1/step": _STEP.format(channels=6, emb=64),
+    "clip/encode": "input_ids:int64[batch, tokens] -> prompt_embeds[batch, tokens, 32]",
+    "sr2/context": "prompt_embeds[batch, tokens, 32] -> text_kv[batch, tokens, 320]",
+    "sr2/step": "sample[batch, 4, frames, height, width], timestep:float32[batch], text_kv[batch, tokens, 320] -> "
+    "noise_pred[batch, 4, frames, height, width]",
+    "vae_encoder/encode": "image[frames, 3, height, width] -> mean[frames, 4, height/4, width/4], "
+    "logvar[frames, 4, height/4, width/4]",
+    "vae_decoder/decode": "latents[frames, 4, height, width] -> image[frames, 3, height*4, width*4]",
+}
+
+
+def signature(inputs: list[Binding], outputs: list[Binding], usual: str = "float32") -> str:
+    """`name:dtype[axes], ... -> ...`; the dtype is left out where it is the bundle's, but for the two float32 scalars."""
+
+    def show(binding: Binding) -> str:
+        scalar = binding.name in ("timestep", "noise_level")
+        dtype = "" if binding.dtype == usual and not scalar else f":{binding.dtype}"
+        return f"{binding.name}{dtype}[{', '.join(map(str, binding.axes))}]"
+
+    return " -> ".join(", ".join(map(show, bindings)) for bindings in (inputs, outputs))
+
+
+def onnx_bindings(values: Any) -> list[Binding]:
+    return [
+        Binding(
+            value.name,
+            str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+            tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    ]
+
+
+def graphs_of(bundle: Path) -> Iterator[tuple[str, Any, Path]]:
+    """("base/step", its entry in the manifest, its plan) of all graphs."""
+    opened = Bundle.open(bundle)
+    for engine in opened.manifest.engines.values():
+        for name, graph in engine.graphs.items():
+            yield f"{engine.name}/{name}", graph, opened.path(graph.plan)
+
+
+def test_manifest_and_plans_have_the_bindings_of_the_contract(bundle: Path) -> None:
+    in_manifest, in_plans = {}, {}
+    for name, graph, plan in graphs_of(bundle):
+        in_manifest[name] = signature(graph.spec.inputs, graph.spec.outputs)
+        model = onnx.load(plan, load_external_data=False)
+        in_plans[name] = signature(onnx_bindings(model.graph.input), onnx_bindings(model.graph.output))
+    assert in_manifest == CONTRACT
+    assert in_plans == CONTRACT
+
+
+def test_profiles_hold_every_axis_of_the_inputs_and_the_size_built_for(bundle: Path) -> None:
+    opt = {}
+    for name, graph, _ in graphs_of(bundle):
+        axes = {axis for binding in graph.spec.inputs for axis in binding.axes if isinstance(axis, str)}
+        assert axes == set(graph.spec.profiles["default"]), name
+        opt[name] = {axis: limits.opt for axis, limits in graph.spec.profiles["default"].items()}
+    assert opt["base/step"] == {"batch": 2, "frames": 8, "height": 40, "width": 64, "tokens": 77}
+    assert opt["interp/step"] == {"batch": 14, "frames": 5, "height": 40, "width": 64, "tokens": 77}
+    assert opt["sr1/step"] == {"batch": 2, "frames": 8, "height": 160, "width": 256, "tokens": 77}
+    assert opt["sr2/step"] == {"batch": 2, "frames": 29, "height": 80, "width": 144, "tokens": 77}
+
+
+def test_every_graph_was_compared_with_torch_at_two_batch_sizes_and_frame_counts(bundle: Path) -> None:
+    for name, graph, _ in graphs_of(bundle):
+        assert len(graph.parity) == 2, name
+        assert all(row["max_error"] <= row["tolerance"] for row in graph.parity), name
+        for axis in {"batch", "frames"} & set(graph.spec.profiles["default"]):
+            assert len({row[axis] for row in graph.parity}) == 2, (name, axis)
+
+
+def test_a_bundle_tells_nothing_of_the_machine_it_was_built_on(bundle: Path) -> None:
+    telling = [str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), "site-packages", "/work", "/home/", ".py"]
+    texts = [bundle / "manifest.json", *(bundle / "tokenizers").iterdir(), *bundle.glob("engines/*/*.onnx")]
+    assert len(texts) == 1 + 2 + len(CONTRACT)
+    found = [(path.name, word) for path in texts for word in telling if word.encode() in path.read_bytes()]
+    assert not found
+
+
+def test_a_manifest_comes_back_from_json_as_it_was(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    assert Manifest.from_json(manifest.to_json(), "manifest") == manifest
+    assert manifest.schedulers["sr2"]["lambda_min_clipped"] == -np.inf  # JSON proper has no such number
+
+
+def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: Path, tmp_path: Path) -> None:
+    source = Source.find(CATALOG["clip"], golden / "models", "fp16")
+    entry = build_engine(Job(source, "fp16", (576, 320), {}), tmp_path)
+    model = onnx.load(tmp_path / "encode.onnx", load_external_data=False)
+    expected = "input_ids:int64[batch, tokens] -> prompt_embeds[batch, tokens, 32]"
+    assert signature(onnx_bindings(model.graph.input), onnx_bindings(model.graph.output), "float16") == expected
+    spec = entry.graphs["encode"].spec
+    assert signature(spec.inputs, spec.outputs, "float16") == expected
+
+    data = np.load(golden / "pipe_sr2.npz")
+    engine = Engine(Bundle(tmp_path, Manifest()), entry)
+    actual = engine.run("encode", input_ids=data["clip_input_ids"])["prompt_embeds"]
+    engine.close()
+    assert actual.dtype == np.float32
+    error = np.abs(actual - data["clip_embeds"]).max() / np.abs(data["clip_embeds"]).max()
+    assert 1e-6 < error < 3e-2  # half precision, and not single in disguise
+
+
+# Bundles that cannot be opened, and `export check`
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no manifest\.json there, so it is not a bundle\. Make one with `python -m export build"),
+        ("{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
+        ("[]", r"is not a bundle's manifest \(TypeError"),
+        ('{"format": 1}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
+        ('{"format": 99}', r"manifest format 99, this version reads 1\. Build the bundle again"),
+    ],
+)
+def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(tmp_path)
+
+
+def run_check(bundle: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
+    """Exit code, what was said of each engine, and the error line."""
+    code = main(["check", str(bundle)])
+    out, err = capsys.readouterr()
+    return code, {line.split()[0]: line for line in out.splitlines() if "tokenizer" not in line}, err
+
+
+def test_check_finds_a_whole_bundle_sound(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, err = run_check(bundle, capsys)
+    assert code == 0 and not err
+    assert list(lines) == list(CATALOG)
+    assert all(line.endswith(" ok") for line in lines.values())
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["plan", "weights"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: os.truncate(path, 100), "has 100 bytes, should have"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "has been changed: its SHA-256"),
+    ],
+    ids=["missing", "truncated", "changed"],
+)
+def test_check_names_the_damaged_file(
+    out: Path, capsys: pytest.CaptureFixture[str], which: int, damage: Callable[[Path], None], message: str
+) -> None:
+    path = files_of(out, "clip")[which]
+    damage(path)
+    code, lines, err = run_check(out, capsys)
+    assert code == 1
+    assert f"{path.name} {message}" in lines["clip"]
+    assert lines["t5"].endswith(" ok")
+    assert lines["sr1"].endswith(" not built")
+    assert err.startswith("error: 8 parts are unusable: `python -m export build")
+
+
+def test_check_of_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_check(tmp_path, capsys)
+    assert code == 1
+    assert err.startswith(f"error: {tmp_path}: no manifest.json there") and err.count("\n") == 1

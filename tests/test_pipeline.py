@@ -1,0 +1,376 @@
+"""The cascade over the golden bundle: what batches, windows, seeds and settings do, and what is refused before it runs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engines.errors import BundleError, ProfileError, SettingsError, Show1Error
+from engines.store import Bundle
+from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
+from runtime.noise import NoiseStream
+from runtime.ops import clip_to_frames
+from runtime.pipeline import Show1Pipeline, Video
+from runtime.runner import EnginePool
+from runtime.stages import sr1
+from runtime.stages.base import run_base
+from runtime.stages.diffusion import PromptEmbeds
+from runtime.stages.interp import fill_gaps, run_interp
+from runtime.stages.sr1 import run_if2, run_sr1
+from runtime.stages.sr2 import run_sr2
+from runtime.stages.text import run_clip_text, run_text
+
+PROMPT = "a panda taking a selfie"
+SEED = 345
+
+# The smallest video in the reference's ratios: key frames of 16 x 8, 5 frames of 112 x 64, one or two steps per stage.
+DRAFT = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
+
+FloatArray = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> Iterator[Show1Pipeline]:
+    with Show1Pipeline.from_bundle(bundle, keep_loaded=True) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def text(pipeline: Show1Pipeline) -> PromptEmbeds:
+    return run_text(pipeline.engines, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def video(pipeline: Show1Pipeline) -> Video:
+    return pipeline(PROMPT, seed=SEED, settings=DRAFT)
+
+
+def clip_of(frames: int, height: int = 8, width: int = 16) -> FloatArray:
+    """Something smooth to work on, [1, 3, F, H, W] in [-1, 1]."""
+    axes = np.meshgrid(*(np.linspace(0, 3, n) for n in (3, frames, height, width)), indexing="ij")
+    return np.sin(sum(axes))[None].astype(np.float32)
+
+
+# Interpolation
+
+
+def test_gaps_in_one_batch_are_what_they_are_one_by_one(pipeline: Show1Pipeline, text: PromptEmbeds) -> None:
+    keyframes = NoiseStream(7).normal((3, 8, 8, 16))
+    together = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED)
+    assert together.shape == (7, 3, 5, 8, 16)
+    for gap in range(7):
+        alone = fill_gaps(pipeline.engines, text, keyframes[:, gap : gap + 2], DRAFT, SEED)
+        np.testing.assert_allclose(together[gap], alone[0], rtol=0, atol=1e-5, err_msg=f"gap {gap}")
+
+
+def test_more_gaps_than_the_engine_takes_at_once_are_split(
+    pipeline: Show1Pipeline, text: PromptEmbeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyframes = NoiseStream(7).normal((3, 6, 8, 16))
+    together = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED)
+    steps: list[tuple[str, int, int]] = []
+    with pipeline.engines.use("interp") as engine:
+        batch = engine.specs["step"].profiles["default"]["batch"]
+        monkeypatch.setitem(engine.specs["step"].profiles["default"], "batch", replace(batch, min=1, opt=4, max=4))
+        split = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED, progress=lambda *done: steps.append(done))
+    np.testing.assert_allclose(split, together, rtol=0, atol=1e-5)
+    # 5 gaps, guided, in batches of 2, 2 and 1, with two steps each
+    assert steps == [("interp", done, 6) for done in range(1, 7)]
+
+
+def test_a_clip_is_the_gaps_side_by_side_with_shared_ends_once(pipeline: Show1Pipeline, text: PromptEmbeds) -> None:
+    keyframes = clip_of(3)
+    clip = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)
+    gaps = fill_gaps(pipeline.engines, text, keyframes[0], DRAFT, SEED)
+    assert clip.shape == (1, 3, 9, 8, 16)
+    np.testing.assert_array_equal(clip[0, :, :4], gaps[0, :, :4])
+    np.testing.assert_array_equal(clip[0, :, 4:], gaps[1])
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("frames", "window", "expected"),
+    [
+        (5, 8, [(0, 5)]),
+        (8, 8, [(0, 8)]),
+        (9, 8, [(0, 8), (7, 9)]),
+        (17, 8, [(0, 8), (7, 15), (14, 17)]),
+        (29, 8, [(0, 8), (7, 15), (14, 22), (21, 29)]),
+        (5, 2, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+    ],
+)
+def test_windows_share_a_frame_and_the_last_may_be_shorter(
+    monkeypatch: pytest.MonkeyPatch, frames: int, window: int, expected: list[tuple[int, int]]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    first_frames: list[float] = []
+
+    def upscale(bundle: Any, name: str, unet: Any, clip: FloatArray, first_frame: FloatArray, *_: Any) -> FloatArray:
+        """Frame number n of window w becomes 100 w + n."""
+        numbers = clip[0, 0, :, 0, 0]
+        first_frames.append(first_frame.max())
+        out = np.empty((1, 3, len(numbers), 32, 64), np.float32)
+        out[:] = (100 * len(seen) + numbers)[:, None, None]
+        seen.append((int(numbers[0]), int(numbers[-1]) + 1))
+        return out
+
+    monkeypatch.setattr(sr1, "upscale", upscale)
+    monkeypatch.setattr(sr1, "prompted", lambda *_, **__: None)
+    pool: Any = SimpleNamespace(bundle=None, use=lambda name: open("/dev/null"))
+    clip = np.broadcast_to(np.arange(frames, dtype=np.float32)[:, None, None], (1, 3, frames, 8, 16))
+    out = run_sr1(pool, None, clip, np.full((1, 3, 1, 32, 64), -1, np.float32), replace(DRAFT, sr1_window=window), SEED)
+
+    assert seen == expected
+    # Each window starts on the last frame of the one before, and makes that frame anew.
+    assert first_frames == [-1, *(100 * number + end - 1 for number, (_, end) in enumerate(expected[:-1]))]
+    owner = [max(number for number, (start, end) in enumerate(expected) if start <= n < end) for n in range(frames)]
+    np.testing.assert_array_equal(out[0, 0, :, 0, 0], [100 * window + n for n, window in enumerate(owner)])
+
+
+def test_a_partial_last_window_changes_nothing_before_it(pipeline: Show1Pipeline, text: PromptEmbeds) -> None:
+    settings = replace(DRAFT, sr1_window=4)
+    clip, first_frame = clip_of(6), clip_of(1, 32, 64)
+    whole = run_sr1(pipeline.engines, text, clip, first_frame, settings, SEED)  # windows of 4 and 3 frames
+    start = run_sr1(pipeline.engines, text, clip[:, :, :4], first_frame, settings, SEED)
+    assert whole.shape == (1, 3, 6, 32, 64)
+    np.testing.assert_array_equal(whole[:, :, :3], start[:, :, :3])
+    end = run_sr1(pipeline.engines, text, clip[:, :, 3:], start[:, :, 3:], settings, SEED)
+    np.testing.assert_array_equal(whole[:, :, 3:], end)
+
+
+@pytest.mark.parametrize(("keyframes", "frames"), [(2, 5), (3, 9), (5, 17)])
+def test_n_keyframes_give_four_times_n_minus_one_plus_one_frames(
+    pipeline: Show1Pipeline, keyframes: int, frames: int
+) -> None:
+    settings = replace(DRAFT, keyframes=keyframes).with_steps({"base": 1, "interp": 1, "if2": 1})
+    video = pipeline(PROMPT, settings=settings)
+    assert video.frames.shape == (frames, 64, 112, 3)
+    assert video.clip.shape == (1, 3, frames, 64, 112)
+    assert np.isfinite(video.clip).all()
+
+
+# Prompts, seeds, guidance
+
+
+def test_a_seed_gives_the_same_video_again_and_another_seed_another(pipeline: Show1Pipeline, video: Video) -> None:
+    np.testing.assert_array_equal(pipeline(PROMPT, seed=SEED, settings=DRAFT).clip, video.clip)
+    assert np.abs(pipeline(PROMPT, seed=SEED + 1, settings=DRAFT).clip - video.clip).max() > 0.1
+
+
+def test_without_guidance_each_network_sees_the_prompt_alone(pipeline: Show1Pipeline, video: Video) -> None:
+    settings = DRAFT.with_guidance(dict.fromkeys(DIFFUSION_STAGES, 1.0))
+    unguided = pipeline(PROMPT, settings=settings)
+    assert unguided.clip.shape == video.clip.shape
+    assert np.abs(unguided.clip - video.clip).max() > 0.01
+    # Nobody reads the negative prompt now.
+    other = pipeline(PROMPT, negative_prompt="bright", settings=settings)
+    np.testing.assert_array_equal(other.clip, unguided.clip)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "a toad"}, {"negative_prompt": "bright"}])
+def test_both_prompts_change_the_video(pipeline: Show1Pipeline, video: Video, change: dict[str, str]) -> None:
+    other = pipeline(**{"prompt": PROMPT, **change}, seed=SEED, settings=DRAFT)
+    assert np.abs(other.clip - video.clip).max() > 1e-3
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_the_cut_reported(pipeline: Show1Pipeline) -> None:
+    prompt = " ".join(f"Panda{number}" for number in range(80))
+    cuts: list[tuple[str, str]] = []
+    settings = DRAFT.with_steps({"base": 1, "interp": 1, "if2": 1})
+    video = pipeline(prompt, settings=settings, on_cut=lambda encoder, text: cuts.append((encoder, text)))
+    assert [encoder for encoder, _ in cuts] == ["T5", "CLIP"]
+    assert dict(cuts) == video.cut
+    for text in video.cut.values():
+        assert prompt.lower().endswith(text.lower()) and len(text) < len(prompt)
+    np.testing.assert_array_equal(
+        run_text(pipeline.engines, prompt).prompt, run_text(pipeline.engines, prompt + " and more").prompt
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n\t", "\udcff caf\udce9"])
+def test_a_prompt_that_says_nothing_is_refused_before_any_engine_runs(bundle: Path, prompt: str) -> None:
+    assert_refused(bundle, SettingsError, r"the prompt is (empty\. Say what|not valid text .*UTF-8)", prompt=prompt)
+
+
+# Refused before any engine runs
+
+
+def assert_refused(
+    bundle: Path | Bundle,
+    kind: type[Show1Error],
+    message: str,
+    prompt: str = PROMPT,
+    settings: Settings = DRAFT,
+    seed: int = SEED,
+) -> None:
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    with EnginePool(opened) as engines:
+        with pytest.raises(kind, match=message):
+            Show1Pipeline(engines)(prompt, settings=settings, seed=seed)
+        assert engines.engine_calls == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (8192, 64)}, r"if2/step: width 3648 \(built for 8\.\.1024 in steps of 4\)\. Ask for a fitting size"),
+        ({"size": (2048, 4104)}, r"vae_encoder/encode: height 4104 \(built for"),
+        ({"keyframes": 65}, r"base/step: frames 65 \(built for 1\.\.64\)"),
+        ({"sr1_window": 33, "keyframes": 20}, r"sr1/step: frames 33 \(built for 1\.\.32\)"),
+    ],
+)
+def test_sizes_out_of_an_engines_profile_are_refused_before_any_engine_runs(
+    bundle: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert_refused(bundle, ProfileError, message, settings=replace(DRAFT, **changes))
+
+
+@pytest.mark.parametrize("stage", DIFFUSION_STAGES)
+@pytest.mark.parametrize("steps", [1001, 10**6])
+def test_steps_out_of_range_are_refused_with_the_name_of_the_stage(bundle: Path, stage: str, steps: int) -> None:
+    assert_refused(bundle, SettingsError, rf"{stage}: .*{steps}", settings=DRAFT.with_steps({stage: steps}))
+
+
+def test_too_few_steps_for_the_strength_are_refused(bundle: Path) -> None:
+    assert_refused(bundle, SettingsError, "sr2: ", settings=DRAFT.with_steps({"sr2": 1}))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range_are_refused(bundle: Path, seed: int) -> None:
+    assert_refused(bundle, SettingsError, f"seed is {seed}; allowed: 0 to", seed=seed)
+
+
+def without(bundle: Bundle, part: str, name: str) -> Bundle:
+    parts = {key: value for key, value in getattr(bundle.manifest, part).items() if key != name}
+    return Bundle(bundle.root, replace(bundle.manifest, **{part: parts}))
+
+
+@pytest.mark.parametrize("name", ["t5", "sr1", "vae_decoder"])
+def test_a_missing_engine_is_named_before_any_engine_runs(bundle: Path, name: str) -> None:
+    assert_refused(without(Bundle.open(bundle), "engines", name), BundleError, f"engine {name} is missing.*Add it with")
+
+
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_a_missing_tokenizer_is_named_before_any_engine_runs(bundle: Path, name: str) -> None:
+    assert_refused(without(Bundle.open(bundle), "tokenizers", name), BundleError, f"tokenizer {name} is missing")
+
+
+@pytest.mark.parametrize("name", ["base", "sr2", "if2.noising", "sr1.noising"])
+def test_a_missing_scheduler_is_named_before_any_engine_runs(bundle: Path, name: str) -> None:
+    assert_refused(without(Bundle.open(bundle), "schedulers", name), BundleError, f"no scheduler for {name}")
+
+
+@pytest.mark.parametrize("graph", ["plan", "weights"])
+def test_a_missing_file_of_a_late_engine_is_named_before_any_engine_runs(bundle: Path, graph: str) -> None:
+    opened = Bundle.open(bundle)
+    entry = opened.engine("vae_decoder")
+    decode = entry.graphs["decode"]
+    lost = replace(decode, **{graph: replace(getattr(decode, graph), path=f"engines/lost.{graph}")})
+    engines = {**opened.manifest.engines, "vae_decoder": replace(entry, graphs={"decode": lost})}
+    broken = Bundle(opened.root, replace(opened.manifest, engines=engines))
+    assert_refused(broken, BundleError, rf"lost\.{graph} is missing or cut short\. Build it again")
+
+
+# Stages and the pipeline around them
+
+
+def test_the_pipeline_is_its_stages_called_one_after_another(pipeline: Show1Pipeline, video: Video) -> None:
+    engines = pipeline.engines
+    text = run_text(engines, PROMPT)
+    assert text.prompt.shape == text.negative.shape == (1, 77, 64)
+    keyframes = run_base(engines, text, DRAFT, SEED)
+    assert keyframes.shape == (1, 3, 2, 8, 16)
+    clip = run_interp(engines, text, keyframes, DRAFT, SEED)
+    assert clip.shape == (1, 3, 5, 8, 16)
+    first_frame = run_if2(engines, text, clip[:, :, :1], DRAFT, SEED)
+    assert first_frame.shape == (1, 3, 1, 32, 64)
+    clip = run_sr1(engines, text, clip, first_frame, DRAFT, SEED)
+    assert clip.shape == (1, 3, 5, 32, 64)
+    latent_text = run_clip_text(engines, PROMPT, NEGATIVE_PROMPT)
+    assert latent_text.prompt.shape == latent_text.negative.shape == (1, 77, 32)
+    clip = run_sr2(engines, latent_text, clip_to_frames(clip), DRAFT, SEED)
+    assert clip.dtype == np.float32
+    np.testing.assert_array_equal(clip, video.clip)
+    np.testing.assert_array_equal(clip_to_frames(clip), video.frames)
+
+
+def test_every_stage_reports_its_steps_and_its_clip(pipeline: Show1Pipeline) -> None:
+    steps: dict[str, list[tuple[int, int]]] = {}
+    clips: dict[str, tuple[int, ...]] = {}
+    pipeline(
+        PROMPT,
+        settings=replace(DRAFT, keyframes=3),
+        progress=lambda stage, done, total: steps.setdefault(stage, []).append((done, total)),
+        on_clip=lambda stage, clip: clips.update({stage: clip.shape}),
+    )
+    totals = {"base": 2, "interp": 2, "if2": 2, "sr1": 2, "sr2": 1}  # sr1: one step in two windows; sr2: strength 0.8
+    assert steps == {stage: [(done, total) for done in range(1, total + 1)] for stage, total in totals.items()}
+    assert clips == {
+        "base": (1, 3, 3, 8, 16),
+        "interp": (1, 3, 9, 8, 16),
+        "if2": (1, 3, 1, 32, 64),
+        "sr1": (1, 3, 9, 32, 64),
+        "sr2": (1, 3, 9, 64, 112),
+    }
+
+
+def test_metadata_are_plain_json_from_which_the_settings_come_back(video: Video) -> None:
+    about = json.loads(json.dumps(video.metadata()))
+    assert about["prompt"] == PROMPT
+    assert about["negative_prompt"] == NEGATIVE_PROMPT
+    assert about["seed"] == SEED
+    assert Settings.from_dict(about["settings"]) == DRAFT
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Plans that are loaded at present, by the name of their engine's folder and their own."""
+    from runtime import runner
+
+    loaded: list[str] = []
+    open_runner = runner.open_runner
+
+    def noted(backend: str, plan: Path) -> Any:
+        opened, name = open_runner(backend, plan), f"{plan.parent.name.partition('-')[0]}/{plan.stem}"
+        loaded.append(name)
+        return SimpleNamespace(infer=opened.infer, close=lambda: (loaded.remove(name), opened.close()))
+
+    monkeypatch.setattr(runner, "open_runner", noted)
+    return loaded
+
+
+def test_engines_are_kept_until_the_pipeline_is_left_or_dropped_after_their_stage(
+    bundle: Path, runners: list[str], text: PromptEmbeds
+) -> None:
+    with Show1Pipeline.from_bundle(bundle, keep_loaded=True) as keeping:
+        run_base(keeping.engines, text, DRAFT, SEED)
+        assert sorted(runners) == ["base/context", "base/step"]
+        run_text(keeping.engines, PROMPT)
+        assert sorted(runners) == ["base/context", "base/step", "t5/encode"]
+    assert runners == []
+    with Show1Pipeline.from_bundle(bundle) as dropping:
+        run_base(dropping.engines, text, DRAFT, SEED)
+        assert runners == []
+
+
+def test_engines_are_dropped_when_a_stage_fails(bundle: Path, runners: list[str], text: PromptEmbeds) -> None:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        assert sorted(runners) == ["base/context", "base/step"]
+        raise KeyboardInterrupt
+
+    with Show1Pipeline.from_bundle(bundle) as pipeline, pytest.raises(KeyboardInterrupt):
+        run_base(pipeline.engines, text, DRAFT, SEED, progress=interrupt)
+    assert runners == []
+
+
+def test_the_bundles_defaults_are_the_reference_settings(pipeline: Show1Pipeline) -> None:
+    assert pipeline.settings == Settings()
+    assert pipeline.settings.num_frames == 29
