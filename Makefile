@@ -24,7 +24,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (random weights: colours)
+demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (random weights: noise)
 	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
 	mkdir -p out
 	$(VENV)/bin/show1-rt generate "A burning lamborghini driving on rainbow." --bundle build/demo-bundle \
