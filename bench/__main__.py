@@ -63,7 +63,7 @@ def _latency(arguments: argparse.Namespace) -> None:
         print((table.as_markdown() if arguments.markdown else table.as_text()) + "\n")
     facts = {"machine": machine, "bundle": engines, "run": asked}
     _write(out, {"format": FORMAT, "benchmark": "latency", **facts, **latency.to_json(results)})
-    print(f"written to {out.name}" if arguments.out is None else f"written to {out}")
+    print(f"written to {arguments.out or f'bench/results/{out.name}'}")
 
 
 def _check_output(path: Path) -> None:

@@ -104,7 +104,7 @@ class Settings:
 _PRESET_STEPS: dict[str, dict[str, int]] = {
     "reference": {},  # as the bundle says
     "quick": {"interp": 50, "if2": 50, "sr1": 50},  # the authors' demo, app.py
-    "draft": {"base": 8, "interp": 4, "if2": 6, "sr1": 4, "sr2": 4},  # a look at a prompt and a seed, no more
+    "draft": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4},  # a look at a prompt and a seed, no more
 }
 
 

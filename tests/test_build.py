@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +228,22 @@ def run_clip(bundle: Path, ids: np.ndarray) -> np.ndarray:
         engine.close()
 
 
+def test_a_bundle_has_one_name_whichever_engine_was_finished_first(built: Path, tmp_path: Path) -> None:
+    ids = set()
+    for order in (["t5", "clip"], ["clip", "t5"]):
+        with Bundle.writer(tmp_path / order[0]) as bundle, bundle.scratch() as scratch:
+            for name in order:
+                entry = Bundle.open(built).engine(name)
+                encode = entry.graphs["encode"]
+                plan, weights = (replace(file, path=Path(file.path).name) for file in (encode.plan, encode.weights))
+                shutil.copytree(files_of(built, name)[0].parent, scratch / name)
+                graphs = {"encode": replace(encode, plan=plan, weights=weights)}
+                bundle.install(scratch / name, replace(entry, graphs=graphs))
+        assert_tidy(tmp_path / order[0])
+        ids.add(Bundle.open(tmp_path / order[0]).id)
+    assert len(ids) == 1
+
+
 # What a failure leaves behind
 
 
@@ -291,7 +308,9 @@ def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, o
 def test_a_second_builder_is_refused_while_the_first_is_at_work(checkpoint: Path, out: Path) -> None:
     with (
         FileLock(out / ".lock"),
-        pytest.raises(BundleError, match=r"another build is writing this bundle\. Wait for it, or choose another --out"),
+        pytest.raises(
+            BundleError, match=r"another build is writing this bundle\. Wait for it, or choose another --out"
+        ),
     ):
         build_text_encoders(checkpoint, out, force=True)
     assert_tidy(out)
@@ -321,13 +340,13 @@ def test_too_full_a_disk_is_noticed_before_anything_is_built(
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "letter.txt").write_text("dear")
+    letters = [tmp_path / "home" / name for name in ("letter.txt", ".tmp-mine/letter.txt", "a/b/.tmp-b/letter.txt")]
+    for letter in letters:
+        letter.parent.mkdir(parents=True, exist_ok=True)
+        letter.write_text("dear")
     with pytest.raises(BundleError, match="holds other files and no bundle. Choose an empty or new folder for --out"):
-        build_text_encoders(checkpoint, home)
-    assert (home / "letter.txt").read_text() == "dear"
-    assert {path.name for path in home.iterdir()} <= {"letter.txt", ".lock"}
+        build_text_encoders(checkpoint, tmp_path / "home")
+    assert [letter.is_file() and letter.read_text() for letter in letters] == ["dear"] * 3
 
 
 @pytest.mark.parametrize(
@@ -442,7 +461,16 @@ def test_every_graph_was_compared_with_torch_at_two_batch_sizes_and_frame_counts
 
 
 def test_a_bundle_tells_nothing_of_the_machine_it_was_built_on(bundle: Path) -> None:
-    telling = [str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), "site-packages", "/work", "/home/", ".py"]
+    telling = [
+        str(ROOT),
+        str(Path.home()),
+        sys.prefix,
+        tempfile.gettempdir(),
+        "site-packages",
+        "/work",
+        "/home/",
+        ".py",
+    ]
     texts = [bundle / "manifest.json", *(bundle / "tokenizers").iterdir(), *bundle.glob("engines/*/*.onnx")]
     assert len(texts) == 1 + 2 + len(CONTRACT)
     found = [(path.name, word) for path in texts for word in telling if word.encode() in path.read_bytes()]
@@ -479,16 +507,17 @@ def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"\xff\xfe", "is not a bundle's manifest"),
         (None, r"no manifest\.json there, so it is not a bundle\. Make one with `python -m export build"),
-        ("{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
-        ("[]", r"is not a bundle's manifest \(TypeError"),
-        ('{"format": 1}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
-        ('{"format": 99}', r"manifest format 99, this version reads 1\. Build the bundle again"),
+        (b"{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
+        (b"[]", r"is not a bundle's manifest \(TypeError"),
+        (b'{"format": 1}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
+        (b'{"format": 99}', r"manifest format 99, this version reads 1\. Build the bundle again"),
     ],
 )
-def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
-        (tmp_path / "manifest.json").write_text(content)
+        (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=message):
         Bundle.open(tmp_path)
 

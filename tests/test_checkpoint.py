@@ -4,6 +4,7 @@ import json
 import lzma
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,9 @@ def test_a_truncated_file_is_named(golden: Path, tmp_path: Path, kept: int) -> N
 def test_another_stages_checkpoint_in_a_folder_is_recognised(golden: Path, tmp_path: Path) -> None:
     models = link_models(golden, tmp_path, {"interpolation": "base"})
     source = Source.find(CATALOG["base"], models, "fp32")
-    with pytest.raises(CheckpointError, match=r"7 channels in and 6 out; the base network has 3 in.*Is another stage's"):
+    with pytest.raises(
+        CheckpointError, match=r"7 channels in and 6 out; the base network has 3 in.*Is another stage's"
+    ):
         networks.load(source, "fp32", (576, 320))
 
 
@@ -227,8 +230,14 @@ def test_a_config_of_other_weights_is_told_apart_from_them(golden: Path, tmp_pat
         ({"act_fn": "relu"}, "act_fn is 'relu'; supported: 'gelu' or 'silu' or 'swish'"),
         ({"class_embed_type": "projection"}, "class_embed_type is 'projection'; supported: None or 'timestep'"),
         ({"num_attention_heads": 8}, "num_attention_heads is 8; supported: null"),
-        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type is 'UNetMidBlock2DCrossAttn'; supported: 'UNetMid"),
-        ({"down_block_types": ["AttnDownBlock3D", "DownBlock3D"]}, "block type is 'AttnDownBlock3D'; supported: Resnet"),
+        (
+            {"mid_block_type": "UNetMidBlock2DCrossAttn"},
+            "mid_block_type is 'UNetMidBlock2DCrossAttn'; supported: 'UNetMid",
+        ),
+        (
+            {"down_block_types": ["AttnDownBlock3D", "DownBlock3D"]},
+            "block type is 'AttnDownBlock3D'; supported: Resnet",
+        ),
         ({"up_block_types": ["UpBlock", "UpBlock3D"]}, "block type is 'UpBlock'; supported: .* with 2D or 3D"),
         ({"layers_per_block": [1, 2, 3]}, r"layers_per_block is \[1, 2, 3\]; supported: one value, or .* 2 levels"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'; supported: 'positional'"),
@@ -262,7 +271,25 @@ def test_unsupported_text_encoders_are_refused(golden: Path, name: str, changes:
     source = Source.find(CATALOG[name], golden / "models", "fp32")
     config = {key: value for key, value in {**source.config, **changes}.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
-        networks.load(Source(source.network, source.folder, config, source.weights, None), "fp32", (576, 320))
+        networks.load(replace(source, config=config), "fp32", (576, 320))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("base", {"block_out_channels": 32}),
+        ("base", {"norm_num_groups": 7}),
+        ("base", {"attention_head_dim": 0}),
+        ("base", {"down_block_types": ["ResnetDownsampleBlock3D"]}),
+        ("base", {"layers_per_block": None}),
+        ("t5", {"num_layers": "2"}),
+        ("vae_decoder", {"act_fn": "sine"}),
+    ],
+)
+def test_values_that_make_no_network_are_blamed_on_the_config(golden: Path, name: str, changes: dict[str, Any]) -> None:
+    source = Source.find(CATALOG[name], golden / "models", "fp32")
+    with pytest.raises(CheckpointError, match=rf"{source.where}/config\.json"):
+        networks.load(replace(source, config={**source.config, **changes}), "fp32", (576, 320))
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,11 @@ def test_a_prompt_that_says_nothing_is_refused_before_any_engine_runs(bundle: Pa
     assert_refused(bundle, SettingsError, r"the prompt is (empty\. Say what|not valid text .*UTF-8)", prompt=prompt)
 
 
+def test_a_negative_prompt_that_is_no_text_is_refused_before_any_engine_runs(bundle: Path) -> None:
+    message = "the negative prompt is not valid text .*UTF-8"
+    assert_refused(bundle, SettingsError, message, negative_prompt="bl\udcff")
+
+
 # Refused before any engine runs
 
 
@@ -210,12 +215,12 @@ def assert_refused(
     message: str,
     prompt: str = PROMPT,
     settings: Settings = DRAFT,
-    seed: int = SEED,
+    **options: Any,
 ) -> None:
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with EnginePool(opened) as engines:
         with pytest.raises(kind, match=message):
-            Show1Pipeline(engines)(prompt, settings=settings, seed=seed)
+            Show1Pipeline(engines)(prompt, settings=settings, **options)
         assert engines.engine_calls == {}
 
 

@@ -1,0 +1,297 @@
+"""`show1-rt` from the command line to the file, and one line for whatever stops it."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.store import Bundle
+from runtime.cli import main
+from runtime.config import Settings
+from runtime.ops import clip_to_frames
+from runtime.pipeline import Show1Pipeline, Video
+from runtime.video import read_metadata
+
+PROMPT = "A panda, taking a selfie!"
+Spoil = Callable[[Path, bytes], None]
+
+STAGES = ["base", "interp", "if2", "sr1", "sr2"]
+DRAFT = ["--size", "112x64", "--keyframes", "2", "--steps", "base=2,interp=2,if2=2,sr1=2,sr2=2"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def assert_one_line(self, message: str) -> None:
+        assert self.code == 1
+        assert self.out == ""
+        (line,) = (line for line in self.err.splitlines() if not line.endswith(" steps"))  # but for the progress
+        assert line.startswith("error: ") and message in line
+
+
+@pytest.fixture
+def generate(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Runs `show1-rt generate` in an empty folder, with the draft's settings first: later arguments win."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, prompt: str = PROMPT) -> Result:
+        try:
+            code = main(["generate", prompt, "--bundle", str(bundle), *DRAFT, *arguments])
+        except SystemExit as exit:
+            code = exit.code
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def copied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(bundle, tmp_path_factory.mktemp("copied") / "bundle")
+
+
+@pytest.fixture
+def spoil() -> Iterator[Spoil]:
+    """Overwrites a file of the copied bundle until the end of the test."""
+    whole: dict[Path, bytes] = {}
+
+    def overwrite(path: Path, content: bytes) -> None:
+        whole[path] = path.read_bytes()
+        path.write_bytes(content)
+
+    yield overwrite
+    for path, content in whole.items():
+        path.write_bytes(content)
+
+
+def file_of(bundle: Path, engine: str, graph: str, kind: str) -> Path:
+    opened = Bundle.open(bundle)
+    return opened.path(getattr(opened.engine(engine).graphs[graph], kind))
+
+
+# What is written and printed
+
+
+def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[..., Result], bundle: Path) -> None:
+    result = generate(
+        "--seed", "7", "--guidance", "sr1=3.5", "--json", "--save-stages", "deep/stages", "--out", "x.mp4"
+    )
+    assert result.code == 0, result.err
+    about = json.loads(result.out)
+    assert about["out"] == "x.mp4"
+    assert about["frames"] == 5
+    assert list(about["stage_seconds"]) == STAGES
+    assert 0 < sum(about["stage_seconds"].values()) <= about["seconds"]
+    assert about["cut"] == {}
+
+    metadata = read_metadata(Path("x.mp4"))
+    assert metadata["prompt"] == about["prompt"] == PROMPT
+    assert metadata["seed"] == "7"
+    assert metadata["negative_prompt"] == "low resolution, blur"
+    assert metadata["software"].startswith("show1-rt ")
+    assert metadata["bundle"] == f"{bundle.name} {Bundle.open(bundle).id}"
+    settings = Settings.from_dict(json.loads(metadata["settings"]))
+    assert settings == Settings(size=(112, 64), keyframes=2).with_steps(dict.fromkeys(STAGES, 2)).with_guidance(
+        {"sr1": 3.5}
+    )
+    with av.open("x.mp4") as container:
+        (stream,) = container.streams
+        assert (stream.width, stream.height, stream.frames, stream.average_rate) == (112, 64, 5, 8)
+
+    sizes = {"base": (2, 8, 16), "interp": (5, 8, 16), "if2": (1, 32, 64), "sr1": (5, 32, 64), "sr2": (5, 64, 112)}
+    assert {path.name for path in Path("deep/stages").iterdir()} == {f"{s}.{t}" for s in STAGES for t in ("mp4", "npy")}
+    for stage, (frames, height, width) in sizes.items():
+        clip = np.load(f"deep/stages/{stage}.npy")
+        assert clip.shape == (1, 3, frames, height, width), stage
+        assert clip.dtype == np.float32
+
+    # The same settings from Python give the same video.
+    with Show1Pipeline.from_bundle(bundle) as pipeline:
+        video = pipeline(PROMPT, seed=7, settings=settings)
+    np.testing.assert_array_equal(video.clip, np.load("deep/stages/sr2.npy"))
+
+
+def test_without_out_the_video_is_named_after_its_prompt(generate: Callable[..., Result]) -> None:
+    result = generate("--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2")
+    assert result.code == 0, result.err
+    assert result.out == "a-panda-taking-a-selfie-345.mp4\n"
+    assert os.listdir() == ["a-panda-taking-a-selfie-345.mp4"]
+    assert [line for line in result.err.splitlines() if line.endswith(" steps")] == [
+        f"{stage}: 1 steps" for stage in STAGES
+    ]
+
+
+def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
+    prompt = " ".join(f"Panda{number}" for number in range(80))
+    result = generate("--out", "frames/", "--json", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2", prompt=prompt)
+    assert result.code == 0, result.err
+    assert sorted(os.listdir("frames")) == [f"000{index}.png" for index in range(5)]
+    with Image.open("frames/0000.png") as image:
+        assert image.size == (112, 64)
+    assert read_metadata(Path("frames"))["prompt"] == prompt
+    assert set(json.loads(result.out)["cut"]) == {"T5", "CLIP"}
+    warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1] for line in warnings] == ["T5", "CLIP"]
+    assert all("this end of the prompt was cut off" in line and "anda79'" in line for line in warnings)
+
+
+# What stops it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "big"], "size 'big'; allowed: WIDTHxHEIGHT, e.g. 576x320"),
+        (["--size", "576x"], "size '576x'; allowed: WIDTHxHEIGHT"),
+        (["--steps", "base"], "'base'; allowed: STAGE=NUMBER, stages base, interp, if2, sr1, sr2"),
+        (["--steps", "base=1.5"], "'base=1.5'; allowed: STAGE=NUMBER"),
+        (["--steps", ""], "''; allowed: STAGE=NUMBER"),
+        (["--guidance", "base=much"], "'base=much'; allowed: STAGE=NUMBER"),
+        (["--steps", "base=2,sr9=3"], "unknown stage sr9; allowed: base, interp, if2, sr1, sr2"),
+        (["--guidance", "text=3"], "unknown stage text; allowed: base"),
+        (["--steps", "sr1=0"], "steps of sr1: 0; allowed: 1 or more"),
+        (["--steps", "if2=2000"], "if2: "),
+        (["--guidance", "base=nan"], "guidance of base: nan; allowed: 0 or more"),
+        (["--size", "100x64"], "size 100x64; allowed: width and height in multiples of 8, from 64"),
+        (["--size", "56x64"], "size 56x64; allowed: width and height in multiples of 8, from 64"),
+        (["--size", "8192x64"], "if2/step: width 3648 (built for"),
+        (["--keyframes", "1"], "keyframes: 1; allowed: 2 or more"),
+        (["--keyframes", "65"], "base/step: frames 65 (built for"),
+        (["--seed", "-1"], "seed is -1; allowed: 0 to"),
+        (["--out", "nowhere/x.mp4"], "nowhere. Create it, or choose another"),
+        (["--out", "x.avi"], "x.avi: cannot write .avi files. Allowed are .mp4"),
+        (["--out", "taken/x.mp4"], "taken. Create it, or choose another"),
+        (["--save-stages", "taken"], "taken: cannot be made"),
+        (["--bundle", "nowhere"], "nowhere: no manifest.json there, so it is not a bundle. Make one with"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_no_file(
+    generate: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    Path("taken").touch()
+    generate("--out", "x.mp4", *arguments).assert_one_line(message)
+    assert os.listdir() == ["taken"]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n "])
+def test_an_empty_prompt_is_one_line_and_no_file(generate: Callable[..., Result], prompt: str) -> None:
+    generate(prompt=prompt).assert_one_line("the prompt is empty. Say what the video should show")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keyframes", "two"], "argument --keyframes: invalid int value"),
+        (["--preset", "best"], "argument --preset: invalid choice: 'best'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_what_cannot_be_read_is_a_usage_error(
+    generate: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    result = generate(*arguments)
+    assert result.code == 2
+    assert f"error: {message}" in result.err.splitlines()[-1]
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "graph", "kind"),
+    [
+        ("t5", "encode", "plan"),
+        ("base", "context", "weights"),
+        ("sr1", "step", "plan"),
+        ("vae_decoder", "decode", "weights"),
+    ],
+)
+def test_a_truncated_bundle_is_one_line_before_anything_is_computed(
+    generate: Callable[..., Result], copied: Path, spoil: Spoil, engine: str, graph: str, kind: str
+) -> None:
+    path = file_of(copied, engine, graph, kind)
+    spoil(path, path.read_bytes()[: path.stat().st_size // 2])
+    result = generate("--bundle", str(copied))
+    result.assert_one_line(f"{path} is missing or cut short. Build it again")
+    assert "steps" not in result.err
+    assert os.listdir() == []
+
+
+def test_a_plan_of_the_right_length_that_is_none_is_one_line(
+    generate: Callable[..., Result], copied: Path, spoil: Spoil
+) -> None:
+    path = file_of(copied, "t5", "encode", "plan")
+    spoil(path, b"\n" * path.stat().st_size)
+    generate("--bundle", str(copied)).assert_one_line(f"{path}: ONNX Runtime")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", b'{"format": 1,', "is not a bundle's manifest (JSONDecodeError"),
+        ("manifest.json", b'{"format": 7}', "manifest format 7, this version reads 1"),
+        ("tokenizers/t5.json", None, "t5.json: not a tokenizer.json"),
+    ],
+)
+def test_a_damaged_text_file_of_a_bundle_is_one_line(
+    generate: Callable[..., Result], copied: Path, spoil: Spoil, name: str, content: bytes | None, message: str
+) -> None:
+    path = copied / name
+    spoil(path, b" " * path.stat().st_size if content is None else content)
+    generate("--bundle", str(copied)).assert_one_line(message)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("stage", ["base", "sr1"])
+def test_ctrl_c_ends_with_130_a_line_and_no_video(
+    generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"runtime.pipeline.run_{stage}", interrupt)
+    result = generate("--out", "x.mp4")
+    assert result.code == 130
+    assert result.out == ""
+    assert result.err.splitlines()[-1] == "interrupted: no video was written"
+    assert "Traceback" not in result.err
+    assert os.listdir() == []
+
+
+def test_a_failure_while_writing_is_one_line_and_leaves_the_video_of_before(
+    generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_already(self: Show1Pipeline, prompt: str, *, settings: Settings, **_: Any) -> Video:
+        clip = np.zeros((1, 3, 5, 64, 112), np.float32)
+        return Video(clip_to_frames(clip), clip, prompt, "", 0, settings)
+
+    def disk_full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Show1Pipeline, "__call__", made_already)
+    monkeypatch.setattr("runtime.video._move", disk_full)
+    Path("x.mp4").write_bytes(b"before")
+    generate("--out", "x.mp4").assert_one_line("x.mp4")
+    assert os.listdir() == ["x.mp4"]
+    assert Path("x.mp4").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_and_version_need_no_bundle(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(("usage: show1-rt", "show1-rt "))
