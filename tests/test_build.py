@@ -43,12 +43,6 @@ pytestmark = pytest.mark.torch
 CLIP = "sr2/text_encoder"
 
 
-def build_text_encoders(checkpoint: Path, out: Path, **options: Any) -> Bundle:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.networks_of", lambda stages: [CATALOG["t5"], CATALOG["clip"]])
-        return build(checkpoint, out, **options)
-
-
 class InThisProcess(Executor):
     """In place of the builder's processes, which take seconds to start and do not see what a test has patched."""
 
@@ -66,9 +60,12 @@ class InThisProcess(Executor):
         return future
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.build.ProcessPoolExecutor", InThisProcess)
+def build_text_encoders(checkpoint: Path, out: Path, in_this_process: bool = True, **options: Any) -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        if in_this_process:
+            patch.setattr("export.build.ProcessPoolExecutor", InThisProcess)
+        patch.setattr("export.build.networks_of", lambda stages: [CATALOG["t5"], CATALOG["clip"]])
+        return build(checkpoint, out, **{"jobs": 1, **options})
 
 
 @pytest.fixture
@@ -205,9 +202,7 @@ def test_a_damaged_engine_is_rebuilt_and_its_file_named(
     assert plan.name in said["clip"]
 
 
-def test_a_rebuilt_engine_replaces_the_old_one_and_computes_with_the_new_weights(
-    checkpoint: Path, out: Path, in_this_process: None
-) -> None:
+def test_a_rebuilt_engine_replaces_the_old_one_and_computes_with_the_new_weights(checkpoint: Path, out: Path) -> None:
     old, ids = files_of(out, "clip"), np.arange(5)[None]
     untouched = {path: path.stat().st_mtime_ns for path in files_of(out, "t5")}
     before = run_clip(out, ids)
@@ -256,7 +251,7 @@ def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
     del stored["text_model.final_layer_norm.bias"]
     save_file(stored, weights)
     with pytest.raises(CheckpointError, match=r"sr2/text_encoder: .* 1 missing: text_model\.final_layer_norm\.bias"):
-        build_text_encoders(checkpoint, out, jobs=1)
+        build_text_encoders(checkpoint, out, in_this_process=False)
     assert list(Bundle.open(out).manifest.engines) == ["t5"]
     assert_tidy(out)
 
@@ -317,7 +312,7 @@ def test_a_second_builder_is_refused_while_the_first_is_at_work(checkpoint: Path
 
 
 def test_a_graph_that_differs_from_torch_is_not_installed(
-    checkpoint: Path, out: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = Bundle.open(out).manifest
     change_weights(checkpoint)
@@ -344,7 +339,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path
     for letter in letters:
         letter.parent.mkdir(parents=True, exist_ok=True)
         letter.write_text("dear")
-    with pytest.raises(BundleError, match="holds other files and no bundle. Choose an empty or new folder for --out"):
+    with pytest.raises(BundleError, match=r"holds other files and no bundle\. Choose an empty or new folder for --out"):
         build_text_encoders(checkpoint, tmp_path / "home")
     assert [letter.is_file() and letter.read_text() for letter in letters] == ["dear"] * 3
 
@@ -365,6 +360,13 @@ def test_impossible_requests_are_one_line(
     assert code == 1
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "new").exists()
+
+
+def test_list_names_the_nine_networks_and_their_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CATALOG)
+    assert lines[2].split() == ["interp", "interp", "interpolation/unet", "or", "show-1-interpolation/unet"]
 
 
 # What is in a bundle
@@ -401,7 +403,7 @@ CONTRACT = {
 
 
 def signature(inputs: list[Binding], outputs: list[Binding], usual: str = "float32") -> str:
-    """`name:dtype[axes], ... -> ...`; the dtype is left out where it is the bundle's, but for the two float32 scalars."""
+    """`name:dtype[axes], ... -> ...`, without the dtype where it is the bundle's. Two inputs are float32 in all."""
 
     def show(binding: Binding) -> str:
         scalar = binding.name in ("timestep", "noise_level")

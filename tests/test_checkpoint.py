@@ -190,7 +190,7 @@ def test_a_pickle_is_refused_and_the_safe_file_asked_for(tmp_path: Path, name: s
 def test_a_folder_without_weights_says_which_files_it_wants(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \.safetensors weights \(diffusion_pytorch_model or model"):
         weight_files(tmp_path, prefer_fp16=False)
-    with pytest.raises(CheckpointError, match="is missing. Download the whole checkpoint again"):
+    with pytest.raises(CheckpointError, match=r"is missing\. Download the whole checkpoint again"):
         weight_files(tmp_path / "absent", prefer_fp16=False)
 
 

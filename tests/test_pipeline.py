@@ -1,4 +1,4 @@
-"""The cascade over the golden bundle: what batches, windows, seeds and settings do, and what is refused before it runs."""
+"""The cascade over the golden bundle: what batches, windows, seeds and settings do, and what is refused first."""
 
 import json
 from collections.abc import Iterator
