@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engines.errors import OutputError, SettingsError, Show1Error
+from engines.errors import OutputError, SettingsError
+from runtime.cli import run_command
 from runtime.config import PRESETS, SEED, parse_size, parse_stage_values
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,16 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-    except Show1Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: no result was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(_parser(), argv, "no result was written")
 
 
 if __name__ == "__main__":

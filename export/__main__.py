@@ -11,6 +11,7 @@ from engines.manifest import EngineEntry
 from engines.spec import PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
+from runtime.cli import run_command
 from runtime.config import parse_size
 
 CHECKPOINTS = Path("checkpoints")
@@ -165,16 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except Show1Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(_parser(), argv, "what was finished is kept")
 
 
 if __name__ == "__main__":

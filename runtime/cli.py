@@ -184,17 +184,22 @@ class _Bars:
         self._close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str) -> int:
+    """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line."""
+    arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: no video was written", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(_parser(), argv, "no video was written")
 
 
 if __name__ == "__main__":
