@@ -38,6 +38,11 @@ class Bundle:
         path = root / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                f"{path} is not a bundle's manifest ({error}). "
+                "Build the bundle again with `python -m export build --force`."
+            ) from None
         except OSError:
             raise BundleError(
                 f"{root}: no {MANIFEST} there, so it is not a bundle. "
@@ -100,11 +105,12 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{root} cannot be written ({error}). Choose another --out.") from None
         try:
-            for leftover in root.rglob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
             exists = (root / MANIFEST).exists()
-            if not exists and any(p.name != ".lock" for p in root.iterdir()):
+            foreign = [p for p in root.iterdir() if p.name != ".lock" and not p.name.startswith(_TEMPORARY)]
+            if foreign and not exists:
                 raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
+            for leftover in root.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             yield BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
         finally:
             lock.release()
@@ -139,7 +145,8 @@ class BundleWriter(Bundle):
             )
             for name, graph in entry.graphs.items()
         }
-        self.update(engines={**self.manifest.engines, entry.name: replace(entry, graphs=graphs)})
+        engines = {**self.manifest.engines, entry.name: replace(entry, graphs=graphs)}
+        self.update(engines=dict(sorted(engines.items())))  # whichever was finished first
         for old in target.parent.glob(f"{entry.name}-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)

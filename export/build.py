@@ -97,19 +97,14 @@ def _exporter_hash() -> str:
 
 
 def why_stale(bundle: Bundle, job: Job) -> str | None:
-    """The reason to build an engine, or None when the bundle's is current and its files are there."""
+    """The reason to build an engine, or None when the bundle's is current and its files are sound."""
     entry = bundle.manifest.engines.get(job.source.network.name)
     if entry is None:
         return "not built yet"
     changed = sorted(key for key in {*entry.source, *job.made_from} if entry.source.get(key) != job.made_from.get(key))
     if changed:
         return f"changed: {', '.join(changed)}"
-    try:
-        for file in entry.files():
-            bundle.path(file)
-    except BundleError as error:
-        return str(error)
-    return None
+    return "; ".join(filter(None, map(bundle.damage, entry.files()))) or None
 
 
 def build(

@@ -102,6 +102,10 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
         )
     except KeyError as key:
         raise CheckpointError(f"{source.where}/config.json: {key} is missing. Download it again.") from None
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:  # what layers raise for impossible sizes
+        raise CheckpointError(
+            f"{source.where}/config.json makes no {name} network ({type(error).__name__}: {error}). Download it again."
+        ) from error
 
 
 def _empty(build: Callable[[], nn.Module]) -> Any:

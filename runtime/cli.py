@@ -66,7 +66,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from runtime.pipeline import Show1Pipeline, check_prompt, check_run
     from runtime.video import check_output, save_video
 
-    check_prompt(arguments.prompt)
+    check_prompt(arguments.prompt, arguments.negative_prompt)
     out = arguments.out or _file_name(arguments.prompt, arguments.seed)
     check_output(out)
     if arguments.save_stages:

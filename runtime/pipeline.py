@@ -9,10 +9,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.catalog import networks_of
+from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
+from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.runner import EnginePool
 from runtime.schedulers import make_schedule
@@ -87,7 +88,8 @@ class Show1Pipeline:
         stage's result. Raises SettingsError for an empty prompt or impossible settings.
         """
         settings = settings or self.settings
-        check_prompt(prompt)
+        check_prompt(prompt, negative_prompt)
+        NoiseStream(seed)  # raises for a seed out of range
         cut: dict[str, str] = {}
 
         def note_cut(encoder: str, text: str) -> None:
@@ -123,18 +125,24 @@ class Show1Pipeline:
         self.close()
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises SettingsError for a prompt that says nothing or is not text."""
+def check_prompt(prompt: str, negative_prompt: str = "") -> None:
+    """Raises SettingsError for a prompt that says nothing, and for text that is none."""
     if not prompt.strip():
         raise SettingsError("the prompt is empty. Say what the video should show, in a sentence.")
-    if not prompt.isprintable() and any(0xD800 <= ord(char) < 0xE000 for char in prompt):
-        raise SettingsError("the prompt is not valid text (bytes that are not UTF-8). Type it again in UTF-8.")
+    for name, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+        if any(0xD800 <= ord(char) < 0xE000 for char in text):
+            raise SettingsError(f"the {name} is not valid text (bytes that are not UTF-8). Type it again in UTF-8.")
 
 
 def check_run(bundle: Bundle, settings: Settings) -> None:
-    """Raises Show1Error for what would stop a run half-way: a missing engine, a size or step count out of range."""
+    """Raises Show1Error for what would stop a run half-way: a missing file, a size or step count out of range."""
     for network in networks_of(["all"]):
-        bundle.engine(network.name)
+        for file in bundle.engine(network.name).files():
+            bundle.path(file)
+    for name in TOKENIZERS:
+        bundle.tokenizer(name)
+    for name in ("if2.noising", "sr1.noising"):
+        scheduler_of(bundle, name)
     factor = bundle.engine("vae_encoder").properties["factor"]
     window = min(settings.sr1_window, settings.num_frames)
     frames = {"base": settings.keyframes, "interp": INTERP_FRAMES, "if2": 1, "sr1": window, "sr2": settings.num_frames}
