@@ -26,7 +26,7 @@ def test_the_demo_checkpoint_makes_29_frames_of_576_by_320(tmp_path: Path) -> No
     assert (frames[0] != frames[14]).any()
 
 
-def test_half_precision_networks_stay_within_two_percent_of_the_reference(golden: Path) -> None:
+def test_half_precision_networks_stay_within_two_hundredths_of_the_reference(golden: Path) -> None:
     from engines.store import Bundle
     from export.build import build
     from export.verify import verify
@@ -36,4 +36,4 @@ def test_half_precision_networks_stay_within_two_percent_of_the_reference(golden
     rows = [row for row in verify(Bundle.open(folder), golden) if row.case.startswith(("unet", "t5", "clip", "vae"))]
     assert len(rows) > 15
     # Values reach 3; float16 has steps of 2e-3 there, and the networks dozens of layers.
-    assert not [row for row in rows if row.max_error > 0.06]
+    assert not [row for row in rows if row.max_error > 0.02]
