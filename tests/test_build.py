@@ -267,7 +267,12 @@ def test_an_interrupted_build_says_so_in_a_line_and_leaves_a_sound_bundle(golden
     out = tmp_path / "bundle"
     command = [sys.executable, "-m", "export", "build", "--stage", "text", "--checkpoint", str(golden / "models")]
     with subprocess.Popen(
-        [*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--out", str(out)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
     ) as process:
         try:
             wait_for(lambda: list(out.glob(".tmp-*/t5")), process)
