@@ -96,17 +96,18 @@ class Arrays(dict[str, Array]):
 
     def check_axes(self, where: str, axes: Mapping[str, str]) -> None:
         """Raises CheckpointError unless the arrays have these axes: "3" is a size, "H" one that all share, "4H" 4 H."""
-        sizes = {"": 1}
+        known = {"": 1}
         for key in [key for key in axes if key in self]:
-            shape, wanted = self[key].shape, axes[key].split()
+            shape, wanted, sizes = self[key].shape, axes[key].split(), dict(known)
             fits = len(shape) == len(wanted)
             for size, axis in zip(shape, wanted, strict=False):
                 letter = axis.lstrip("0123456789")
                 factor = int(axis.removesuffix(letter) or 1)
                 fits &= 0 < size == factor * sizes.setdefault(letter, size // factor)
             if not fits:
-                known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter)
-                raise CheckpointError(f"{where}: {key} has shape {shape}, wanted [{', '.join(wanted)}] ({known}).")
+                others = "".join(f", {letter} = {size}" for letter, size in known.items() if letter)
+                raise CheckpointError(f"{where}: {key} has shape {shape}, wanted [{', '.join(wanted)}]{others}.")
+            known = sizes
             if wanted[-1:] == ["3"] and self[key].dtype != np.uint8:  # colours come last in frames for display only
                 raise CheckpointError(f"{where}: {key} is {self[key].dtype}, wanted uint8.")
 
@@ -227,7 +228,7 @@ def verify(bundle: Bundle, folder: Path, report: Callable[[Row], None] = lambda 
             report(row)
             rows.append(row)
     if not rows:
-        raise CheckpointError(f"{folder}: no reference arrays (*.npz) there, nothing was verified.")
+        raise CheckpointError(f"{folder}: no reference arrays (*.npz) there that make a case, nothing was verified.")
     return rows
 
 

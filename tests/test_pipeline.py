@@ -19,7 +19,7 @@ from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
 from runtime.runner import EnginePool
-from runtime.stages import sr1
+from runtime.stages import interp, sr1
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import PromptEmbeds
 from runtime.stages.interp import fill_gaps, run_interp
@@ -380,3 +380,15 @@ def test_engines_are_dropped_when_a_stage_fails(bundle: Path, runners: list[str]
 def test_the_bundles_defaults_are_the_reference_settings(pipeline: Show1Pipeline) -> None:
     assert pipeline.settings == Settings()
     assert pipeline.settings.num_frames == 29
+
+
+def test_interpolation_draws_its_first_noise_apart_from_the_noise_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[NDArray[np.float32]] = []
+
+    def filled(engines: Any, text: Any, keyframes: Any, settings: Any, seed: int, noise: Any, progress: Any) -> Any:
+        given.append(noise)  # with noise given, the steps' own stream starts from the seed
+        return np.zeros((1, 3, 5, 8, 16), np.float32)
+
+    monkeypatch.setattr(interp, "fill_gaps", filled)
+    run_interp(SimpleNamespace(), None, np.zeros((1, 3, 2, 8, 16), np.float32), DRAFT, SEED)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(given[0], NoiseStream(SEED).normal((1, 3, 5, 8, 16)))

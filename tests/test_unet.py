@@ -1,5 +1,6 @@
 """The UNets from inside: every module against the authors', the variance rows, and who sees whom."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from engines.catalog import CATALOG
 from engines.store import Bundle
 from export import networks
-from export.modules.unet import UNetContext, UNetStep, VideoUNet
+from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
 from export.networks import LoadedNetwork, Source
 
 pytestmark = pytest.mark.torch
@@ -158,3 +159,15 @@ def test_clips_of_a_batch_do_not_see_each_other(golden: Path, name: str) -> None
     first, changed, last = change_of_one(Net.of(golden, name), axis=0, noise_level=name in ("if2", "sr1"))
     assert changed > 0.1
     assert max(first, last) < 1e-5
+
+
+def test_a_list_of_head_sizes_is_read_from_its_start_on_the_way_up_too(golden: Path) -> None:
+    stored = json.loads((golden / "models/base/unet/config.json").read_text(encoding="utf-8"))
+    kinds = {"down_block_types": ["SimpleCrossAttnDownBlock3D"] * 2, "up_block_types": ["SimpleCrossAttnUpBlock3D"] * 2}
+    config = UNetConfig.from_dict({**stored, **kinds, "attention_head_dim": [8, 16]}, "config.json")
+    with torch.device("meta"):
+        unet = VideoUNet(config)
+    # 32 and 64 channels: channels per head here, the number of heads over frames.
+    assert [block.attentions[0].heads for block in unet.down_blocks] == [32 // 8, 64 // 16]
+    assert [block.attentions[0].heads for block in unet.up_blocks] == [64 // 8, 32 // 16]
+    assert [b.temp_attentions[0].transformer_blocks[0].attn1.heads for b in unet.up_blocks] == [8, 16]

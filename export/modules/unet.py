@@ -266,7 +266,9 @@ class UpBlock(Layers):
         layers = config.layers_per_block[level] + 1
         attention, resnet_sampler = BLOCKS[config.up_block_types[index][:-2]]
         io = [((below if i == 0 else out) + (last_skip if i == layers - 1 else out), out) for i in range(layers)]
-        super().__init__(config, level, io, attention, False)
+        # A list of head sizes is read as on the way down here, finest first, although this way is coarsest first: the
+        # reference's quirk. Cross-attention looks up its own level.
+        super().__init__(config, index if attention == ADDED_KV else level, io, attention, False)
         self.resnet_sampler = resnet_sampler
         if level > 0:
             self.upsamplers = nn.ModuleList(

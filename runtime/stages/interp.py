@@ -24,7 +24,9 @@ def run_interp(
     The gaps read the key frames only, never each other, and share seed and noise: as a batch they give what the
     reference computes one by one. As there, the key frames themselves are generated anew.
     """
-    gaps = fill_gaps(engines, text, keyframes[0], settings, seed, progress=progress)
+    # Drawn apart, as in the reference: noise that the steps add (DDPM) starts the seed's stream again.
+    init_noise = NoiseStream(seed).normal((1, keyframes.shape[1], INTERP_FRAMES, *keyframes.shape[3:]))
+    gaps = fill_gaps(engines, text, keyframes[0], settings, seed, init_noise, progress)
     # Every gap's last frame is overwritten by the next gap's first.
     return np.concatenate([*gaps[:, :, :-1], gaps[-1, :, -1:]], axis=1)[None]
 
