@@ -1,7 +1,7 @@
 """Latency of the cascade: every stage on its own, in engines and outside them, from set-up to the finished clip.
 
 Stages run on what the stage before made. One that runs without its predecessor gets seeded random arrays of the same
-shapes: the networks' work does not depend on the values, that of dynamic thresholding does a little.
+shapes: of all the work only that of dynamic thresholding depends on the values.
 """
 
 import time
