@@ -55,7 +55,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _random_checkpoint(arguments: argparse.Namespace) -> None:
     from export.random_checkpoint import random_checkpoint
 
-    random_checkpoint(arguments.out, arguments.seed)
+    random_checkpoint(arguments.out, arguments.size, arguments.seed)
     print(arguments.out)
 
 
@@ -146,9 +146,15 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=list(PRECISIONS), default="fp16", help="fetch half-precision files where published"
     )
 
-    random = commands.add_parser("random-checkpoint", help="write a small checkpoint of random weights, to try things")
+    random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")
     random.set_defaults(run=_random_checkpoint)
     random.add_argument("--out", type=Path, required=True, help="new folder")
+    random.add_argument(
+        "--size",
+        choices=["golden", "published"],
+        default="golden",
+        help="golden: some millions of weights; published: 11.5 billion, 23 GB (default: %(default)s)",
+    )
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     listing = commands.add_parser("list", help="the nine networks and where a checkpoint keeps them")

@@ -23,6 +23,7 @@ from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
 from export.modules.vae import autoencoder
 from export.networks import Source
+from export.random_checkpoint import CONFIGS
 
 pytestmark = pytest.mark.torch
 
@@ -349,70 +350,7 @@ def test_a_missing_file_of_a_checkpoint_is_named(golden: Path, tmp_path: Path, p
 
 # Published sizes
 
-_PIXEL = {
-    "act_fn": "gelu",
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 64,
-    "attention_head_dim": 64,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": 4096,
-    "encoder_hid_dim_type": "text_proj",
-    "norm_num_groups": 32,
-    "out_channels": 6,
-    "resnet_time_scale_shift": "scale_shift",
-}
-
-
-def _base(in_channels: int) -> dict[str, Any]:
-    return {
-        **_PIXEL,
-        "in_channels": in_channels,
-        "block_out_channels": [320, 640, 960, 1280],
-        "layers_per_block": 3,
-        "down_block_types": ["ResnetDownsampleBlock3D"] + ["SimpleCrossAttnDownBlock3D"] * 3,
-        "mid_block_type": "UNetMidBlock3DSimpleCrossAttn",
-        "up_block_types": ["SimpleCrossAttnUpBlock3D"] * 3 + ["ResnetUpsampleBlock3D"],
-        "cross_attention_dim": 1280,
-    }
-
-
-def _super_resolution(kind: str, channels: list[int], layers: list[int], dim: int) -> dict[str, Any]:
-    return {
-        **_PIXEL,
-        "in_channels": 6,
-        "block_out_channels": channels,
-        "layers_per_block": layers,
-        "down_block_types": [f"ResnetDownsampleBlock{kind}"] * 3 + [f"SimpleCrossAttnDownBlock{kind}"] * 2,
-        "mid_block_type": f"UNetMidBlock{kind}SimpleCrossAttn",
-        "up_block_types": [f"SimpleCrossAttnUpBlock{kind}"] * 2 + [f"ResnetUpsampleBlock{kind}"] * 3,
-        "cross_attention_dim": dim,
-        "time_embedding_dim": dim,
-        "class_embed_type": "timestep",
-        "time_embedding_act_fn": "gelu",
-        "resnet_skip_time_act": True,
-    }
-
-
-PUBLISHED = {
-    "base": _base(3),
-    "interp": _base(7),
-    "if2": _super_resolution("2D", [160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1280),
-    "sr1": _super_resolution("3D", [128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 768),
-    "sr2": {
-        "act_fn": "silu",
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-        "mid_block_type": "UNetMidBlock3DCrossAttn",
-        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20],
-        "use_linear_projection": True,
-        "transfromer_in_opt": True,
-    },
-}
+FOLDERS = {"base": "base", "interp": "interpolation", "if2": "if2", "sr1": "sr1", "sr2": "sr2"}
 
 
 @pytest.fixture(scope="module")
@@ -422,9 +360,10 @@ def published_shapes() -> dict[str, dict[str, list[int]]]:
     return json.loads(lzma.decompress(packed.read_bytes()))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_parameters_have_the_names_and_shapes_of_the_published_checkpoints(
     published_shapes: dict[str, dict[str, list[int]]], name: str
 ) -> None:
-    unet = empty(lambda: VideoUNet(UNetConfig.from_dict(PUBLISHED[name], name)))
+    config = CONFIGS["published"][f"{FOLDERS[name]}/unet"]
+    unet = empty(lambda: VideoUNet(UNetConfig.from_dict(config, name)))
     assert {key: list(value.shape) for key, value in unet.state_dict().items()} == published_shapes[name]
