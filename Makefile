@@ -1,7 +1,7 @@
 # `make` lists the targets. Variables can be set on the command line or in the environment:
 #
 #   PYTHON      the interpreter the virtual environment is made with (3.11 or newer)
-#   EXTRAS      extras of pyproject.toml to install; for an NVIDIA GPU: EXTRAS=cuda,export,dev,bench
+#   EXTRAS      extras of pyproject.toml to install; for an NVIDIA GPU: EXTRAS=cuda,export,tensorrt-rtx,dev,bench
 #   TORCH_ARGS  arguments for `pip install torch`. On Linux the usual index gives the CUDA build of torch, several GB.
 #               For the CPU build, pass the index that the torch installation page names for it:
 #               TORCH_ARGS='--index-url URL'
@@ -9,7 +9,7 @@
 # They matter when .venv is made: remove .venv to set it up with other values.
 
 PYTHON ?= python3
-EXTRAS ?= cpu,export,dev,bench
+EXTRAS ?= cpu,export,tensorrt-rtx,dev,bench
 TORCH_ARGS ?=
 
 VENV := .venv

@@ -7,7 +7,7 @@ from typing import Any
 from engines.errors import BundleError
 from engines.spec import Axis, Binding, GraphSpec
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,34 @@ class FileEntry:
 class GraphEntry:
     """A compiled graph: its contract, its plan (the file a runner opens) with what lies beside it, its measured error.
 
-    `parity` has one row per size tried: the sizes, the largest and mean absolute difference from the torch module, the
-    largest reference value, and the tolerance.
+    `graph_sha256` is of the ONNX graph without its weights. `parity` has one row per size tried: the sizes, the largest
+    and mean absolute difference from the torch module, the largest reference value, and the tolerance.
     """
 
     spec: GraphSpec
     plan: FileEntry
     weights: FileEntry | None
+    graph_sha256: str
     parity: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One compiled network. `source` is everything it was made from: it is stale when any of it changes."""
+    """One compiled network. `source` is everything it was made from: it is stale when any of it changes.
+
+    `targets` are the GPUs a plan was compiled for (TensorRT only). `cost` is what the build took: seconds of export
+    (loading, tracing), parity and compilation, peak memory of its process in bytes.
+    """
 
     name: str
     backend: str
+    backend_version: str
     precision: str
+    targets: tuple[str, ...]
     source: dict[str, str]
     properties: dict[str, Any]
     graphs: dict[str, GraphEntry]
+    cost: dict[str, float] = field(default_factory=dict)
 
     def files(self) -> list[FileEntry]:
         return [file for graph in self.graphs.values() for file in (graph.plan, graph.weights) if file]
@@ -88,7 +96,13 @@ class Manifest:
 
 
 def _engine(data: dict[str, Any]) -> EngineEntry:
-    return EngineEntry(**{**data, "graphs": {name: _graph(graph) for name, graph in data["graphs"].items()}})
+    return EngineEntry(
+        **{
+            **data,
+            "targets": tuple(data["targets"]),
+            "graphs": {name: _graph(graph) for name, graph in data["graphs"].items()},
+        }
+    )
 
 
 def _graph(data: dict[str, Any]) -> GraphEntry:
@@ -105,6 +119,7 @@ def _graph(data: dict[str, Any]) -> GraphEntry:
         ),
         plan=FileEntry(**data["plan"]),
         weights=FileEntry(**data["weights"]) if data["weights"] else None,
+        graph_sha256=data["graph_sha256"],
         parity=data["parity"],
     )
 

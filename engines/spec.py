@@ -1,12 +1,13 @@
 """What a compiled network looks like from outside: bindings, axes, profiles, graphs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engines.errors import ProfileError
 
-Precision = str  # "fp32" or "fp16": what the graph's floating-point bindings and weights are
-PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16"}
+# What weights and activations are -> what the bindings are. NumPy has no bfloat16: those graphs cast at their borders.
+PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
+WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Axis:
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max and size % self.multiple == 0
+
+    def narrowed(self) -> "Axis":
+        """At most twice the size tuned for."""
+        return Axis(self.min, self.opt, min(self.max, 2 * self.opt), self.multiple)
 
     def __str__(self) -> str:
         return f"{self.min}..{self.max}" + (f" in steps of {self.multiple}" if self.multiple > 1 else "")
@@ -46,6 +51,14 @@ class GraphSpec:
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
     profiles: Mapping[str, Mapping[str, Axis]]
+
+    def narrowed(self) -> "GraphSpec":
+        """For compilers whose plans reserve memory for, and choose kernels by, the largest size."""
+        profiles = {
+            name: {axis: limits.narrowed() for axis, limits in profile.items()}
+            for name, profile in self.profiles.items()
+        }
+        return replace(self, profiles=profiles)
 
     def check(self, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises ProfileError unless the inputs' shapes agree with each other and with one of the profiles."""

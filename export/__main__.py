@@ -2,11 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engines import tensorrt
 from engines.catalog import CATALOG, STAGES
 from engines.errors import Show1Error
+from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
 from engines.spec import PRECISIONS
 from engines.store import Bundle
@@ -20,8 +22,9 @@ DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `rand
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from export.build import build  # torch: only when something is built
+    from export.build import Backend, build  # torch: only when something is built
 
+    targets = arguments.target.split(",") if arguments.target else []
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
@@ -30,6 +33,8 @@ def _build(arguments: argparse.Namespace) -> None:
         parse_size(arguments.size),
         arguments.force,
         arguments.jobs,
+        Backend.choose(arguments.engine, arguments.precision, targets, arguments.attention),
+        arguments.keep_onnx,
     )
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
 
@@ -60,10 +65,28 @@ def _random_checkpoint(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
+    if arguments.bundle:
+        for row in _cost_table(Bundle.open(arguments.bundle)):
+            print(row)
+        return
     print(f"{'engine':12} {'stage':7} {'checkpoint folder':42}")
     for network in CATALOG.values():
         folders = " or ".join(f"{folder}/{network.subfolder}" for folder in network.folders)
         print(f"{network.name:12} {network.stage:7} {folders}")
+
+
+def _cost_table(bundle: Bundle) -> Iterator[str]:
+    """What the engines are and what their builds took, in Markdown."""
+    yield "| engine | backend | precision | parameters | plans | export | comparison | compilation | peak memory |"
+    yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    for name in CATALOG:
+        if entry := bundle.manifest.engines.get(name):
+            cost, plans = entry.cost, sum(file.bytes for file in entry.files())
+            yield (
+                f"| {name} | {entry.backend} {entry.backend_version} | {entry.precision} "
+                f"| {cost['parameters'] / 1e6:,.1f} M | {plans / 1e6:,.1f} MB | {cost['export_s']:.0f} s "
+                f"| {cost['parity_s']:.0f} s | {cost['compile_s']:.0f} s | {cost['peak_bytes'] / 1e9:.1f} GB |"
+            )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -73,23 +96,30 @@ def _check(arguments: argparse.Namespace) -> None:
         entry = bundle.manifest.engines.get(name)
         reasons = ["not built"] if entry is None else _unusable(bundle, entry)
         problems += bool(reasons)
-        details = f"{entry.backend} {entry.precision}" if entry else ""
-        print(f"{name:12} {details:18} {'; '.join(reasons) or 'ok'}")
+        details = f"{entry.backend} {entry.backend_version} {entry.precision}" if entry else ""
+        note = "; ".join(reasons) or "ok"
+        if entry and entry.targets:
+            details += f" {' '.join(entry.targets)}"
+            if not reasons and not find_gpus():
+                note = "ok (files and version; not loaded: no NVIDIA GPU here)"
+        print(f"{name:12} {details:50} {note}")
     for name in ("t5", "clip"):
         file = bundle.manifest.tokenizers.get(name)
         reason = bundle.damage(file) if file else "not built"
         problems += bool(reason)
-        print(f"{f'{name} tokenizer':31} {reason or 'ok'}")
+        print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
     if problems:
         raise Show1Error(f"{problems} parts are unusable: `python -m export build --stage all --out {bundle.root}`.")
 
 
 def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
-    """Why an engine cannot run here: damaged files, or plans that its backend does not load."""
+    """Why an engine is of no use: damaged files, another version, plans that its backend does not load."""
     from runtime.runner import Engine
 
     reasons = list(filter(None, map(bundle.damage, entry.files())))
-    if not reasons:
+    if entry.backend in tensorrt.FLAVOURS:
+        reasons += filter(None, [tensorrt.version_mismatch(entry)])
+    if not reasons and (find_gpus() or not entry.targets):
         try:
             Engine(bundle, entry).close()
         except Show1Error as error:
@@ -128,7 +158,24 @@ def _parser() -> argparse.ArgumentParser:
         help=f"folder with the checkpoint folders, or {DEMO!r} (default: {CHECKPOINTS} where it exists, else {DEMO})",
     )
     build.add_argument("--out", type=Path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
-    build.add_argument("--engine", choices=["onnxruntime"], default="onnxruntime", help="what runs the engines")
+    build.add_argument(
+        "--engine",
+        choices=["onnxruntime", "tensorrt-rtx", "tensorrt", "auto"],
+        default="onnxruntime",
+        help="what runs the engines; auto: TensorRT where a card and a flavour are there (default: %(default)s)",
+    )
+    build.add_argument(
+        "--target",
+        metavar="SM,...",
+        help="TensorRT-RTX: cards to build for, e.g. sm86,sm89,sm120 (default: all from Ampere on)",
+    )
+    build.add_argument(
+        "--attention",
+        choices=["fused", "padded", "decomposed"],
+        default="fused",
+        help="TensorRT: form of attention over frames (default: %(default)s)",
+    )
+    build.add_argument("--keep-onnx", action="store_true", help="TensorRT: keep the ONNX files beside the plans")
     build.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
     build.add_argument(
         "--size", default="576x320", help="video size that the engines are tuned for (default: %(default)s)"
@@ -153,12 +200,13 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         choices=["golden", "published"],
         default="golden",
-        help="golden: some millions of weights; published: 11.5 billion, 23 GB (default: %(default)s)",
+        help="golden: some millions of weights; published: 12.1 billion, 24 GB (default: %(default)s)",
     )
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
-    listing = commands.add_parser("list", help="the nine networks and where a checkpoint keeps them")
+    listing = commands.add_parser("list", help="the nine networks; of a bundle, what they took to build")
     listing.set_defaults(run=_list)
+    listing.add_argument("bundle", type=Path, nargs="?")
 
     check = commands.add_parser("check", help="is every file of a bundle there and unchanged?")
     check.set_defaults(run=_check)

@@ -1,39 +1,88 @@
 """`export build`: from checkpoint folders to a bundle of engines, rebuilding only what changed."""
 
+import gc
 import hashlib
+import math
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import onnx_ir as ir
 import psutil
 import torch
 from tqdm import tqdm
 
+from engines import compile_ort, compile_trt, tensorrt
 from engines.catalog import TOKENIZERS, Network, networks_of
-from engines.compile_ort import BACKEND, compile_ort
+from engines.compile_trt import DetachedModel
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
-from engines.spec import PRECISIONS
+from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
 from engines.store import Bundle, BundleWriter, hash_file
 from export import networks
 from export.checkpoint import find_folder
-from export.networks import Source
-from export.parity import SEED, check_parity, example_sizes
+from export.networks import Graph, Source
+from export.parity import SEED, DetachedRunner, check_parity, example_sizes, in_float32
 from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
+from runtime.runner import Runner, open_runner
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "tokenizers")
 _GIB = 2**30
+
+Report = Callable[[str], None]  # told what a build is doing
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What engines are compiled by and for: "onnxruntime", "tensorrt-rtx" or "tensorrt".
+
+    `targets` and `attention` (see `compile_trt.prepare`) are TensorRT's.
+    """
+
+    name: str = compile_ort.BACKEND
+    targets: tuple[str, ...] = ()
+    attention: str = "fused"
+
+    @classmethod
+    def choose(cls, name: str, precision: str, targets: Sequence[str] = (), attention: str = "fused") -> "Backend":
+        """Checked settings; "auto" for what runs best here. Raises SettingsError, EngineError if it is not usable."""
+        if precision not in PRECISIONS:
+            raise SettingsError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}.")
+        if name == "auto":
+            name, why = tensorrt.choose_backend()
+            print(f"engine: {name} ({why})", file=sys.stderr)
+        if name in tensorrt.FLAVOURS:
+            tensorrt.load(name)
+            return cls(name, tensorrt.check_targets(name, targets, precision), attention)
+        if name != compile_ort.BACKEND:
+            allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS)
+            raise SettingsError(f"engine {name!r}; allowed: {', '.join(allowed)}.")
+        if targets:
+            raise SettingsError(f"--target {','.join(targets)} is for tensorrt-rtx; onnxruntime has no targets.")
+        if precision == "bf16":
+            raise SettingsError(
+                "ONNX Runtime has few kernels for bf16: use --precision fp16, or --engine tensorrt-rtx."
+            )
+        return cls(name)
+
+    @property
+    def version(self) -> str:
+        return (
+            version("onnxruntime") if self.name == compile_ort.BACKEND else tensorrt.installed_version(self.name) or ""
+        )
 
 
 @dataclass(frozen=True)
@@ -43,65 +92,194 @@ class Job:
     source: Source
     precision: str
     size: tuple[int, int]
-    made_from: dict[str, str]
+    backend: Backend = Backend()
     keep_variance: bool = False
+    keep_onnx: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.source.network.name
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.source.parameters * WEIGHT_BYTES[self.precision]
+
+    @property
+    def memory(self) -> float:
+        """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
+        copies = 4 if self.backend.name == compile_ort.BACKEND else 2  # module, graph, file, session; builder and plan
+        return 1.5 * _GIB + copies * self.weight_bytes
+
+    @property
+    def seconds(self) -> float:
+        """About how long it will take, in seconds of two idle cores: tracing goes by layers, compilation by both."""
+        layers = self.source.tensors
+        compilation = 0.0 if self.backend.name == compile_ort.BACKEND else 0.03 * layers + 4 * self.weight_bytes / _GIB
+        return 2 + 0.08 * layers + compilation
+
+    def made_from(self) -> dict[str, str]:
+        """Everything the engine depends on. When one of these changes, it is stale."""
+        made_from = {
+            **self.source.fingerprint(),
+            "learned_variance": str(self.source.learned_variance),
+            "precision": self.precision,
+            "size": "{}x{}".format(*self.size),
+            "exporter": _exporter_hash(self.backend.name),
+            "torch": version("torch"),
+            "onnxscript": version("onnxscript"),
+            "backend": self.backend.name,
+        }
+        if self.backend.name in tensorrt.FLAVOURS:  # ONNX Runtime reads what its older versions were given
+            made_from |= {
+                "backend version": self.backend.version,
+                "targets": " ".join(self.backend.targets),
+                "attention": self.backend.attention,
+            }
+        return made_from
 
 
-def build_engine(job: Job, folder: Path) -> EngineEntry:
-    """Load, trace, compile and compare one network into `folder`; file paths in the entry are relative to it."""
-    name = job.source.network.name
+def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> EngineEntry:
+    """Load, trace, compare and compile one network into `folder`; file paths in the entry are relative to it."""
+    start = time.perf_counter()
+    report("loading")
     loaded = networks.load(job.source, job.precision, job.size, job.keep_variance)
-    graphs = {}
-    for graph in loaded.graphs:
+    on_ort = job.backend.name == compile_ort.BACKEND
+    graphs = loaded.graphs if on_ort else [replace(graph, spec=graph.spec.narrowed()) for graph in loaded.graphs]
+    detached: dict[str, DetachedModel] = {}
+    hashes: dict[str, str] = {}
+    for graph in graphs:
+        report(f"tracing {graph.spec.name}")
         example = graph.example(example_sizes(graph.spec), torch.Generator().manual_seed(SEED))
-        plan, weights = folder / f"{graph.spec.name}.onnx", folder / f"{graph.spec.name}.weights"
-        compile_ort(trace(graph.module, graph.spec, example), plan, weights)
-        parity = check_parity(graph, name, BACKEND, plan, job.precision)
-        graphs[graph.spec.name] = GraphEntry(
-            graph.spec, _entry(plan), _entry(weights) if weights.exists() else None, parity
+        model = trace(graph.module, graph.spec, example)
+        plan, weights = _onnx_files(folder, graph.spec)
+        if on_ort:
+            compile_ort.compile_ort(model, plan, weights)
+            hashes[graph.spec.name] = hash_file(plan)
+            continue
+        compile_trt.prepare(model, job.precision, job.backend.attention)
+        if job.keep_onnx:
+            ir.save(model, plan, external_data=weights.name)
+        detached[graph.spec.name] = compile_trt.detach_weights(model)
+        hashes[graph.spec.name] = detached[graph.spec.name].sha256
+    traced = time.perf_counter()
+
+    parity = {}
+    for graph in graphs:
+        report(f"comparing {graph.spec.name}")
+        runner = _parity_runner(job, graph, folder, detached)
+        try:
+            parity[graph.spec.name] = check_parity(graph, job.name, runner, job.precision)
+        finally:
+            runner.close()
+    compared = time.perf_counter()
+
+    specs, properties = [graph.spec for graph in graphs], loaded.properties
+    del loaded, graphs, graph, runner  # what the module holds beside the weights' pages
+    gc.collect()
+    files: dict[str, tuple[FileEntry, FileEntry | None]] = {}
+    for spec in specs:
+        if on_ort:
+            plan, weights = _onnx_files(folder, spec)
+            files[spec.name] = (_entry(plan), _entry(weights) if weights.exists() else None)
+            continue
+        plan = folder / f"{spec.name}.plan"
+        compile_trt.compile_trt(
+            job.backend.name,
+            detached.pop(spec.name),
+            spec,
+            plan,
+            job.backend.targets,
+            lambda phase, name=spec.name: report(f"compiling {name}: {phase}"),
         )
-    return EngineEntry(name, BACKEND, job.precision, job.made_from, loaded.properties, graphs)
+        files[spec.name] = (_entry(plan), None)
+    cost = {
+        "parameters": job.source.parameters,
+        "export_s": traced - start,
+        "parity_s": compared - traced,
+        "compile_s": time.perf_counter() - compared,
+        "peak_bytes": _peak_memory(),
+    }
+    return EngineEntry(
+        job.name,
+        job.backend.name,
+        job.backend.version,
+        job.precision,
+        job.backend.targets,
+        job.made_from(),
+        properties,
+        {spec.name: GraphEntry(spec, *files[spec.name], hashes[spec.name], parity[spec.name]) for spec in specs},
+        cost,
+    )
+
+
+def _onnx_files(folder: Path, spec: GraphSpec) -> tuple[Path, Path]:
+    return folder / f"{spec.name}.onnx", folder / f"{spec.name}.weights"
+
+
+def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, DetachedModel]) -> Runner:
+    if not detached:
+        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0])
+    model = detached[graph.spec.name]
+    return DetachedRunner(in_float32(model) if job.precision == "bf16" else model)
 
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(path.name, hash_file(path), path.stat().st_size)
 
 
-def _run_job(job: Job, folder: Path, threads: int) -> tuple[EngineEntry, float]:
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes: with the checkpoint's pages that it has mapped."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+_messages: Any = None  # a worker's queue to the process that shows progress
+
+
+def _start_worker(messages: Any, threads: int) -> None:
+    global _messages
+    _messages = messages
     torch.set_num_threads(threads)
+
+
+def _report(name: str, message: str) -> None:
+    if _messages is not None:
+        _messages.put((name, message))
+
+
+def _run_job(job: Job, folder: Path) -> tuple[EngineEntry, float]:
     start = time.perf_counter()
-    folder.mkdir()
-    return build_engine(job, folder), time.perf_counter() - start
+    try:
+        folder.mkdir()
+        entry = build_engine(job, folder, partial(_report, job.name))
+    except OSError as error:
+        raise BundleError(
+            f"{job.name}: cannot be written ({error.strerror or error}). Nothing of it was kept; finished engines "
+            "were. Make room or choose another --out, then run this again."
+        ) from None
+    return entry, time.perf_counter() - start
 
 
-def made_from(source: Source, precision: str, size: tuple[int, int]) -> dict[str, str]:
-    """Everything an engine depends on. When one of these changes, the engine is stale."""
-    return {
-        **source.fingerprint(),
-        "learned_variance": str(source.learned_variance),
-        "precision": precision,
-        "size": "{}x{}".format(*size),
-        "exporter": _exporter_hash(),
-        "torch": version("torch"),
-        "onnxscript": version("onnxscript"),
-        "backend": BACKEND,
-    }
-
-
-def _exporter_hash() -> str:
+def _exporter_hash(backend: str) -> str:
     """The code that decides what is in an engine."""
     here = Path(__file__).parent
     files = [*sorted((here / "modules").glob("*.py")), here / "to_onnx.py", here / "networks.py"]
-    files += [here.parent / "engines" / name for name in ("catalog.py", "compile_ort.py")]
+    compiler = "compile_ort.py" if backend == compile_ort.BACKEND else "compile_trt.py"
+    files += [here.parent / "engines" / name for name in ("catalog.py", "passes.py", compiler)]
     return hashlib.sha256(b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in files)).hexdigest()
 
 
 def why_stale(bundle: Bundle, job: Job) -> str | None:
     """The reason to build an engine, or None when the bundle's is current and its files are sound."""
-    entry = bundle.manifest.engines.get(job.source.network.name)
+    entry = bundle.manifest.engines.get(job.name)
     if entry is None:
         return "not built yet"
-    changed = sorted(key for key in {*entry.source, *job.made_from} if entry.source.get(key) != job.made_from.get(key))
+    made_from = job.made_from()
+    changed = sorted(key for key in {*entry.source, *made_from} if entry.source.get(key) != made_from.get(key))
     if changed:
         return f"changed: {', '.join(changed)}"
     return "; ".join(filter(None, map(bundle.damage, entry.files()))) or None
@@ -115,14 +293,16 @@ def build(
     size: tuple[int, int] = (576, 320),
     force: bool = False,
     jobs: int | None = None,
+    backend: Backend | None = None,
+    keep_onnx: bool = False,
 ) -> Bundle:
     """Build the engines of `stages` into the bundle `out`.
 
     Raises Show1Error subclasses: CheckpointError for unusable files, ParityError for a graph that computes something
-    else, BundleError when `out` cannot take the result. Engines finished before an error or an interruption stay.
+    else, EngineError for one that does not compile, BundleError when `out` cannot take the result. Engines finished
+    before an error or an interruption stay.
     """
-    if precision not in PRECISIONS:
-        raise SettingsError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}.")
+    backend = backend or Backend.choose(compile_ort.BACKEND, precision)
     stage_sizes(size)
     wanted = networks_of(stages)
     if not checkpoint.is_dir():
@@ -131,19 +311,19 @@ def build(
     sources = [Source.find(network, checkpoint, precision) for network in wanted]
     schedulers = networks.schedulers(checkpoint, wanted)
     tokenizers = _tokenizers(checkpoint, wanted)
-    all_jobs = [Job(source, precision, size, made_from(source, precision, size)) for source in sources]
+    all_jobs = [Job(source, precision, size, backend, keep_onnx=keep_onnx) for source in sources]
 
     with Bundle.writer(out) as bundle:
         pending = []
         for job in all_jobs:
             reason = "--force" if force else why_stale(bundle, job)
-            print(f"{job.source.network.name}: {reason or 'up to date'}", file=sys.stderr)
+            print(f"{job.name}: {reason or 'up to date'}", file=sys.stderr)
             if reason:
                 pending.append(job)
         _check_disk(bundle.root, pending)
         for name, text in tokenizers.items():
             bundle.install_tokenizer(name, text)
-        _build_all(bundle, pending, jobs or _parallel_jobs(pending))
+        _build_all(bundle, pending, jobs)
         bundle.update(
             versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},
             size=size,
@@ -163,50 +343,61 @@ def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:
     }
 
 
-def _plan_bytes(job: Job) -> int:
-    return job.source.parameters * np.dtype(PRECISIONS[job.precision]).itemsize
-
-
 def _check_disk(root: Path, pending: list[Job]) -> None:
-    need, free = sum(map(_plan_bytes, pending)), shutil.disk_usage(root).free
+    need = sum(job.weight_bytes * (2 if job.keep_onnx else 1) for job in pending) * 1.05  # plans hold kernels, too
+    free = shutil.disk_usage(root).free
+    if need > _GIB:
+        print(f"needs {need / _GIB:.1f} GiB of disk, {free / _GIB:.1f} GiB are free", file=sys.stderr)
     if need > free:
         raise BundleError(
             f"{root}: {need / _GIB:.1f} GiB needed, {free / _GIB:.1f} GiB free. Make room or choose another --out."
         )
 
 
-def _parallel_jobs(pending: list[Job]) -> int:
-    """As many builds side by side as processors and memory allow; tracing runs on one thread."""
-    if not pending:
-        return 1
-    largest = max(map(_plan_bytes, pending))
-    each = 1.5 * _GIB + 4 * largest  # libraries, then weights in the module, the graph, its file's cache and a session
-    return max(1, min(os.cpu_count() or 1, len(pending), int(psutil.virtual_memory().available / each)))
+def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> None:
+    """Build engines side by side: at most `most`, and never more than processors and memory allow.
 
-
-def _build_all(bundle: BundleWriter, pending: list[Job], jobs: int) -> None:
+    The longest go first. Large engines have a process each, which takes its memory along when it ends.
+    """
     if not pending:
         return
-    # Tracing time hardly depends on the weights; a step graph is ten times any other.
-    cost = {job.source.network.name: (12 if job.source.scheduler else 2) for job in pending}
-    pending = sorted(pending, key=lambda job: -cost[job.source.network.name])
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = sorted(pending, key=lambda job: -job.seconds)
+    available = psutil.virtual_memory().available
+    most = most or os.cpu_count() or 1
+    for job in waiting:
+        if job.memory > available:
+            print(
+                f"warning: {job.name} needs about {job.memory / _GIB:.0f} GiB of memory, {available / _GIB:.0f} GiB "
+                "are available: close other programs if it fails",
+                file=sys.stderr,
+            )
+    large = max(job.weight_bytes for job in pending) > _GIB
+    context = get_context("spawn")
+    messages = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // min(most, len(waiting)))
+    running: dict[Future[tuple[EngineEntry, float]], Job] = {}
     with (
         bundle.scratch() as scratch,
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-        tqdm(total=sum(cost.values()), desc="building", unit="part", bar_format=_BAR) as bar,
+        ProcessPoolExecutor(
+            most,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(messages, threads),
+            max_tasks_per_child=1 if large else None,
+        ) as pool,
+        _Progress(waiting, messages) as progress,
     ):
-        futures = {
-            pool.submit(_run_job, job, scratch / job.source.network.name, threads): job.source.network.name
-            for job in pending
-        }
         try:
-            for future in as_completed(futures):
-                entry, seconds = future.result()
-                bundle.install(scratch / entry.name, entry)
-                error = max(row["max_error"] for graph in entry.graphs.values() for row in graph.parity)
-                bar.write(f"{entry.name}: built in {seconds:.0f} s, differs from torch by {error:.1e}", file=sys.stderr)
-                bar.update(cost[entry.name])
+            while waiting or running:
+                while fitting := _next(waiting, running.values(), most, available):
+                    waiting.remove(fitting)
+                    progress.start(fitting)
+                    running[pool.submit(_run_job, fitting, scratch / fitting.name)] = fitting
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future)
+                    entry, seconds = future.result()
+                    bundle.install(scratch / entry.name, entry)
+                    progress.finish(entry, seconds)
         except BrokenProcessPool:
             raise BundleError(
                 "a build process was killed, most likely for want of memory. Finished engines are kept; "
@@ -219,4 +410,70 @@ def _build_all(bundle: BundleWriter, pending: list[Job], jobs: int) -> None:
             raise
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+def _next(waiting: list[Job], running: Iterable[Job], most: int, available: float) -> Job | None:
+    """The first job that fits beside those running; the first of all when none are."""
+    running = list(running)
+    if not running:
+        return waiting[0] if waiting else None
+    if len(running) >= most:
+        return None
+    left = available - sum(job.memory for job in running)
+    return next((job for job in waiting if job.memory <= left), None)
+
+
+class _Progress:
+    """One bar in seconds of work. Compilers do not tell how far they are: within a job the bar goes by the clock."""
+
+    def __init__(self, jobs: Iterable[Job], messages: Any):
+        self._messages = messages
+        self._seconds = {job.name: job.seconds for job in jobs}
+        self._started: dict[str, float] = {}
+        self._done = 0.0
+        self._state: dict[str, str] = {}
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._bar = tqdm(total=math.ceil(sum(self._seconds.values())), desc="building", bar_format=_BAR)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self, job: Job) -> None:
+        with self._lock:
+            self._started[job.name] = time.perf_counter()
+
+    def finish(self, entry: EngineEntry, seconds: float) -> None:
+        with self._lock:
+            del self._started[entry.name]
+            self._state.pop(entry.name, None)
+            self._done += self._seconds[entry.name]
+        error = max(row["max_error"] for graph in entry.graphs.values() for row in graph.parity)
+        self._bar.write(f"{entry.name}: built in {seconds:.0f} s, differs from torch by {error:.1e}", file=sys.stderr)
+        self._show()
+
+    def _show(self) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            running = sum(min(now - at, 0.95 * self._seconds[name]) for name, at in self._started.items())
+            state = ", ".join(f"{name} {what}" for name, what in self._state.items())
+        self._bar.set_description_str(state or "building", refresh=False)
+        self._bar.n = max(self._bar.n, self._done + running)
+        self._bar.refresh()
+
+    def _run(self) -> None:
+        while not self._stop.wait(1):
+            while not self._messages.empty():
+                name, message = self._messages.get()
+                with self._lock:
+                    if name in self._started:
+                        self._state[name] = message
+            self._show()
+
+    def __enter__(self) -> "_Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._bar.close()
+
+
+_BAR = "{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left | {desc}"

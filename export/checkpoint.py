@@ -78,16 +78,16 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def count_parameters(files: Iterable[Path]) -> int:
-    """From the files' headers alone."""
-    total = 0
+def tensor_sizes(files: Iterable[Path]) -> list[int]:
+    """Numbers of parameters, tensor by tensor, from the files' headers alone."""
+    sizes = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
-    return total
+    return sizes
 
 
 def file_hash(paths: Iterable[Path]) -> str:

@@ -15,12 +15,12 @@ from engines.catalog import Network
 from engines.errors import CheckpointError
 from engines.spec import PRECISIONS, Binding, GraphSpec
 from export.checkpoint import (
-    count_parameters,
     file_hash,
     find_folder,
     load_vae,
     load_weights,
     read_config,
+    tensor_sizes,
     weight_files,
 )
 from export.modules.text import CLIPTextEncoder, T5Encoder
@@ -60,7 +60,11 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        return count_parameters(self.weights)
+        return sum(tensor_sizes(self.weights))
+
+    @property
+    def tensors(self) -> int:
+        return len(tensor_sizes(self.weights))
 
     @property
     def learned_variance(self) -> bool:
@@ -114,7 +118,7 @@ def _empty(build: Callable[[], nn.Module]) -> Any:
 
 
 def _dtype(precision: str) -> torch.dtype:
-    return getattr(torch, PRECISIONS[precision])
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def _random(binding: Binding, sizes: Mapping[str, int], generator: torch.Generator, scale: float = 1.0) -> Tensor:

@@ -191,7 +191,7 @@ _NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"
 def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
     """Write the checkpoint folders base, interpolation, if2, sr1 and sr2 below `out`, which must not exist.
 
-    Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 23 GB of them.
+    Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 24 GB of them.
     """
     if size not in CONFIGS:
         raise SettingsError(f"size {size!r}; allowed: {', '.join(CONFIGS)}.")

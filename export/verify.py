@@ -672,9 +672,10 @@ def _has_variance(entry: EngineEntry) -> bool:
 
 def _build_with_variance(entry: EngineEntry, checkpoint: Path, size: tuple[int, int], folder: Path) -> EngineEntry:
     """Runs in a process of its own: tracing keeps one processor busy for the better part of a minute."""
-    from export.build import Job, build_engine  # torch, for these cases only
+    from export.build import Backend, Job, build_engine  # torch, for these cases only
     from export.networks import Source
 
     folder.mkdir()
     source = Source.find(CATALOG[entry.name], checkpoint, entry.precision)
-    return build_engine(Job(source, entry.precision, size, {}, keep_variance=True), folder)
+    backend = Backend(entry.backend, entry.targets)
+    return build_engine(Job(source, entry.precision, size, backend, keep_variance=True), folder)

@@ -26,6 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="show1-rt", description="Text-to-video with the Show-1 cascade.")
     parser.add_argument("--version", action="version", version=f"show1-rt {version('show1-rt')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="what this machine can build and run, and what mends the rest")
+    doctor.set_defaults(run=_doctor)
     generate = commands.add_parser(
         "generate",
         help="make a video of a prompt",
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
     add("--json", action="store_true", help="print settings, times and the file's name as JSON")
     return parser
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from runtime.doctor import diagnose, report
+
+    report(diagnose())
 
 
 def _generate(arguments: argparse.Namespace) -> None:

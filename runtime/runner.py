@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import tensorrt
 from engines.errors import BundleError
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
@@ -31,6 +32,10 @@ def open_runner(backend: str, plan: Path) -> Runner:
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
 
         return OrtRunner(plan)
+    if backend in tensorrt.FLAVOURS:
+        from runtime.runner_trt import TrtRunner
+
+        return TrtRunner(plan, backend)
     raise BundleError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
 
 
@@ -43,6 +48,8 @@ class Engine:
         self.seconds = 0.0
         self.calls = 0
         self._runners: dict[str, Runner] = {}
+        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(entry)):
+            raise BundleError(f"{entry.name}: {reason}.")
         try:
             for name, graph in entry.graphs.items():
                 if graph.weights:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from engines.gpu import find_gpus
 from export.unpack import unpack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,20 +67,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=NO_TORCH))
 
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    missing = why_no_gpu() if gpu_items else None
-    if missing:
+    if gpu_items and not find_gpus():
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason=f"gpu: {missing}"))
-
-
-def why_no_gpu() -> str | None:
-    """None when the NVIDIA driver finds a GPU, else what is missing. Asks the driver itself, no CUDA toolkit needed."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(library)
-    except OSError:
-        return f"no NVIDIA driver here ({library} does not load)"
-    status = driver.cuInit(0)
-    if status != 0:
-        return f"the NVIDIA driver finds no usable GPU (cuInit returns {status})"
-    return None
+            item.add_marker(pytest.mark.skip(reason="gpu: no GPU that an NVIDIA driver shows"))

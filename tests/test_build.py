@@ -48,7 +48,7 @@ class InThisProcess(Executor):
 
     _processes = None
 
-    def __init__(self, jobs: int, mp_context: Any) -> None:
+    def __init__(self, jobs: int, **options: Any) -> None:
         pass
 
     def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
@@ -508,7 +508,7 @@ def test_a_manifest_comes_back_from_json_as_it_was(bundle: Path) -> None:
 
 def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: Path, tmp_path: Path) -> None:
     source = Source.find(CATALOG["clip"], golden / "models", "fp16")
-    entry = build_engine(Job(source, "fp16", (576, 320), {}), tmp_path)
+    entry = build_engine(Job(source, "fp16", (576, 320)), tmp_path)
     model = onnx.load(tmp_path / "encode.onnx", load_external_data=False)
     expected = "input_ids:int64[batch, tokens] -> prompt_embeds[batch, tokens, 32]"
     assert signature(onnx_bindings(model.graph.input), onnx_bindings(model.graph.output), "float16") == expected

@@ -22,7 +22,7 @@ ARROWS = {
 }
 
 # Compilers lie beside the catalog whose graphs they compile, and are imported by the exporter alone.
-COMPILERS = "engines.compile_"
+COMPILERS = ("engines.compile_", "engines.passes")
 
 BLOCK = f"""
 import sys

@@ -34,6 +34,11 @@ class LayerNorm(nn.LayerNorm):
         return y.to(x.dtype)
 
 
+def as_binding(x: Tensor) -> Tensor:
+    """A result as a graph's output: NumPy has no bfloat16, so such networks bind float32."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def sinusoid(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Timestep [B] -> float32 [B, channels] (Vaswani et al. 2017, sec. 3.5); cosines first when flipped."""
     half = channels // 2

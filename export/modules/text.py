@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
-from export.modules.layers import LayerNorm
+from export.modules.layers import LayerNorm, as_binding
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -61,6 +61,12 @@ class T5SelfAttention(nn.Module):
 
 
 class T5FeedForward(nn.Module):
+    """Gated feed-forward: [B, L, D] -> float32 [B, L, D]."""
+
+    # wo sums thousands of products of gated activations, the one place where XXL leaves the range of float16. A power
+    # of two on either side keeps its sums in range, rounds nothing, and spares the matrix being stored in float32.
+    _HEADROOM = 64.0
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.wi_0 = nn.Linear(dim, inner, bias=False)
@@ -68,9 +74,8 @@ class T5FeedForward(nn.Module):
         self.wo = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # wo sums thousands of products of gated activations: the one place where XXL leaves the range of float16.
         x = _gelu_tanh(self.wi_0(x)) * self.wi_1(x)
-        return F.linear(x.float(), self.wo.weight.float())
+        return self.wo(x / self._HEADROOM).float() * self._HEADROOM
 
 
 class T5Layer(nn.Module):
@@ -137,7 +142,7 @@ class T5Encoder(nn.Module):
         for block in self.encoder.block:
             x = block.layer[0](x, bias)
             x = block.layer[1](x)
-        return self.encoder.final_layer_norm(x)
+        return as_binding(self.encoder.final_layer_norm(x))
 
 
 class CLIPLayer(nn.Module):
@@ -196,4 +201,4 @@ class CLIPTextEncoder(nn.Module):
         causal = (position[None, :] > position[:, None]).float() * torch.finfo(torch.float32).min
         for layer in self.text_model.encoder.layers:
             x = layer(x, causal)
-        return self.text_model.final_layer_norm(x)
+        return as_binding(self.text_model.final_layer_norm(x))

@@ -23,6 +23,7 @@ from export.modules.layers import (
     TextTimeEmbedding,
     TimestepEmbedding,
     Upsample2D,
+    as_binding,
     sinusoid,
 )
 
@@ -363,14 +364,15 @@ class UNetContext(nn.Module):
 
     def forward(self, prompt_embeds: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, ...]:
         unet, config = self.unet, self.unet.config
+        prompt_embeds = prompt_embeds.to(unet.conv_in.weight.dtype)
         text = unet.encoder_hid_proj(prompt_embeds) if config.encoder_hid_dim else prompt_embeds
         text_kv = torch.cat([attn.project_text(text) for attn in unet.text_attentions()], dim=-1)
         if not config.addition_embed_type:
-            return (text_kv,)
+            return (as_binding(text_kv),)
         cond_emb = unet.add_embedding(prompt_embeds)
         if noise_level is not None:
             cond_emb = cond_emb + unet.embed_time(unet.class_embedding, noise_level)
-        return text_kv, cond_emb
+        return as_binding(text_kv), as_binding(cond_emb)
 
 
 class UNetStep(nn.Module):
@@ -389,15 +391,15 @@ class UNetStep(nn.Module):
         self, sample: Tensor, timestep: Tensor, text_kv: Tensor, cond_emb: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         unet, config = self.unet, self.unet.config
-        frames = sample.shape[2]
+        frames, dtype = sample.shape[2], unet.conv_in.weight.dtype
         emb = unet.embed_time(unet.time_embedding, timestep)
         if cond_emb is not None:
-            emb = emb + cond_emb
+            emb = emb + cond_emb.to(dtype)
         if config.time_embedding_act_fn:
             emb = ACTIVATIONS[config.time_embedding_act_fn](emb)
-        texts = iter(text_kv.split([2 * attn.channels for attn in unet.text_attentions()], dim=-1))
+        texts = iter(text_kv.to(dtype).split([2 * attn.channels for attn in unet.text_attentions()], dim=-1))
 
-        x = unet.conv_in(sample.transpose(1, 2).flatten(0, 1))  # [B*F, C0, H, W]
+        x = unet.conv_in(sample.to(dtype).transpose(1, 2).flatten(0, 1))  # [B*F, C0, H, W]
         if config.transformer_in:
             x = unet.transformer_in(x, frames)
         skips = [x]
@@ -408,4 +410,4 @@ class UNetStep(nn.Module):
             x = block(x, emb, texts, skips, frames)
         x = unet.conv_out(ACTIVATIONS[config.act_fn](unet.conv_norm_out(x)))
         x = x.unflatten(0, (-1, frames)).transpose(1, 2)  # [B, N or 2N, F, H, W]
-        return x.split(self.noise_channels, dim=1)
+        return as_binding(x).split(self.noise_channels, dim=1)

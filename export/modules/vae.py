@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from export.modules.layers import GroupNorm
+from export.modules.layers import GroupNorm, as_binding
 from export.modules.ops import attention
 
 
@@ -39,7 +39,8 @@ class VAEEncoder(nn.Module):
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(image.to(self.quant_conv.weight.dtype)))
+        mean, logvar = as_binding(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
 
@@ -51,4 +52,4 @@ class VAEDecoder(nn.Module):
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+        return as_binding(self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))))

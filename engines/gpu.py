@@ -1,0 +1,49 @@
+"""The NVIDIA GPUs of this machine, asked of the driver itself: no CUDA toolkit and no framework needed."""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    capability: tuple[int, int]
+    memory: int  # bytes
+    driver: tuple[int, int]  # newest CUDA version that the driver runs
+
+    @property
+    def target(self) -> str:
+        """As TensorRT's targets are written: sm89."""
+        return "sm{}{}".format(*self.capability)
+
+
+def find_gpus() -> list[Gpu]:
+    """Every GPU that the driver shows (CUDA_VISIBLE_DEVICES applies); none without a driver."""
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return []
+    count, driver = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(driver)):
+        return []
+    gpus = []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        failed = (
+            cuda.cuDeviceGet(ctypes.byref(device), index)
+            or cuda.cuDeviceGetName(name, len(name), device)
+            or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+            or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+            or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+        )
+        if not failed:
+            version = divmod(driver.value, 1000)
+            gpus.append(
+                Gpu(name.value.decode(), (major.value, minor.value), memory.value, (version[0], version[1] // 10))
+            )
+    return gpus

@@ -1,0 +1,126 @@
+"""`show1-rt doctor`: what this machine can build and run, what is missing or in conflict, and what mends it."""
+
+import importlib
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from engines.errors import Show1Error
+from engines.gpu import Gpu, find_gpus
+from engines.tensorrt import FLAVOURS, TARGETS, load, serves
+
+_EXPORT = ("torch", "onnx", "onnxscript", "diffusers", "transformers", "safetensors", "sentencepiece", "psutil")
+_CUDA_OF_RTX = (13, 0)  # what tensorrt-rtx's libraries are built with
+
+
+@dataclass
+class Diagnosis:
+    """Lines to print, and what is wrong: each problem with the command that mends it."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    builds: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+
+def diagnose() -> Diagnosis:
+    result = Diagnosis()
+    result.found["Python"] = f"{platform.python_version()} on {platform.platform()}"
+    gpus = find_gpus()
+    for index, gpu in enumerate(gpus):
+        driver = "{}.{}".format(*gpu.driver)
+        result.found[f"GPU {index}"] = (
+            f"{gpu.name}, {gpu.target}, {gpu.memory / 2**30:.0f} GiB, driver for CUDA up to {driver}"
+        )
+    if not gpus:
+        result.found["GPU"] = "none that an NVIDIA driver shows"
+    _onnxruntime(result, gpus)
+    _tensorrt(result, gpus)
+    return result
+
+
+def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
+    cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
+    if cpu and gpu:
+        result.problems.append(
+            f"onnxruntime {cpu} and onnxruntime-gpu {gpu} share one folder, and the one installed last wins. "
+            "Keep one: `pip uninstall -y onnxruntime onnxruntime-gpu`, then "
+            f"`pip install -e '.[{'cuda' if gpus else 'cpu'}]'`."
+        )
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        result.found["ONNX Runtime"] = "none"
+        result.hints.append(f"ONNX Runtime is not usable ({error}): `pip install -e '.[{'cuda' if gpus else 'cpu'}]'`.")
+        return
+    providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
+    result.found["ONNX Runtime"] = f"{ort.__version__} ({', '.join(providers)})"
+    result.runs.append(f"onnxruntime ({'CUDA' if 'CUDA' in providers and gpus else 'CPU'})")
+    if gpus and "CUDA" not in providers:
+        result.hints.append(
+            "ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then `pip install -e '.[cuda]'`."
+        )
+    missing = [package for package in _EXPORT if find_spec(package) is None]
+    if missing:
+        result.hints.append(f"building needs {', '.join(missing)}: `pip install -e '.[export]'`.")
+    else:
+        result.builds.append("onnxruntime (fp32, fp16)")
+
+
+def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
+    exports = bool(result.builds)
+    for flavour in FLAVOURS:
+        installed = _version(flavour)
+        result.found[flavour] = installed or "none"
+        if not installed:
+            continue
+        try:
+            load(flavour)
+        except Show1Error as error:
+            result.problems.append(str(error))
+            continue
+        rtx = flavour == "tensorrt-rtx"
+        if exports and (rtx or gpus):
+            result.builds.append(f"{flavour} (fp16, bf16, fp32)" + (f" for {', '.join(TARGETS)}" if rtx else ""))
+        if find_spec("polygraphy") is None:
+            result.problems.append(
+                f"{flavour} runs through polygraphy, which is missing: `pip install -e '.[{flavour}]'`."
+            )
+        elif gpus and rtx and not serves(TARGETS, gpus[0].target):
+            result.hints.append(f"tensorrt-rtx does not serve {gpus[0].name} ({gpus[0].target}): use onnxruntime.")
+        elif gpus and rtx and gpus[0].driver < _CUDA_OF_RTX:
+            result.problems.append(
+                "the driver is for CUDA {}.{}, tensorrt-rtx needs {}.{}: install a newer NVIDIA driver.".format(
+                    *gpus[0].driver, *_CUDA_OF_RTX
+                )
+            )
+        elif gpus:
+            result.runs.append(flavour)
+    if gpus and serves(TARGETS, gpus[0].target) and not _version("tensorrt-rtx"):
+        result.hints.append("for this card there is TensorRT-RTX: `pip install -e '.[tensorrt-rtx]'`.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def report(result: Diagnosis) -> None:
+    """Print it; raises Show1Error when something is wrong or nothing can be run here."""
+    for name, what in result.found.items():
+        print(f"{name + ':':14} {what}")
+    print(f"{'can run:':14} {'; '.join(result.runs) or 'nothing'}")
+    print(f"{'can build:':14} {'; '.join(result.builds) or 'nothing'}")
+    for hint in result.hints:
+        print(f"hint: {hint}")
+    for problem in result.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if result.problems:
+        raise Show1Error(f"{len(result.problems)} problems, see above.")
+    if not result.runs:
+        raise Show1Error("no engine can run here, see the hints above.")

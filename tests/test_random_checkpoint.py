@@ -1,0 +1,83 @@
+"""`export random-checkpoint`: the published format, in shards where it is large, and whole or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from engines.catalog import CATALOG
+from engines.errors import OutputError, SettingsError
+from export import networks, random_checkpoint
+from export.__main__ import main
+from export.networks import Source
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of golden size, in shards of 1 MB, so that the larger networks have several."""
+    out = tmp_path_factory.mktemp("random") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_checkpoint, "_SHARD", 2**20)
+        random_checkpoint.random_checkpoint(out)
+    return out
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_every_network_loads(checkpoint: Path, name: str) -> None:
+    source = Source.find(CATALOG[name], checkpoint, "fp16")
+    assert networks.load(source, "fp16", (576, 320)).graphs
+    if name == "sr2":
+        assert len(source.weights) > 1
+        index = json.loads((source.folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {path.name for path in source.weights}
+
+
+def test_the_same_seed_gives_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        random_checkpoint.random_checkpoint(tmp_path / str(seed), seed=seed)
+    first, again, other = (
+        Source.find(CATALOG["clip"], folder, "fp16").fingerprint()["weights"]
+        for folder in (checkpoint, tmp_path / "0", tmp_path / "1")
+    )
+    assert first == again != other
+
+
+def test_published_networks_have_the_published_numbers_of_parameters() -> None:
+    """The UNets' are the original classes'."""
+    totals = {
+        folder: sum(shape.numel() for shape in random_checkpoint._shapes(folder, config).values())
+        for folder, config in random_checkpoint.CONFIGS["published"].items()
+    }
+    assert totals["base/unet"] == 1_726_848_390
+    assert totals["interpolation/unet"] == 1_726_859_910
+    assert totals["if2/unet"] == 1_243_277_190
+    assert totals["sr1/unet"] == 796_343_046
+    assert totals["sr2/unet"] == 1_411_233_860
+    assert round(totals["base/text_encoder"] / 1e6, 1) == 4762.3
+    assert round(totals["sr2/text_encoder"] / 1e6, 1) == 340.4
+    assert round(totals["sr2/vae"] / 1e6, 1) == 83.7
+
+
+def test_what_exists_is_left_alone_and_a_full_disk_is_noticed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match=r"exists\. Choose a new folder"):
+        random_checkpoint.random_checkpoint(tmp_path / "there")
+    with pytest.raises(SettingsError, match="allowed: published, golden"):
+        random_checkpoint.random_checkpoint(tmp_path / "new", "huge")
+    monkeypatch.setattr(random_checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
+    assert main(["random-checkpoint", "--size", "published", "--out", str(tmp_path / "new")]) == 1
+    assert "24.2 GB needed, 1.0 GB free" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_checkpoint, "_save_clip_tokenizer", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        random_checkpoint.random_checkpoint(tmp_path / "new")
+    assert not list(tmp_path.iterdir())

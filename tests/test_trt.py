@@ -1,0 +1,315 @@
+"""TensorRT engines, built for real where tensorrt-rtx is installed; no GPU is needed for it, or used."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra, `pip install -e '.[tensorrt-rtx]'`")
+
+import onnx_ir as ir
+import torch
+from conftest import ROOT
+from filelock import FileLock
+from torch import Tensor, nn
+
+from engines import compile_trt, tensorrt
+from engines.catalog import CATALOG
+from engines.compile_trt import compile_trt as compile_plan
+from engines.errors import BundleError, EngineError, SettingsError
+from engines.gpu import Gpu
+from engines.spec import Axis, Binding, GraphSpec
+from engines.store import Bundle
+from export import build as builder
+from export.__main__ import main
+from export.build import Backend, Job, build
+from export.modules.ops import temporal_attention
+from export.networks import Source
+from export.to_onnx import trace
+from runtime.runner import Engine
+
+pytestmark = pytest.mark.torch
+
+RTX = "tensorrt-rtx"
+ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (13, 0))
+HOPPER = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
+
+
+@pytest.fixture(scope="module")
+def plans(golden: Path) -> Path:
+    """All nine engines of the golden models for TensorRT-RTX, in float16. Kept between runs, as `bundle` is."""
+    folder = ROOT / "build" / "trt-bundle"
+    with FileLock(ROOT / "build" / ".trt-bundle.lock"):
+        build(golden / "models", folder, precision="fp16", backend=Backend.choose(RTX, "fp16"))
+    return folder
+
+
+def silent(_: str) -> None:
+    pass
+
+
+# What is built
+
+
+def test_every_network_of_the_cascade_becomes_a_plan(plans: Path) -> None:
+    bundle = Bundle.open(plans)
+    assert set(bundle.manifest.engines) == set(CATALOG)
+    for entry in bundle.manifest.engines.values():
+        assert (entry.backend, entry.precision, entry.targets) == (RTX, "fp16", tensorrt.DEFAULT_TARGETS)
+        assert entry.backend_version == tensorrt.installed_version(RTX)
+        for graph in entry.graphs.values():
+            assert bundle.damage(graph.plan) is None
+            assert graph.plan.path.endswith(".plan") and graph.weights is None  # and no ONNX files beside it
+            assert len(graph.parity) == 2 and len(graph.graph_sha256) == 64
+            for axis in graph.spec.profiles["default"].values():
+                assert axis.max <= max(2 * axis.opt, axis.min)
+        assert entry.cost["compile_s"] > 0 and entry.cost["parameters"] > 0
+    assert not list(plans.rglob("*.onnx")) and not list(plans.rglob("*.weights"))
+
+
+def test_check_tells_that_plans_are_sound_but_cannot_be_loaded_without_a_gpu(
+    plans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("export.__main__.find_gpus", list)
+    assert main(["check", str(plans)]) == 0
+    assert capsys.readouterr().out.count("not loaded: no NVIDIA GPU here") == 9
+    assert main(["list", str(plans)]) == 0
+    assert capsys.readouterr().out.count(f"| {RTX} ") == 9
+
+
+class Attend(nn.Module):
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_out = (nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.to_q(x)
+        return self.to_out(temporal_attention(y, y, y, self.heads))
+
+
+def attend(heads: int, dtype: torch.dtype = torch.float16) -> tuple[ir.Model, GraphSpec]:
+    axes = ("pixels", "frames", 64)
+    name = str(dtype).removeprefix("torch.")
+    spec = GraphSpec(
+        "attend",
+        (Binding("x", name, axes),),
+        (Binding("y", name, axes),),
+        {"default": {"pixels": Axis(1, 4, 64), "frames": Axis(2, 5, 29)}},
+    )
+    module = Attend(heads).to(dtype).eval().requires_grad_(False)
+    return trace(module, spec, (torch.randn(4, 5, 64).to(dtype),)), spec
+
+
+@pytest.mark.parametrize("form", compile_trt.ATTENTION)
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_every_form_of_attention_builds_whatever_the_size_of_its_heads(tmp_path: Path, form: str, heads: int) -> None:
+    model, spec = attend(heads)
+    compile_trt.prepare(model, "fp16", form)
+    compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm89",), silent)
+    assert (tmp_path / "plan").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_other_precisions_build(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
+    model, spec = attend(4, dtype)
+    compile_trt.prepare(model, precision, "fused")
+    compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm80", "sm120"), silent)
+    assert (tmp_path / "plan").stat().st_size > 1000
+
+
+def test_a_bfloat16_network_is_built_and_compared(golden: Path, tmp_path: Path) -> None:
+    source = Source.find(CATALOG["clip"], golden / "models", "bf16")
+    phases: list[str] = []
+    entry = builder.build_engine(
+        Job(source, "bf16", (576, 320), Backend.choose(RTX, "bf16", ["sm89"])), tmp_path, phases.append
+    )
+    (graph,) = entry.graphs.values()
+    assert graph.spec.outputs[0].dtype == "float32"  # NumPy has no bfloat16
+    assert all(row["max_error"] <= row["tolerance"] for row in graph.parity)
+    assert phases[:3] == ["loading", "tracing encode", "comparing encode"]
+    assert any(phase.startswith("compiling encode: ") for phase in phases)
+
+
+def test_onnx_files_are_kept_on_request(golden: Path, tmp_path: Path) -> None:
+    build(
+        golden / "models",
+        tmp_path,
+        ["text"],
+        "fp16",
+        backend=Backend.choose(RTX, "fp16"),
+        keep_onnx=True,
+    )
+    assert [path.name for path in sorted(tmp_path.glob("engines/t5-*/*"))] == [
+        "encode.onnx",
+        "encode.plan",
+        "encode.weights",
+    ]
+
+
+# What is refused
+
+
+def test_a_graph_that_tensorrt_does_not_take_is_an_error_in_its_words(tmp_path: Path) -> None:
+    model, spec = attend(4)
+    next(node for node in model.graph if node.op_type == "Attention").op_type = "Attendance"
+    with pytest.raises(EngineError, match=r"does not take the graph attend: .*Attendance"):
+        compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm89",), silent)
+
+
+def test_a_graph_without_a_kernel_is_an_error_in_tensorrts_words(tmp_path: Path) -> None:
+    model, spec = attend(16)  # heads of 4 channels, and not prepared
+    with pytest.raises(EngineError, match=r"could not build attend: .*not supported by a dedicated kernel"):
+        compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm89",), silent)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_reported_as_such() -> None:
+    model, spec = attend(4)
+    with pytest.raises(OSError) as caught:
+        compile_plan(RTX, compile_trt.detach_weights(model), spec, Path("/dev/full"), ("sm89",), silent)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", RTX, "--target", "sm99"], "unknown target sm99; allowed: sm75, sm80"),
+        (["--engine", RTX, "--target", "sm75,sm86"], "Turing (sm75) alone"),
+        (["--engine", RTX, "--target", "sm75", "--precision", "bf16"], "use --precision fp16"),
+        (["--target", "sm86"], "onnxruntime has no targets"),
+        (["--precision", "bf16"], "use --precision fp16, or --engine tensorrt-rtx"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["build", "--checkpoint", "demo", "--out", str(tmp_path / "b"), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert message in error
+    assert not (tmp_path / "b").exists()
+
+
+# Whether a plan can run, told before it is opened
+
+
+def reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, version: str | None = None) -> str | None:
+    entry = bundle.engine("clip")
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: list(gpus))
+    monkeypatch.setattr(tensorrt, "installed_version", lambda _: version or entry.backend_version)
+    return tensorrt.why_unusable(entry)
+
+
+def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(plans)
+    assert reason(bundle, monkeypatch, ADA) is None
+    assert "this machine shows none" in str(reason(bundle, monkeypatch))
+    other = str(reason(bundle, monkeypatch, HOPPER))
+    assert "built for sm80, sm86, sm89, sm120, this is H200 (sm90)" in other
+    assert "`python -m export build --stage sr2 --engine tensorrt-rtx --precision fp16 --target sm90`" in other
+    newer = str(reason(bundle, monkeypatch, ADA, version="9.9"))
+    assert "9.9 is installed" in newer and "pip install 'tensorrt-rtx==" in newer
+
+
+def test_a_plan_that_cannot_run_is_not_opened(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(plans)
+    monkeypatch.setattr(tensorrt, "find_gpus", list)
+    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: pytest.fail("opened"))
+    with pytest.raises(BundleError, match="clip: needs an NVIDIA GPU"):
+        Engine(bundle, bundle.engine("clip"))
+
+
+def test_a_plan_is_stale_when_targets_attention_or_version_change(
+    plans: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(plans)
+    job = Job(Source.find(CATALOG["clip"], golden / "models", "fp16"), "fp16", (576, 320), Backend.choose(RTX, "fp16"))
+    assert builder.why_stale(bundle, job) is None
+    for changed, what in (("targets", ("sm86",)), ("attention", "padded")):
+        other = replace(job, backend=replace(job.backend, **{changed: what}))
+        assert builder.why_stale(bundle, other) == f"changed: {changed}"
+    monkeypatch.setattr(tensorrt, "installed_version", lambda _: "9.9")
+    assert builder.why_stale(bundle, job) == "changed: backend version"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "installed", "expected"),
+    [
+        ([], {RTX}, "onnxruntime"),
+        ([ADA], {RTX, "tensorrt"}, RTX),
+        ([ADA], set(), "onnxruntime"),
+        ([HOPPER], {RTX}, "onnxruntime"),
+        ([HOPPER], {RTX, "tensorrt"}, "tensorrt"),
+    ],
+)
+def test_auto_takes_tensorrt_where_a_card_and_a_flavour_are_there(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], installed: set[str], expected: str
+) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(tensorrt, "installed_version", lambda flavour: "1.0" if flavour in installed else None)
+    assert tensorrt.choose_backend()[0] == expected
+
+
+def test_tensorrt_proper_wants_the_gpu_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpus", list)
+    with pytest.raises(SettingsError, match=r"there is none here\. Use tensorrt-rtx"):
+        tensorrt.check_targets("tensorrt", [], "fp16")
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: [HOPPER])
+    assert tensorrt.check_targets("tensorrt", [], "fp16") == ("sm90",)
+    with pytest.raises(SettingsError, match="leave --target out"):
+        tensorrt.check_targets("tensorrt", ["sm80"], "fp16")
+
+
+# Memory
+
+
+def test_builds_never_run_side_by_side_beyond_memory(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source.find(CATALOG["clip"], golden / "models", "fp16")
+    jobs = [Job(source, "fp16", (576, 320)) for _ in range(3)]
+    large, small = 8 * 2**30, 2 * 2**30
+    needs = {id(jobs[0]): large, id(jobs[1]): large, id(jobs[2]): small}
+    monkeypatch.setattr(Job, "memory", property(lambda job: needs[id(job)]))
+    assert builder._next(jobs, [], 2, available=4 * 2**30) is jobs[0]  # alone, if too large: there is no better time
+    assert builder._next(jobs[1:], jobs[:1], 2, available=12 * 2**30) is jobs[2]  # what fits beside it
+    assert builder._next(jobs[1:2], jobs[:1], 2, available=12 * 2**30) is None
+    assert builder._next(jobs[2:], jobs[:2], 2, available=64 * 2**30) is None  # two at once were asked for
+
+
+# Types
+
+
+def test_every_call_of_tensorrt_has_the_types_of_the_installed_bindings(tmp_path: Path) -> None:
+    """mypy, against stubs made from the library itself: a renamed method or argument is found without a card."""
+    for package in ("tensorrt_rtx_bindings", "tensorrt_rtx"):
+        subprocess.run([sys.executable, "-m", "mypy.stubgen", "-q", "-p", package, "-o", str(tmp_path)], check=True)
+    stubs = tmp_path / "tensorrt_rtx_bindings" / "tensorrt_rtx.pyi"
+    lines = stubs.read_text().splitlines()
+    while True:  # a signature or two of the library is not Python
+        try:
+            ast.parse("\n".join(lines))
+            break
+        except SyntaxError as error:
+            del lines[(error.lineno or 1) - 1]
+    stubs.write_text("\n".join(lines))
+
+    def check(*arguments: str) -> list[str]:
+        mypy = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), *arguments]
+        result = subprocess.run(
+            mypy, cwd=ROOT, env={**os.environ, "MYPYPATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        return [line for line in result.stdout.splitlines() if "error" in line and ".pyi" not in line]
+
+    compiler = (ROOT / "engines" / "compile_trt.py").read_text()
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(compiler.replace("parser.load_initializer(", "parser.load_initialiser("))
+    assert any('has no attribute "load_initialiser"' in line for line in check(str(wrong)))
+    # The bindings declare the C++ signature of `write`; what they call, and document, is `write(data: bytes)`.
+    errors = [line for line in check("engines/compile_trt.py") if line.startswith("engines/compile_trt.py")]
+    assert len(errors) == 1 and 'Signature of "write" incompatible' in errors[0], errors
