@@ -114,7 +114,7 @@ def step_graph(
     """One denoising step at (height, width) `size`, fed with the outputs of `context`."""
     pixels = ("batch", noise_channels, "frames", "height", "width")
     outputs = ("noise_pred", "variance_frac") if learned_variance else ("noise_pred",)
-    least = 2**levels  # two pixels at the coarsest level: one alone would be a graph of its own
+    least = 2 ** (levels - 1)  # one pixel at the coarsest level
     return GraphSpec(
         "step",
         (
@@ -143,8 +143,8 @@ def vae_encoder_graph(latent_channels: int, factor: int, size: tuple[int, int], 
     latents = ("frames", latent_channels, f"height/{factor}", f"width/{factor}")
     profile = {
         "frames": _VAE_FRAMES,
-        "height": _pixels(size[0], factor, 2 * factor),
-        "width": _pixels(size[1], factor, 2 * factor),
+        "height": _pixels(size[0], factor, factor),
+        "width": _pixels(size[1], factor, factor),
     }
     return GraphSpec(
         "encode",
@@ -157,8 +157,8 @@ def vae_encoder_graph(latent_channels: int, factor: int, size: tuple[int, int], 
 def vae_decoder_graph(latent_channels: int, factor: int, size: tuple[int, int], dtype: str) -> GraphSpec:
     profile = {
         "frames": _VAE_FRAMES,
-        "height": _pixels(size[0] // factor, 1, 2),
-        "width": _pixels(size[1] // factor, 1, 2),
+        "height": _pixels(size[0] // factor, 1, 1),
+        "width": _pixels(size[1] // factor, 1, 1),
     }
     return GraphSpec(
         "decode",

@@ -51,7 +51,10 @@ def trace(module: nn.Module, spec: GraphSpec, inputs: Sequence[Tensor]) -> ir.Mo
     dims = {}
     for name, axis in profile.items():
         # A multiple is traced as such, so that halving and doubling cancel.
-        unit = torch.export.Dim(name, min=axis.min // axis.multiple, max=axis.max // axis.multiple)
+        least = axis.min // axis.multiple
+        if name in ("height", "width"):  # traced with two pixels at the coarsest level: one would be a graph of its own
+            least *= 2
+        unit = torch.export.Dim(name, min=least, max=axis.max // axis.multiple)
         dims[name] = unit if axis.multiple == 1 else axis.multiple * unit
     shapes = tuple(
         {i: dims[axis] for i, axis in enumerate(binding.axes) if isinstance(axis, str)} for binding in spec.inputs

@@ -3,6 +3,7 @@
 Most tests build the two text encoders alone: the smallest networks, a few seconds each.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -338,6 +339,20 @@ def test_too_full_a_disk_is_noticed_before_anything_is_built(
     with pytest.raises(BundleError, match=r"GiB needed, 0\.0 GiB free\. Make room or choose another --out"):
         build_text_encoders(checkpoint, tmp_path / "new")
     assert not pending
+
+
+def test_a_disk_that_fills_up_during_a_build_leaves_nothing_half_made(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(model: object, plan: Path, weights: Path) -> None:
+        plan.write_bytes(b"half a pl")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("export.build.compile_ort.compile_ort", fill)
+    with pytest.raises(BundleError, match=r"cannot be written \(No space left on device\)\. Nothing of it was kept"):
+        build_text_encoders(checkpoint, tmp_path / "new")
+    assert not Bundle.open(tmp_path / "new").manifest.engines
+    assert_tidy(tmp_path / "new")
 
 
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:

@@ -67,8 +67,10 @@ def test_every_network_of_the_cascade_becomes_a_plan(plans: Path) -> None:
             assert bundle.damage(graph.plan) is None
             assert graph.plan.path.endswith(".plan") and graph.weights is None  # and no ONNX files beside it
             assert len(graph.parity) == 2 and len(graph.graph_sha256) == 64
-            for axis in graph.spec.profiles["default"].values():
-                assert axis.max <= max(2 * axis.opt, axis.min)
+            profile = graph.spec.profiles["default"]
+            assert all(profile[axis].min < profile[axis].max <= 2 * profile[axis].opt for axis in profile)
+            dynamic = {axis for binding in graph.spec.inputs for axis in binding.axes if isinstance(axis, str)}
+            assert dynamic == set(profile) and dynamic & {"batch", "frames"}
         assert entry.cost["compile_s"] > 0 and entry.cost["parameters"] > 0
     assert not list(plans.rglob("*.onnx")) and not list(plans.rglob("*.weights"))
 
