@@ -130,4 +130,3 @@ class Kernels:
             raise EngineError(f"{name}: an argument is outside what kernels/include/show1/{name}.h allows.")
         if status != 0:
             raise EngineError(f"{name}: CUDA could not start the kernel (cudaError_t {status}).")
-
