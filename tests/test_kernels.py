@@ -566,7 +566,7 @@ def test_the_threshold_is_the_exact_quantile(
     elif kind == "infinite":
         values[:, :, 1] = np.where(values[:, :, 1] > 1, np.inf, values[:, :, 1])
     elif kind == "huge":
-        values *= np.float32(1e38)
+        values *= np.float32(5e37)  # up to 3.3e38: just finite
     elif kind == "single":
         values = values[:, :1, :, :1, :1]
     expected = np.empty_like(values)

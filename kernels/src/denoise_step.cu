@@ -196,7 +196,7 @@ __device__ float threshold(const ForEach& for_each, QuantileRank rank, float mos
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFrameThreads) frame_kernel(Args a, QuantileRank rank, bool keep) {
+__global__ void __launch_bounds__(kFrameThreads, 1) frame_kernel(Args a, QuantileRank rank, bool keep) {
     const int step = a.counter->step;
     if (is_over(a, step)) return;
     const show1_step s = a.table[step];

@@ -97,20 +97,32 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
         }
     }
 
+    uint4 queries[2][2];  // of 16 queries: frames 16 m + g and + 8 in this lane
+    const auto load_queries = [&](int m) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {  // 16 queries: frames 16 m + g and + 8 in this lane
-        const int frame[2] = {16 * m + g, 16 * m + g + 8};
+        for (int row = 0; row < 2; ++row)
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const int frame = 16 * m + 8 * row + g;
+                queries[row][s] = load16(q + frame * x.q.frame + 32 * s, frame < x.frames);
+            }
+    };
+    load_queries(0);
+
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
         float scores[2 * M][4] = {};
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const uint4 first = load16(q + frame[0] * x.q.frame + 32 * s, frame[0] < x.frames);
-            const uint4 second = load16(q + frame[1] * x.q.frame + 32 * s, frame[1] < x.frames);
+            const uint4 first = queries[0][s], second = queries[1][s];
 #pragma unroll
             for (int n = 0; n < 2 * M; ++n) {
                 mma(T(), scores[n], {first.x, second.x, first.y, second.y}, {keys[n][s].x, keys[n][s].y});
                 mma(T(), scores[n], {first.z, second.z, first.w, second.w}, {keys[n][s].z, keys[n][s].w});
             }
         }
+
+        if (m + 1 < M) load_queries(m + 1);  // before this tile's results are stored, which may be in q
 
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
@@ -150,15 +162,16 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
                     values[n][i]);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            if (frame[row] >= x.frames) continue;
-            const float share = 1 / sum[row];
+            const int frame = 16 * m + 8 * row + g;
+            if (frame >= x.frames) continue;
+            const float share = __fdividef(1, sum[row]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint32_t words[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     words[i] = pack(T(), result[2 * i][2 * row + half] * share, result[2 * i + 1][2 * row + half] * share);
-                *reinterpret_cast<uint4*>(out + frame[row] * x.out.frame + 8 * half) = {words[0], words[1], words[2],
+                *reinterpret_cast<uint4*>(out + frame * x.out.frame + 8 * half) = {words[0], words[1], words[2],
                                                                                         words[3]};
             }
         }
@@ -189,15 +202,13 @@ __global__ void __launch_bounds__(32 * G) rows_kernel(Problem x) {
     const int heads = min(kHeadsPerBlock, x.heads - first_head);
     const int pieces = heads * x.head_dim / 8;  // of 16 bytes, in one row
 
-    const Heads* const inputs[3] = {&x.q, &x.k, &x.v};
+    const uint16_t* const inputs[3] = {x.q.at(b, p, first_head), x.k.at(b, p, first_head), x.v.at(b, p, first_head)};
+    const int64_t frames[3] = {x.q.frame, x.k.frame, x.v.frame};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < pieces; i += 32 * G)
 #pragma unroll
-    for (int tensor = 0; tensor < 3; ++tensor) {
-        const uint16_t* const row = inputs[tensor]->at(b, p, first_head);
-#pragma unroll
-        for (int f = 0; f < F; ++f)
-            for (int i = threadIdx.x; i < pieces; i += 32 * G)
-                copy16(shared + (tensor * F + f) * row_words + 4 * i, row + f * inputs[tensor]->frame + 8 * i);
-    }
+        for (int r = 0; r < 3 * F; ++r)
+            copy16(shared + r * row_words + 4 * i, inputs[r / F] + r % F * frames[r / F] + 8 * i);
     copies_landed();
     __syncthreads();
 
@@ -237,7 +248,7 @@ __global__ void __launch_bounds__(32 * G) rows_kernel(Problem x) {
 #pragma unroll
             for (int j = 0; j < F; ++j)
                 sum += weights[i][j] = exp2_fast((weights[i][j] - largest) * x.scale_log2);
-            const float share = 1 / sum;
+            const float share = __fdividef(1, sum);
 #pragma unroll
             for (int j = 0; j < F; ++j) weights[i][j] *= share;
         }
@@ -268,9 +279,10 @@ __global__ void __launch_bounds__(32 * G) rows_kernel(Problem x) {
 
     __syncthreads();
     uint16_t* const row = x.out.at(b, p, first_head);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < pieces; i += 32 * G)
 #pragma unroll
-    for (int f = 0; f < F; ++f)
-        for (int i = threadIdx.x; i < pieces; i += 32 * G)
+        for (int f = 0; f < F; ++f)
             *reinterpret_cast<uint4*>(row + f * x.out.frame + 8 * i) =
                 *reinterpret_cast<const uint4*>(shared + f * row_words + 4 * i);
 }
@@ -327,7 +339,7 @@ __global__ void __launch_bounds__(kAnyThreads) any_kernel(Problem x, int heads_p
             float largest = -INFINITY, sum = 0;
             for (int j = 0; j < frames; ++j) largest = fmaxf(largest, score[j]);
             for (int j = 0; j < frames; ++j) sum += score[j] = exp2_fast((score[j] - largest) * x.scale_log2);
-            const float share = 1 / sum;
+            const float share = __fdividef(1, sum);
             for (int j = 0; j < frames; ++j) score[j] *= share;
         }
         __syncthreads();
