@@ -107,10 +107,12 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
                 queries[row][s] = load16(q + frame * x.q.frame + 32 * s, frame < x.frames);
             }
     };
-    load_queries(0);
+    constexpr bool kAhead = M < 4;  // the next tile's queries under way while this one is computed; else no room
+    if (kAhead) load_queries(0);
 
 #pragma unroll
     for (int m = 0; m < M; ++m) {
+        if (!kAhead) load_queries(m);
         float scores[2 * M][4] = {};
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
             }
         }
 
-        if (m + 1 < M) load_queries(m + 1);  // before this tile's results are stored, which may be in q
+        if (kAhead && m + 1 < M) load_queries(m + 1);
 
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
