@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(32 * G) rows_kernel(Problem x) {
             const int word = w ^ swap;
             float2 value[F];
 #pragma unroll
-            for (int j = 0; j < F; ++j) value[j] = unpack(T(), values[j * row_words + word] & own(word));
+            for (int j = 0; j < F; ++j) value[j] = unpack(T(), values[j * row_words + word]);
+            uint32_t packed[kQueries];
 #pragma unroll
             for (int i = 0; i < kQueries; ++i) {
                 float2 result = {0, 0};
@@ -267,14 +268,18 @@ __global__ void __launch_bounds__(32 * G) rows_kernel(Problem x) {
                     result.x = fmaf(weights[i][j], value[j].x, result.x);
                     result.y = fmaf(weights[i][j], value[j].y, result.y);
                 }
-                uint32_t* const place = queries + i * row_words + word;
-                const uint32_t packed = pack(T(), result.x, result.y);
-                if (own(word) == 0xffffffffu) {
-                    *place = packed;
-                } else {  // the other half is a neighbour's, who may be writing it now
-                    const int half = own(word) != 0xffffu;
-                    reinterpret_cast<uint16_t*>(place)[half] = static_cast<uint16_t>(packed >> 16 * half);
-                }
+                packed[i] = pack(T(), result.x, result.y);
+            }
+            uint32_t* const place = queries + word;
+            if (own(word) == 0xffffffffu) {
+#pragma unroll
+                for (int i = 0; i < kQueries; ++i) place[i * row_words] = packed[i];
+            } else {  // the other half is a neighbour's, who may be writing it now
+                const int half = own(word) != 0xffffu;
+#pragma unroll
+                for (int i = 0; i < kQueries; ++i)
+                    reinterpret_cast<uint16_t*>(place + i * row_words)[half] =
+                        static_cast<uint16_t>(packed[i] >> 16 * half);
             }
         }
     }
