@@ -34,9 +34,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     from engines.store import Bundle
     from runtime.config import Settings
 
-    for name, least in (("warmup", 0), ("repeats", 1)):
-        if getattr(arguments, name) < least:
-            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
+    _check_counts(arguments)
     stages = _stages(arguments.stages)
     bundle = Bundle.open(arguments.bundle)
     settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
@@ -72,9 +70,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     from bench import kernels, report
     from bench.machine import describe_host
 
-    for name, least in (("warmup", 0), ("repeats", 1)):
-        if getattr(arguments, name) < least:
-            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
+    _check_counts(arguments)
     torch = kernels.torch_with_gpu()
     machine, gpu = describe_host(), kernels.describe_gpu(torch)
     card = "-".join(re.findall(r"[a-z0-9]+", gpu["name"].lower()))
@@ -92,6 +88,12 @@ def _kernels(arguments: argparse.Namespace) -> None:
     facts = {"machine": machine, "gpu": gpu, "run": asked}
     _write(out, {"format": FORMAT, "benchmark": "kernels", **facts, **kernels.to_json(rows, large_copy)})
     print(f"written to {arguments.out or f'bench/results/{out.name}'}")
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name, least in (("warmup", 0), ("repeats", 1)):
+        if getattr(arguments, name) < least:
+            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
 
 
 def _check_output(path: Path) -> None:

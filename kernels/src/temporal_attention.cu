@@ -159,9 +159,10 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
 #pragma unroll
         for (int n = 0; n < M; ++n)
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
-                mma(T(), result[i], {weights[2 * n][0], weights[2 * n][1], weights[2 * n + 1][0], weights[2 * n + 1][1]},
-                    values[n][i]);
+            for (int i = 0; i < 8; ++i) {
+                const auto &low = weights[2 * n], &high = weights[2 * n + 1];
+                mma(T(), result[i], {low[0], low[1], high[0], high[1]}, values[n][i]);
+            }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int frame = 16 * m + 8 * row + g;
@@ -171,10 +172,12 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) tensor_core_kernel(Proble
             for (int half = 0; half < 2; ++half) {
                 uint32_t words[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    words[i] = pack(T(), result[2 * i][2 * row + half] * share, result[2 * i + 1][2 * row + half] * share);
-                *reinterpret_cast<uint4*>(out + frame * x.out.frame + 8 * half) = {words[0], words[1], words[2],
-                                                                                        words[3]};
+                for (int i = 0; i < 4; ++i) {
+                    const int at = 2 * row + half;
+                    words[i] = pack(T(), result[2 * i][at] * share, result[2 * i + 1][at] * share);
+                }
+                const uint4 piece = {words[0], words[1], words[2], words[3]};
+                *reinterpret_cast<uint4*>(out + frame * x.out.frame + 8 * half) = piece;
             }
         }
     }

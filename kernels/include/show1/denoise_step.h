@@ -4,8 +4,8 @@
 //
 //   eps  = negative + guidance_scale * (positive - negative)             Ho & Salimans 2022; where `guided`
 //   x0   = limit((sample - sigma * eps) / alpha)                         Saharia et al. 2022, sec. 2.3, per frame
-//   next = sample_weight * sample + x0_weight * x0 + previous_x0_weight * previous x0
-//                                                                        Lu et al. 2022, alg. 2, or Ho et al. 2020, eq. 7
+//   next = sample_weight * sample + x0_weight * x0                       Lu et al. 2022, alg. 2, or
+//        + previous_x0_weight * previous x0                              Ho et al. 2020, eq. 7
 //        + std * noise                                                   DDPM; Nichol & Dhariwal 2021, eq. 15
 //
 // All that changes from step to step is read on the device: coefficients from a table whose row a device counter
@@ -29,8 +29,8 @@
 //
 // Memory bound, one pass: with float16 and guidance 24 B per element of the sample (4 noise_pred, 8 sample, 8 x0,
 // 4 network_input), 24 MB for 8 frames of 160 x 256. With dynamic thresholding beyond 1 there are two passes, of which
-// the first leaves x0 in shared memory: one block per frame, 7,680 values each in Show-1's base, is bound by the latency
-// of the 22 to 31 counting rounds that find the quantile. A frame too large for shared memory (above 24 to 56 thousand
+// the first leaves x0 in shared memory: one block per frame, 7,680 values each in Show-1's base, bound by the latency
+// of the 22 to 31 counting rounds that find the quantile. A frame too large for shared memory (above 16 to 58 thousand
 // values, by card) is read from L2 in every round: correct, not fast.
 #ifndef SHOW1_DENOISE_STEP_H
 #define SHOW1_DENOISE_STEP_H
@@ -54,14 +54,14 @@ typedef struct {
 
 enum {
     SHOW1_VARIANCE_FIXED = 0,          // std = exp(min_log_var / 2)
-    SHOW1_VARIANCE_LEARNED_RANGE = 1,  // std = exp((frac * max_log_var + (1 - frac) * min_log_var) / 2), frac = (v + 1) / 2
+    SHOW1_VARIANCE_LEARNED_RANGE = 1,  // std = exp((r * max_log_var + (1 - r) * min_log_var) / 2), r = (v + 1) / 2
     SHOW1_VARIANCE_LEARNED = 2,        // std = sqrt(v)
 };
 
 enum {
     SHOW1_LIMIT_NONE = 0,
     SHOW1_LIMIT_CLIP = 1,     // to [-limit_max, limit_max]
-    SHOW1_LIMIT_DYNAMIC = 2,  // clip to [-s, s] and divide by s = clip(quantile(|x0| of the frame, limit_ratio), 1, limit_max)
+    SHOW1_LIMIT_DYNAMIC = 2,  // to [-s, s], then divided by s = clip(quantile(|x0|, limit_ratio), 1, limit_max)
 };
 
 typedef struct {

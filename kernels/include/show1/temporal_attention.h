@@ -12,9 +12,8 @@
 // Products, sums and the softmax are float32; between softmax and v the tensor-core kernel rounds the weights to the
 // dtype, as plain half-precision attention does. Error against float64: at most twice that of plain half precision.
 //
-// Memory bound: 8 * batch * frames * pixels * heads * head_dim bytes (q, k, v read, out written), for
-// frames * head_dim / 4 multiply-adds per byte... see kernels/README.md for the three kernels behind this function,
-// when each is chosen, and where arithmetic would take over.
+// Memory bound: 8 * batch * frames * pixels * heads * head_dim bytes (q, k, v read, out written) for frames / 4
+// multiply-adds per byte. kernels/README.md says which of three kernels runs when, and where arithmetic takes over.
 #ifndef SHOW1_TEMPORAL_ATTENTION_H
 #define SHOW1_TEMPORAL_ATTENTION_H
 
