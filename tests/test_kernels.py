@@ -551,7 +551,7 @@ def limited(
 
 @pytest.mark.parametrize("most", [1.5, 100.0, np.inf])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.95, 0.995, 1.0])
-@pytest.mark.parametrize("kind", ["normal", "small", "large", "tied", "infinite", "huge", "single"])
+@pytest.mark.parametrize("kind", ["normal", "small", "large", "tied", "infinite", "huge", "gap", "single"])
 def test_the_threshold_is_the_exact_quantile(
     implementation: Implementation, kind: str, ratio: float, most: float
 ) -> None:
@@ -567,6 +567,9 @@ def test_the_threshold_is_the_exact_quantile(
         values[:, :, 1] = np.where(values[:, :, 1] > 1, np.inf, values[:, :, 1])
     elif kind == "huge":
         values *= np.float32(5e37)  # up to 3.3e38: just finite
+    elif kind == "gap":  # 99 of a frame's 105: the quantile 0.95 lies between 0.5 and 3, above 1
+        values[...] = 0.5
+        values[:, 2, :, 4, 1:] = -3
     elif kind == "single":
         values = values[:, :1, :, :1, :1]
     expected = np.empty_like(values)

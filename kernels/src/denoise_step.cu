@@ -174,7 +174,7 @@ __device__ float threshold(const ForEach& for_each, QuantileRank rank, float mos
     const int needed = rank.lower + 1;  // values up to and with the lower neighbour
     const int below_one = count_up_to(1);
     if (below_one >= needed + (rank.fraction > 0)) return 1;  // late in a run nearly always
-    if (count_up_to(most) < needed) return most;
+    if (count_up_to(most) < needed) return most;  // early in a run often
     int too_small = below_one < needed ? __float_as_int(1.0f) : -1;
     int enough = below_one < needed ? __float_as_int(most) : __float_as_int(1.0f);
     while (enough - too_small > 1) {
