@@ -1,7 +1,8 @@
-"""`python -m bench`: measure a bundle on this machine. Alone it lists the benchmarks."""
+"""`python -m bench`: measure a bundle, or the CUDA kernels, on this machine. Alone it lists the benchmarks."""
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,9 +34,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     from engines.store import Bundle
     from runtime.config import Settings
 
-    for name, least in (("warmup", 0), ("repeats", 1)):
-        if getattr(arguments, name) < least:
-            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
+    _check_counts(arguments)
     stages = _stages(arguments.stages)
     bundle = Bundle.open(arguments.bundle)
     settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
@@ -65,6 +64,36 @@ def _latency(arguments: argparse.Namespace) -> None:
     facts = {"machine": machine, "bundle": engines, "run": asked}
     _write(out, {"format": FORMAT, "benchmark": "latency", **facts, **latency.to_json(results)})
     print(f"written to {arguments.out or f'bench/results/{out.name}'}")
+
+
+def _kernels(arguments: argparse.Namespace) -> None:
+    from bench import kernels, report
+    from bench.machine import describe_host
+
+    _check_counts(arguments)
+    torch = kernels.torch_with_gpu()
+    machine, gpu = describe_host(), kernels.describe_gpu(torch)
+    card = "-".join(re.findall(r"[a-z0-9]+", gpu["name"].lower()))
+    out = arguments.out or RESULTS / f"kernels-{card}-{machine['date'].split()[0]}.json"
+    _check_output(out)
+    asked = {"architectures": arguments.arch, "warmup": arguments.warmup, "repeats": arguments.repeats}
+    for name, values in (("machine", machine), ("gpu", gpu), ("run", asked)):
+        print(f"{name}\n\n{report.facts(values)}\n", flush=True)
+
+    bench = kernels.KernelBench(torch, *kernels.build_kernels(arguments.arch), arguments.warmup, arguments.repeats)
+    large_copy = kernels.COPY_BYTES / bench.copy(kernels.COPY_BYTES).median
+    rows = bench.run(on_row=lambda row: print(f"{row.kernel}: {row.shape}", file=sys.stderr, flush=True))
+    result = kernels.table(rows, large_copy)
+    print((result.as_markdown() if arguments.markdown else result.as_text()) + "\n")
+    facts = {"machine": machine, "gpu": gpu, "run": asked}
+    _write(out, {"format": FORMAT, "benchmark": "kernels", **facts, **kernels.to_json(rows, large_copy)})
+    print(f"written to {arguments.out or f'bench/results/{out.name}'}")
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name, least in (("warmup", 0), ("repeats", 1)):
+        if getattr(arguments, name) < least:
+            raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
 
 
 def _check_output(path: Path) -> None:
@@ -107,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, metavar="N", help="measured runs of each stage (default: 5)")
     add("--out", type=Path, help="JSON file (default: bench/results/latency-<cpu|gpu>-<size>-<preset>-<date>.json)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
+
+    # All that there is to measure on a GPU so far is its kernels.
+    kernels = commands.add_parser("kernels", aliases=["gpu"], help="the CUDA kernels on this GPU: build, check, time")
+    kernels.set_defaults(run=_kernels)
+    add = kernels.add_argument
+    add("--arch", default="native", metavar="LIST", help="CMAKE_CUDA_ARCHITECTURES, or all (default: this card's)")
+    add("--warmup", type=int, default=10, metavar="N", help="calls before the measured ones (default: 10)")
+    add("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
+    add("--out", type=Path, help="JSON file (default: bench/results/kernels-<gpu>-<date>.json)")
+    add("--markdown", action="store_true", help="print the table as Markdown")
     return parser
 
 

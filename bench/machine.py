@@ -7,45 +7,56 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engines.errors import EngineError
-from engines.store import Bundle
+
+if TYPE_CHECKING:
+    from engines.store import Bundle
 
 try:
     import psutil
 except ImportError:
-    raise EngineError("psutil is not installed. The benchmarks need it: `pip install -e '.[bench]'`.") from None
+    psutil = None  # the kernels' benchmark does without
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
 
-def describe_machine() -> dict[str, Any]:
-    """Hardware and software, as JSON's types."""
-    from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
-
-    physical = psutil.cpu_count(logical=False)
+def describe_host() -> dict[str, Any]:
+    """Hardware and software that every benchmark has, as JSON's types."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
-        "cores": {"physical": physical, "logical": psutil.cpu_count()},
-        "threads": "ONNX Runtime's default, one per physical core",
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": _gpu(),
         "os": _os_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "onnxruntime": ort.__version__,
-        "providers_available": list(ort.get_available_providers()),
         "commit": git_commit(ROOT),
     }
 
 
-def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
+    """The host, and what engines on ONNX Runtime depend on."""
+    from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
+
+    if psutil is None:
+        raise EngineError("psutil is not installed. This benchmark needs it: `pip install -e '.[bench]'`.")
+    physical = psutil.cpu_count(logical=False)
+    return {
+        **describe_host(),
+        "cores": {"physical": physical, "logical": psutil.cpu_count()},
+        "threads": "ONNX Runtime's default, one per physical core",
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "onnxruntime": ort.__version__,
+        "providers_available": list(ort.get_available_providers()),
+    }
+
+
+def describe_bundle(bundle: "Bundle") -> dict[str, Any]:
     """What the engines are: how they were made and how large the networks are."""
     manifest = bundle.manifest
     engines = manifest.engines.values()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,36 @@ def measure(call: Callable[[], T], warmup: int, repeats: int) -> list[Timed[T]]:
         result = call()
         timed.append(Timed(start, time.perf_counter(), result))
     return timed
+
+
+def measure_gpu(call: Callable[[], Any], warmup: int, repeats: int, graph: bool) -> list[float]:
+    """Seconds that the GPU takes for each of `repeats` calls, by CUDA events, the L2 swept before every one.
+
+    With `graph` the call is captured once and replayed. Without, gaps between its launches count, unless the sweep
+    (which the CPU does not wait for) hides them.
+    """
+    import torch
+
+    call()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(captured):
+            call()
+        call = captured.replay
+    # Read, not written: dirty lines would be written back in the measured time.
+    sweep = torch.ones(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for index in range(warmup + repeats):
+        sweep.view(torch.int64).sum()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= warmup:
+            times.append(start.elapsed_time(end) / 1e3)
+    return times
 
 
 def summarize(times: Sequence[float]) -> Summary | None:

@@ -1,0 +1,443 @@
+"""The CUDA kernels at the shapes of the published networks: checked, then timed against torch's ways to the result.
+
+Every time is that of one call on cold caches: the L2 is swept between calls. What can be captured is timed as a CUDA
+graph, so that no launch gap is in it. The yardstick is a copy of as many bytes, timed in the same way.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import ROOT
+from bench.report import NOTHING, Table, median, number, share, spread
+from bench.timing import Summary, measure_gpu, summarize
+from engines.errors import EngineError
+from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
+from runtime.schedulers import SchedulerConfig, make_schedule
+
+DEVICE = "cuda"
+BUILD = ROOT / "build" / "bench-kernels"
+COPY_BYTES = 2**30  # of the large copy: read and written, well beyond any L2
+TABLE_ROWS = 4096  # more steps than are ever timed: beyond the last one the kernel would do nothing
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Temporal attention in one place of a network; `batch` is 2 for guidance, 14 for seven guided gaps."""
+
+    stage: str
+    batch: int
+    frames: int
+    height: int
+    width: int
+    heads: int
+    head_dim: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def bytes(self) -> int:
+        """q, k and v read, the result written, in half precision."""
+        return 8 * self.batch * self.frames * self.pixels * self.heads * self.head_dim
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} {self.batch} x {self.frames} x {self.height} x {self.width}, {self.heads} x {self.head_dim}"
+        )
+
+
+_LEVELS = ((20, 32, 10), (10, 16, 15), (5, 8, 20))  # of the pixel UNets: height, width, head_dim
+ATTENTION_SHAPES = (
+    *(AttentionShape("base", 2, 8, h, w, 64, d) for h, w, d in _LEVELS),
+    *(AttentionShape("interp", 14, 5, h, w, 64, d) for h, w, d in _LEVELS),
+    *(AttentionShape("sr1", 2, 8, h, w, 64, 12) for h, w in ((20, 32), (10, 16))),
+    AttentionShape("sr2 in", 2, 29, 40, 72, 8, 64),
+    *(AttentionShape("sr2", 2, 29, h, w, n, 64) for h, w, n in ((40, 72, 5), (20, 36, 10), (10, 18, 20), (5, 9, 20))),
+)
+
+_PIXEL = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95}
+_DPM = {"_class_name": "DPMSolverMultistepScheduler"}
+_SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+# Stage -> sample [B, C, F, H, W], published scheduler settings.
+STEP_SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "base": ((1, 3, 8, 40, 64), {**_DPM, **_PIXEL, "sample_max_value": 1.5}),
+    "interp": ((7, 3, 5, 40, 64), {**_DPM, **_PIXEL, "sample_max_value": 1.5}),
+    "if2": ((1, 3, 1, 160, 256), {"_class_name": "DDPMScheduler", **_PIXEL, "variance_type": "learned_range"}),
+    "sr1": ((1, 3, 8, 160, 256), {**_DPM, **_PIXEL}),
+    "sr2": ((1, 4, 29, 40, 72), {**_DPM, **_SCALED}),
+}
+FRAMES_SHAPE = (3, 29, 320, 576)  # C, F, H, W
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one shape: seconds of ours, of a copy of as many bytes, and of the others."""
+
+    kernel: str
+    shape: str
+    bytes: int
+    error: float  # of ours against the reference
+    budget: float  # what it may be
+    ours: Summary
+    copy: Summary
+    others: Mapping[str, Summary | None]  # None: not installed, or it refuses the shape
+
+
+def torch_with_gpu() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise EngineError("torch is not installed. The kernels' benchmark needs it, with CUDA.") from None
+    if not torch.cuda.is_available():
+        raise EngineError("no GPU: torch finds no usable NVIDIA card here, and only there the kernels can be measured.")
+    return torch
+
+
+def build_kernels(architectures: str) -> tuple[Kernels, Kernels]:
+    """The CUDA library for `architectures` (CMake's words, e.g. native; "all": the fat binary) and its references."""
+    for program in ("cmake", "nvcc"):
+        if shutil.which(program) is None:
+            raise EngineError(f"{program} is not installed. The kernels are built with CMake and the CUDA toolkit.")
+    folder = BUILD / architectures.replace(";", "-")
+    options = [] if architectures == "all" else [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
+        ["cmake", "--build", str(folder), "--parallel", "4"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise EngineError(f"`{' '.join(command[:2])}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return Kernels(_library(folder, "show1_kernels")), Kernels(_library(folder, "show1_kernels_ref"), suffix="_ref")
+
+
+def _library(folder: Path, name: str) -> Path:
+    return next(path for path in folder.rglob(f"*{name}.*") if path.suffix in (".so", ".dll", ".dylib"))
+
+
+def describe_gpu(torch: Any) -> dict[str, Any]:
+    """What a kernel's time depends on beyond the machine: card, driver's CUDA, compilers, baselines' versions."""
+    card = torch.cuda.get_device_properties(0)
+    versions = {}
+    for name in ("torch", "triton", "xformers"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = None
+    return {
+        "name": card.name,
+        "compute_capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "l2_mib": round(card.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+class KernelBench:
+    """Kernels and baselines on the current GPU. `warmup` and `repeats` are calls of each."""
+
+    def __init__(self, torch: Any, kernels: Kernels, references: Kernels, warmup: int, repeats: int):
+        self.torch, self.kernels, self.references = torch, kernels, references
+        self.warmup, self.repeats = warmup, repeats
+        self._copies: dict[int, Summary] = {}
+
+    def time(self, call: Callable[[], Any], graph: bool = True) -> Summary:
+        summary = summarize(measure_gpu(call, self.warmup, self.repeats, graph=graph))
+        assert summary is not None
+        return summary
+
+    def try_to_time(self, call: Callable[[], Any], graph: bool = True) -> Summary | None:
+        """None for a baseline that does not take the shape; it says so by one of these."""
+        try:
+            return self.time(call, graph)
+        except (ImportError, NotImplementedError, ValueError, RuntimeError):
+            return None
+
+    def copy(self, count: int) -> Summary:
+        """A copy that reads count / 2 bytes and writes as many."""
+        if count not in self._copies:
+            source = self.torch.empty(count // 2, dtype=self.torch.uint8, device=DEVICE).random_(0, 255)
+            target = self.torch.empty_like(source)
+            self._copies[count] = self.time(lambda: target.copy_(source))
+        return self._copies[count]
+
+    @property
+    def stream(self) -> int:
+        return self.torch.cuda.current_stream().cuda_stream
+
+    # ---- Temporal attention
+
+    def attention(self, shape: AttentionShape, frames_first: bool, dtype: str = "float16") -> Row:
+        """With frames first the tensors are [B, F, H*W, C], else [B, H*W, F, C], where no permute is needed."""
+        torch = self.torch
+        sizes = (shape.batch, shape.frames, shape.pixels) if frames_first else (shape.batch, shape.pixels, shape.frames)
+        torch.manual_seed(0)
+        packed = torch.randn(*sizes, 3, shape.heads, shape.head_dim, device=DEVICE).to(getattr(torch, dtype))
+        q, k, v = (x.contiguous() for x in packed.unbind(3))  # [.., heads, head_dim]
+        out = torch.full_like(q, torch.nan)
+
+        def heads(x: Any) -> Heads:
+            batch, first, second, head, _ = x.stride()
+            frame, pixel = (first, second) if frames_first else (second, first)
+            return Heads(x.data_ptr(), batch, frame, pixel, head)
+
+        def ours() -> None:
+            self.kernels.temporal_attention(
+                dtype,
+                *map(heads, (q, k, v, out)),
+                batch=shape.batch,
+                frames=shape.frames,
+                pixels=shape.pixels,
+                heads=shape.heads,
+                head_dim=shape.head_dim,
+                stream=self.stream,
+            )
+
+        def by_pixel(x: Any) -> Any:
+            """[B * H*W, F, heads, head_dim]; a copy if the frames come first."""
+            x = x.permute(0, 2, 1, 3, 4) if frames_first else x
+            return x.reshape(-1, shape.frames, shape.heads, shape.head_dim)
+
+        def back(x: Any) -> Any:
+            x = x.reshape(shape.batch, shape.pixels, shape.frames, shape.heads, shape.head_dim)
+            return x.permute(0, 2, 1, 3, 4).contiguous() if frames_first else x.contiguous()
+
+        def sdpa(q: Any, k: Any, v: Any) -> Any:
+            q, k, v = (by_pixel(x).transpose(1, 2) for x in (q, k, v))
+            return back(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+        def in_float64() -> Any:
+            q64, k64, v64 = (by_pixel(x).transpose(1, 2).double() for x in (q, k, v))
+            weights = (q64 @ k64.transpose(-1, -2) * shape.head_dim**-0.5).softmax(-1)
+            return back((weights @ v64).transpose(1, 2))
+
+        def xformers() -> Any:
+            from xformers.ops import memory_efficient_attention
+
+            return back(memory_efficient_attention(by_pixel(q), by_pixel(k), by_pixel(v)))
+
+        ours()
+        exact = in_float64()
+        error = float((out.double() - exact).abs().max())  # NaN where nothing was written
+        plain = float((sdpa(q, k, v).double() - exact).abs().max())
+        del exact
+        torch._dynamo.reset()  # else shapes after the eighth would run eagerly
+        compiled = torch.compile(sdpa, dynamic=False)
+        return Row(
+            kernel="temporal attention",
+            shape=f"{shape}, {'frames first' if frames_first else 'pixels first'}",
+            bytes=shape.bytes,
+            error=error,
+            budget=2 * plain + torch.finfo(getattr(torch, dtype)).eps / 2,
+            ours=self.time(ours),
+            copy=self.copy(shape.bytes),
+            others={
+                "SDPA": self.time(lambda: sdpa(q, k, v)),
+                "compiled": self.try_to_time(lambda: compiled(q, k, v)),
+                "xformers": self.try_to_time(xformers),
+            },
+        )
+
+    # ---- Denoising step
+
+    def step(self, stage: str, dtype: str = "float16") -> Row:
+        torch = self.torch
+        shape, settings = STEP_SHAPES[stage]
+        schedule = make_schedule(SchedulerConfig.from_dict(settings, stage), 50)
+        index, guidance_scale = 25, 7.0
+        batch, channels, frames, height, width = shape
+        pixels = height * width
+        learned, ddpm = schedule.config.learned_variance, schedule.config.solver == "ddpm"
+        random = np.random.default_rng(0)
+        half = np.float16
+
+        # One host array per buffer: what the reference works on and what is uploaded.
+        host: dict[str, np.ndarray] = {
+            "table": np.repeat(step_table(schedule, guidance_scale)[index : index + 1], TABLE_ROWS),
+            "counter": np.array((0, TABLE_ROWS, 0), COUNTER),
+            "sample": random.standard_normal(shape, np.float32),
+            "noise_pred": random.standard_normal((2 * batch, *shape[1:]), np.float32).astype(half),
+            "network_input": np.zeros((2 * batch, *shape[1:]), half),
+            "timesteps": np.zeros(2 * batch, np.float32),
+        }
+        if not ddpm:
+            host["x0"] = random.standard_normal(shape, np.float32)
+        if learned:
+            host["variance_frac"] = random.uniform(-1, 1, shape).astype(half)
+        if ddpm:
+            host["noise"] = random.standard_normal((frames, channels, height, width), np.float32)
+        device = {
+            name: torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8).to(DEVICE)
+            for name, array in host.items()
+        }
+
+        def args(pointers: Mapping[str, int]) -> DenoiseArgs:
+            planes = (channels * frames * pixels, frames * pixels, pixels)  # [B, C, F, H, W]
+            filled = DenoiseArgs(
+                dtype=0, batch=batch, channels=channels, frames=frames, pixels=pixels, guided=1, **step_modes(schedule)
+            )
+            for name, pointer in pointers.items():
+                if name == "noise":
+                    setattr(filled, name, Planes(pointer, 0, pixels, channels * pixels))
+                elif name in ("noise_pred", "variance_frac", "network_input"):
+                    setattr(filled, name, Planes(pointer, *planes))
+                else:
+                    setattr(filled, name, pointer)
+            return filled
+
+        on_device = args({name: array.data_ptr() for name, array in device.items()})
+        self.kernels.denoise_step(on_device, self.stream)
+        self.references.denoise_step(args({name: array.ctypes.data for name, array in host.items()}))
+        result = device["sample"].view(torch.float32).cpu().numpy().reshape(shape)
+        error = float(np.abs(result - host["sample"]).max())
+
+        read = ("noise_pred", "variance_frac", "sample", "x0", "noise")
+        written = ("sample", "x0", "network_input")
+        count = sum(host[name].nbytes for names in (read, written) for name in names if name in host)
+        plain = self._plain_step(schedule, index, guidance_scale, shape, device)
+        torch._dynamo.reset()
+        return Row(
+            kernel="denoising step",
+            shape=f"{stage} {' x '.join(map(str, shape))}",
+            bytes=count,
+            error=error,
+            budget=4e-6 if ddpm else 0.0,  # exp() may differ in its last bits
+            ours=self.time(lambda: self.kernels.denoise_step(on_device, self.stream)),
+            copy=self.copy(count),
+            others={
+                "torch": self.try_to_time(plain, graph=False),  # torch.quantile cannot be captured
+                "compiled": self.try_to_time(torch.compile(plain, dynamic=False), graph=False),
+            },
+        )
+
+    def _plain_step(
+        self, schedule: Any, index: int, guidance_scale: float, shape: Sequence[int], device: Mapping[str, Any]
+    ) -> Callable[[], Any]:
+        """The step as torch code would have it: whole-tensor operations, coefficients as numbers."""
+        torch, config = self.torch, schedule.config
+        batch = shape[0]
+        row = {name: float(getattr(schedule, name)[index]) for name in STEP.names[2:]}
+        sample = device["sample"].view(torch.float32).reshape(shape)
+        noise_pred = device["noise_pred"].view(torch.float16).reshape(2 * batch, *shape[1:])
+        previous_x0 = device["x0"].view(torch.float32).reshape(shape) if "x0" in device else None
+        noise = (
+            device["noise"].view(torch.float32).reshape(shape[2], shape[1], *shape[3:]) if "noise" in device else None
+        )
+        frac = device["variance_frac"].view(torch.float16).reshape(shape) if "variance_frac" in device else None
+
+        def plain() -> Any:
+            negative, positive = noise_pred.float().chunk(2)
+            x0 = (sample - row["sigma"] * (negative + guidance_scale * (positive - negative))) / row["alpha"]
+            if config.thresholding:
+                by_frame = x0.transpose(1, 2).flatten(2).abs()
+                s = torch.quantile(by_frame, config.dynamic_thresholding_ratio, dim=2)
+                s = s.clamp(1, config.sample_max_value)[:, None, :, None, None]
+                x0 = x0.clamp(-s, s) / s
+            x = row["sample_weight"] * sample + row["x0_weight"] * x0
+            if previous_x0 is not None:
+                x = x + row["previous_x0_weight"] * previous_x0
+            if noise is not None:
+                share = (frac.float() + 1) / 2
+                log_var = share * row["max_log_var"] + (1 - share) * row["min_log_var"]
+                x = x + torch.exp(log_var / 2) * noise.transpose(0, 1)
+            return x, x0, torch.cat([x, x]).half()
+
+        return plain
+
+    # ---- Frames to uint8
+
+    def frames(self) -> Row:
+        torch = self.torch
+        channels, frames, height, width = FRAMES_SHAPE
+        torch.manual_seed(0)
+        clip = torch.randn(*FRAMES_SHAPE, device=DEVICE).half()
+        out = torch.empty(frames, height, width, channels, dtype=torch.uint8, device=DEVICE)
+        planes = Planes(clip.data_ptr(), 0, clip.stride(0), clip.stride(1))
+
+        def ours() -> None:
+            self.kernels.frames_to_uint8(
+                "float16",
+                planes,
+                out.data_ptr(),
+                channels=channels,
+                frames=frames,
+                pixels=height * width,
+                stream=self.stream,
+            )
+
+        def plain() -> Any:
+            return ((clip.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+        ours()
+        count = clip.nbytes + out.nbytes
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, dynamic=False)
+        return Row(
+            kernel="frames to uint8",
+            shape=" x ".join(map(str, FRAMES_SHAPE)),
+            bytes=count,
+            error=float((out.int() - plain().int()).abs().max()),
+            budget=0.0,
+            ours=self.time(ours),
+            copy=self.copy(count),
+            others={"torch": self.time(plain), "compiled": self.try_to_time(compiled)},
+        )
+
+    def run(self, on_row: Callable[[Row], None]) -> list[Row]:
+        """Every kernel at every shape; raises EngineError at the first result that is not right."""
+        rows = []
+        cases: list[Callable[[], Row]] = [
+            *(
+                lambda shape=shape, first=first: self.attention(shape, first)
+                for shape in ATTENTION_SHAPES
+                for first in (True, False)
+            ),
+            *(lambda stage=stage: self.step(stage) for stage in STEP_SHAPES),
+            self.frames,
+        ]
+        for case in cases:
+            row = case()
+            if not row.error <= row.budget:  # NaN fails too
+                raise EngineError(f"{row.kernel}, {row.shape}: wrong by {row.error:.3g}, allowed are {row.budget:.3g}.")
+            rows.append(row)
+            on_row(row)
+        return rows
+
+
+def table(rows: Sequence[Row], large_copy: float) -> Table:
+    """`large_copy` is the bandwidth of the large copy, B/s."""
+    names = ("SDPA", "torch", "compiled", "xformers")
+    headers = ["shape", "us", "p10-p90", "GB/s", "of copy", "of large copy", *(f"{name} / ours" for name in names)]
+    lines = []
+    for row in rows:
+        bandwidth = row.bytes / row.ours.median
+        ratios = [
+            number(other.median / row.ours.median) if (other := row.others.get(name)) else NOTHING for name in names
+        ]
+        lines.append(
+            [
+                f"{row.kernel}: {row.shape}",
+                median(row.ours, 1e6),
+                spread(row.ours, 1e6),
+                number(bandwidth / 1e9),
+                share(row.copy.median, row.ours.median),
+                share(bandwidth, large_copy),
+                *ratios,
+            ]
+        )
+    return Table(
+        f"Kernels: median of {rows[0].ours.n} calls; large copy {number(large_copy / 1e9)} GB/s", headers, lines
+    )
+
+
+def to_json(rows: Sequence[Row], large_copy: float) -> dict[str, Any]:
+    """Seconds and bytes."""
+    return {"large_copy_bytes_per_s": round(large_copy), "kernels": [asdict(row) for row in rows]}

@@ -1,0 +1,132 @@
+"""The kernels' C functions (kernels/include/show1) for Python: structures and signatures, pointers in, errors out.
+
+The same calls serve the GPU library (device pointers) and the references (host pointers); nothing is copied.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import EngineError
+from runtime.schedulers import Schedule
+
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
+LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
+INVALID = 1
+
+_COEFFICIENTS = ("alpha", "sigma", "sample_weight", "x0_weight", "previous_x0_weight", "min_log_var", "max_log_var")
+# show1_step: a row per step of the denoising loop.
+STEP = np.dtype([(name, np.float32) for name in ("timestep", "guidance_scale", *_COEFFICIENTS)])
+# show1_step_counter
+COUNTER = np.dtype([("step", np.int32), ("steps", np.int32), ("finished_blocks", np.uint32)])
+
+
+class Heads(Structure):
+    """show1_heads: a half-precision tensor [batch, frame, pixel, head, channel]; strides count elements."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("frame", c_int64), ("pixel", c_int64), ("head", c_int64))
+
+
+class Planes(Structure):
+    """show1_planes: where the planes of adjacent pixels of a clip begin; strides count elements."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("channel", c_int64), ("frame", c_int64))
+
+
+class DenoiseArgs(Structure):
+    """show1_denoise_args."""
+
+    _fields_ = (
+        *((name, c_int) for name in ("dtype", "batch", "channels", "frames", "pixels", "guided", "variance", "limit")),
+        ("limit_ratio", c_float),
+        ("limit_max", c_float),
+        *((name, c_void_p) for name in ("table", "counter", "sample", "x0")),
+        *((name, Planes) for name in ("noise_pred", "variance_frac", "noise", "network_input")),
+        ("noise_step", c_int64),
+        ("timesteps", c_void_p),
+    )
+
+
+def step_table(schedule: Schedule, guidance_scale: float) -> NDArray[Any]:
+    """The schedule as the denoising kernel reads it, STEP [N]."""
+    table = np.zeros(len(schedule), STEP)
+    table["timestep"], table["guidance_scale"] = schedule.timesteps, guidance_scale
+    for name in _COEFFICIENTS:
+        table[name] = getattr(schedule, name)
+    return table
+
+
+def step_modes(schedule: Schedule) -> dict[str, int | float]:
+    """How the kernel treats variance and x0, as fields of DenoiseArgs."""
+    config = schedule.config
+    modes: dict[str, int | float] = {"variance": 0, "limit": LIMITS["none"]}
+    if config.learned_variance:
+        modes["variance"] = VARIANCES[str(config.variance_type)]
+    if config.thresholding:
+        ratio, most = config.dynamic_thresholding_ratio, config.sample_max_value
+        modes |= {"limit": LIMITS["dynamic"], "limit_ratio": ratio, "limit_max": most}
+    elif config.clip_sample:
+        modes |= {"limit": LIMITS["clip"], "limit_max": config.clip_sample_range}
+    return modes
+
+
+class Kernels:
+    """One library of kernels: libshow1_kernels, or with suffix "_ref" the references in libshow1_kernels_ref."""
+
+    def __init__(self, library: Path, suffix: str = ""):
+        loaded = ctypes.CDLL(str(library))
+        sizes = [c_int] * 3
+        heads = [POINTER(Heads)] * 4
+        signatures = {
+            "temporal_attention": [c_int, *heads, *sizes, c_int, c_int, c_float, c_void_p],
+            "denoise_step": [POINTER(DenoiseArgs), c_void_p],
+            "frames_to_uint8": [c_int, POINTER(Planes), c_void_p, *sizes, c_void_p],
+        }
+        self._functions = {}
+        for name, argtypes in signatures.items():
+            function = getattr(loaded, f"show1_{name}{suffix}")
+            function.argtypes, function.restype = argtypes, c_int
+            self._functions[name] = function
+
+    def temporal_attention(
+        self,
+        dtype: str,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        out: Heads,
+        *,
+        batch: int,
+        frames: int,
+        pixels: int,
+        heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        stream: int | None = None,
+    ) -> None:
+        """out = softmax(q k^T * scale) v over the frames of every pixel and head; scale is head_dim^-0.5 if None."""
+        tensors = [byref(tensor) for tensor in (q, k, v, out)]
+        scale = head_dim**-0.5 if scale is None and head_dim > 0 else scale
+        self._call(
+            "temporal_attention", DTYPES[dtype], *tensors, batch, frames, pixels, heads, head_dim, scale or 0.0, stream
+        )
+
+    def denoise_step(self, args: DenoiseArgs, stream: int | None = None) -> None:
+        self._call("denoise_step", byref(args), stream)
+
+    def frames_to_uint8(
+        self, dtype: str, clip: Planes, out: int, *, channels: int, frames: int, pixels: int, stream: int | None = None
+    ) -> None:
+        self._call("frames_to_uint8", DTYPES[dtype], byref(clip), out, channels, frames, pixels, stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = self._functions[name](*arguments)
+        if status == INVALID:
+            raise EngineError(f"{name}: an argument is outside what kernels/include/show1/{name}.h allows.")
+        if status != 0:
+            raise EngineError(f"{name}: CUDA could not start the kernel (cudaError_t {status}).")

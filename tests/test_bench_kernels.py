@@ -1,0 +1,83 @@
+"""The kernels' benchmark where there is no GPU: its checks and baselines on the CPU, with a clock that stands still."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import why_no_gpu
+from test_kernels import _on_cpu, _reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench import kernels
+from bench.__main__ import main
+from bench.timing import Summary
+from engines.errors import EngineError
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
+    """Small shapes, the CUDA sources on the CPU, torch on the CPU and uncompiled; every call takes 2 us."""
+    import torch
+
+    def measure(call: Any, warmup: int, repeats: int, graph: bool) -> list[float]:
+        for _ in range(warmup + 1):
+            call()
+        return [2e-6] * repeats
+
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "measure_gpu", measure)
+    monkeypatch.setattr(kernels.KernelBench, "stream", None)
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
+    monkeypatch.setattr(
+        kernels, "ATTENTION_SHAPES", [replace(s, height=1, width=2) for s in kernels.ATTENTION_SHAPES[::4]]
+    )
+    small = {stage: ((*s[:3], 6, 8), settings) for stage, (s, settings) in kernels.STEP_SHAPES.items()}
+    monkeypatch.setattr(kernels, "STEP_SHAPES", small)
+    monkeypatch.setattr(kernels, "FRAMES_SHAPE", (3, 2, 5, 7))
+    yield kernels.KernelBench(torch, _on_cpu(), _reference(), warmup=1, repeats=3)
+
+
+def test_every_kernel_is_checked_and_compared(bench: kernels.KernelBench) -> None:
+    seen: list[str] = []
+    rows = bench.run(on_row=lambda row: seen.append(row.kernel))
+    assert [row.kernel for row in rows] == seen
+    assert len(rows) == 2 * len(kernels.ATTENTION_SHAPES) + len(kernels.STEP_SHAPES) + 1
+    attention, step, frames = rows[0], rows[-2], rows[-1]
+    assert attention.bytes == kernels.ATTENTION_SHAPES[0].bytes and attention.others["SDPA"] is not None
+    # 2 predictions, sample and x0 in and out, 2 inputs: 24 bytes per element.
+    assert step.bytes == 24 * 4 * 29 * 48 and step.others["torch"] is not None
+    assert frames.bytes == 3 * 3 * 2 * 35
+    json.dumps(kernels.to_json(rows, 1e12))
+    text = kernels.table(rows, large_copy=1e12).as_text()
+    assert "large copy 1000 GB/s" in text and "sr2 1 x 4 x 29 x 6 x 8" in text
+
+
+def test_a_wrong_result_is_not_timed_as_if_it_were_right(
+    bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.kernels, "temporal_attention", lambda *_, **__: None)
+    with pytest.raises(EngineError, match=r"temporal attention, base .* wrong by nan"):
+        bench.run(on_row=lambda _: None)
+
+
+def test_shares_and_ratios_are_of_the_same_run() -> None:
+    times = [Summary(5, value, value * 0.9, value * 1.2) for value in (1e-3, 8e-4, 4e-3)]
+    row = kernels.Row("k", "s", 10**9, 0.0, 0.0, times[0], times[1], {"torch": times[2], "xformers": None})
+    assert kernels.table([row], 2e12).rows == [
+        ["k: s", "1000", "900-1200", "1000", "80 %", "50 %", "-", "4.00", "-", "-"]
+    ]
+
+
+@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
+@pytest.mark.parametrize("command", ["kernels", "gpu"])
+def test_without_a_gpu_that_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no GPU: ") and error.count("\n") == 1
