@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import why_no_gpu
 from test_kernels import _on_cpu, _reference
+
+from engines.gpu import find_gpus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
@@ -75,7 +76,7 @@ def test_shares_and_ratios_are_of_the_same_run() -> None:
     ]
 
 
-@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
+@pytest.mark.skipif(bool(find_gpus()), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["kernels", "gpu"])
 def test_without_a_gpu_that_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 1

@@ -246,21 +246,21 @@ def test_a_bundle_has_one_name_whichever_engine_was_finished_first(built: Path, 
 def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, weights = tmp_path / "new", checkpoint / CLIP / "model.safetensors"
+    out, weights = tmp_path / "new", checkpoint / "base" / "text_encoder" / "model.safetensors"
     whole = weights.read_bytes()
     stored = load_file(weights)
-    del stored["text_model.final_layer_norm.bias"]
+    del stored["encoder.final_layer_norm.weight"]
     save_file(stored, weights)
-    with pytest.raises(CheckpointError, match=r"sr2/text_encoder: .* 1 missing: text_model\.final_layer_norm\.bias"):
+    with pytest.raises(CheckpointError, match=r"base/text_encoder: .* 1 missing: encoder\.final_layer_norm\.weight"):
         build_text_encoders(checkpoint, out, in_this_process=False)
-    assert list(Bundle.open(out).manifest.engines) == ["t5"]
+    assert list(Bundle.open(out).manifest.engines) == ["clip"]  # of more layers, so it went first
     assert_tidy(out)
 
     weights.write_bytes(whole)
     monkeypatch.setattr("export.build._build_all", lambda *_: None)
     capsys.readouterr()
     build_text_encoders(checkpoint, out)
-    assert reasons(capsys) == {"t5": "up to date", "clip": "not built yet"}
+    assert reasons(capsys) == {"t5": "not built yet", "clip": "up to date"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal to a process group")
@@ -465,13 +465,13 @@ def test_manifest_and_plans_have_the_bindings_of_the_contract(bundle: Path) -> N
 
 # As in docs/engines.md, but for the smallest sizes: the golden models halve fewer times, and their latents are larger.
 PROFILES = {
-    "base/step": {"batch": "1 2 16", "frames": "1 8 64", "height": "4 40 1024", "width": "4 64 1024"},
-    "interp/step": {"batch": "1 14 32", "frames": "2 5 32", "height": "4 40 1024", "width": "4 64 1024"},
-    "if2/step": {"batch": "1 2 4", "frames": "1 1 8", "height": "8 160 1024", "width": "8 256 1024"},
-    "sr1/step": {"batch": "1 2 4", "frames": "1 8 32", "height": "8 160 1024", "width": "8 256 1024"},
-    "sr2/step": {"batch": "1 2 4", "frames": "1 29 256", "height": "4 80 1024", "width": "4 144 1024"},
-    "vae_encoder/encode": {"frames": "1 1 32", "height": "8 320 1280", "width": "8 576 2304"},
-    "vae_decoder/decode": {"frames": "1 1 32", "height": "2 80 1024", "width": "2 144 1024"},
+    "base/step": {"batch": "1 2 16", "frames": "1 8 64", "height": "2 40 1024", "width": "2 64 1024"},
+    "interp/step": {"batch": "1 14 32", "frames": "2 5 32", "height": "2 40 1024", "width": "2 64 1024"},
+    "if2/step": {"batch": "1 2 4", "frames": "1 1 8", "height": "4 160 1024", "width": "4 256 1024"},
+    "sr1/step": {"batch": "1 2 4", "frames": "1 8 32", "height": "4 160 1024", "width": "4 256 1024"},
+    "sr2/step": {"batch": "1 2 4", "frames": "1 29 256", "height": "2 80 1024", "width": "2 144 1024"},
+    "vae_encoder/encode": {"frames": "1 1 32", "height": "4 320 1280", "width": "4 576 2304"},
+    "vae_decoder/decode": {"frames": "1 1 32", "height": "1 80 1024", "width": "1 144 1024"},
 }
 
 
@@ -549,8 +549,8 @@ def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: 
         (None, r"no manifest\.json there, so it is not a bundle\. Make one with `python -m export build"),
         (b"{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
         (b"[]", r"is not a bundle's manifest \(TypeError"),
-        (b'{"format": 1}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
-        (b'{"format": 99}', r"manifest format 99, this version reads 1\. Build the bundle again"),
+        (b'{"format": 2}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
+        (b'{"format": 99}', r"manifest format 99, this version reads 2\. Build the bundle again"),
     ],
 )
 def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -109,7 +109,7 @@ def test_engines_and_runtime_never_name_an_exporter_library(package: str) -> Non
 
 def test_the_runtime_imports_no_compiler() -> None:
     wrong = [f"{module} imports {name}" for module, path in modules("runtime") for name in imports(path)]
-    assert not [line for line in wrong if COMPILERS in line]
+    assert not [line for line in wrong if any(name in line for name in COMPILERS)]
 
 
 def test_the_scan_of_imports_sees_all_forms(tmp_path: Path) -> None:
