@@ -32,7 +32,7 @@ from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
 
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "tokenizers")
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 _GIB = 2**30
 
 

@@ -157,9 +157,9 @@ def _clip(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwor
 
 
 def _autoencoder(source: Source, precision: str) -> tuple[Any, int]:
-    from export.modules.vae import autoencoder  # diffusers takes seconds to import
+    from export.modules.vae import Autoencoder
 
-    vae = _empty(lambda: autoencoder(source.config))
+    vae = _empty(lambda: Autoencoder(source.config))
     load_vae(vae, source.weights, _dtype(precision), source.where)
     return vae, 2 ** (len(source.config["block_out_channels"]) - 1)
 

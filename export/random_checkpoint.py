@@ -15,7 +15,7 @@ from torch import nn
 from engines.errors import OutputError
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
-from export.modules.vae import VAEDecoder, autoencoder
+from export.modules.vae import Autoencoder, VAEDecoder
 
 _TEXT_DIM = 64
 _CLIP_DIM = 32
@@ -142,7 +142,7 @@ def random_checkpoint(out: Path, seed: int = 0) -> None:
     _save(out / "sr2" / "text_encoder", _CLIP, _initialised(CLIPTextEncoder(_CLIP, "CLIP")))
     _save_clip_tokenizer(out / "sr2" / "tokenizer")
 
-    vae = _initialised(autoencoder(_VAE))
+    vae = _initialised(Autoencoder(_VAE))
     _raise_contrast(VAEDecoder(vae), vae.decoder.conv_out)
     _save(out / "sr2" / "vae", _VAE, vae)
     for name, config in _UNETS.items():
