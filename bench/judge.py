@@ -56,7 +56,7 @@ def read(frames: Frames) -> Reading:
     clip = _shrink(frames)
     border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3)])
     background = np.median(border, axis=0)
-    behind = _nearest(background[None], BACKGROUNDS)[0]
+    behind = str(_nearest(background[None], BACKGROUNDS)[0])
     palette = {name: rgb for name, rgb in COLOURS.items() if name != behind}
     stands_out = np.linalg.norm(clip - background, axis=-1) > _CONTRAST  # [F, h, w]
     inside = _erode(stands_out, 2)
@@ -75,7 +75,7 @@ def read(frames: Frames) -> Reading:
         return Reading((), behind)
 
     # Each pixel to the nearest thing; blends at the edges belong to a thing only next to its inside.
-    owner = np.stack([np.linalg.norm(clip - colour, axis=-1) for _, colour in found]).argmin(axis=0)
+    owner = np.stack([np.linalg.norm(_dim(clip) - _dim(colour), axis=-1) for _, colour in found]).argmin(axis=0)
     masks = [stands_out & _dilate(inside & (owner == i), 4) & (owner == i) for i in range(len(found))]
     seen = [(mask.sum(), _describe(name, mask)) for (name, _), mask in zip(found, masks, strict=True)]
     return Reading(tuple(thing for _, thing in sorted(seen, key=lambda s: -s[0]) if thing is not None), behind)
@@ -117,14 +117,14 @@ def _shrink(frames: Frames) -> NDArray[np.float32]:
 
 
 def _nearest(pixels: NDArray, palette: dict[str, tuple[float, float, float]]) -> NDArray[np.str_]:
-    """The name of the nearest colour, [N, 3] -> [N]. Brightness counts half: light and shade leave the hue."""
-    names, colours = np.array([*palette]), np.array([*palette.values()])
+    """The name of the nearest colour, [N, 3] -> [N]."""
+    names, colours = [*palette], np.array([*palette.values()])
+    return np.array(names)[np.linalg.norm(_dim(pixels)[:, None] - _dim(colours), axis=-1).argmin(axis=1)]
 
-    def split(rgb: NDArray) -> NDArray:
-        gray = rgb.mean(axis=-1, keepdims=True)
-        return np.concatenate([rgb - gray, gray * (0.5 * math.sqrt(3))], axis=-1)
 
-    return names[np.linalg.norm(split(pixels)[:, None] - split(colours), axis=-1).argmin(axis=1)]
+def _dim(rgb: NDArray) -> NDArray:
+    """Colours, [..., 3], with half of their brightness: light and shade leave the hue."""
+    return rgb - 0.5 * rgb.mean(axis=-1, keepdims=True)
 
 
 def _erode(mask: Mask, times: int) -> Mask:
@@ -155,7 +155,7 @@ def _describe(colour: str, mask: Mask) -> Seen | None:
     outlines = np.empty((len(seen), _DIRECTIONS))
     holes = np.empty(len(seen))
     for row, number in enumerate(seen):
-        y, x = np.nonzero(mask[number])
+        y, x = _one_piece(mask[number])
         centres[row] = x.mean(), y.mean()
         dx, dy = x - centres[row, 0], y - centres[row, 1]
         length = np.hypot(dx, dy)
@@ -170,6 +170,14 @@ def _describe(colour: str, mask: Mask) -> Seen | None:
     swing = (centres - np.outer(time, slopes[0]) - slopes[1]).std(axis=0)
     travel = (float(slopes[0][0]), float(slopes[0][1]))
     return Seen(colour, shape, _motion(travel, swing, growth, turn, shape), travel, turn, growth)
+
+
+def _one_piece(mask: Mask) -> tuple[NDArray, NDArray]:
+    """Rows and columns of the set pixels without those far from most: no shape reaches so far from its middle."""
+    y, x = np.nonzero(mask)
+    length = np.hypot(y - np.median(y), x - np.median(x))
+    near = length <= 2.6 * max(1.0, np.median(length))
+    return y[near], x[near]
 
 
 def _outline(dx: NDArray, dy: NDArray, length: NDArray) -> NDArray:

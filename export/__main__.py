@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--stop-after", type=float, metavar="MINUTES", help="stop then; the same command continues")
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     training.add_argument("--batch", type=int, help="clips a step (default: what suits a data-centre GPU)")
-    training.add_argument("--pool", type=int, default=65536, help="different clips to draw from (default: %(default)s)")
+    training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")
     training.add_argument("--pack", type=Path, metavar="FILE", help="where to write the .tar.xz when all is trained")
 
     listing = commands.add_parser("list", help="the nine networks and where a checkpoint keeps them")

@@ -25,7 +25,7 @@ from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.spec import PRECISIONS
 from engines.store import Bundle, BundleWriter, hash_file
 from export import networks
-from export.checkpoint import find_folder
+from export.checkpoint import find_folder, read_config
 from export.networks import Source
 from export.parity import SEED, check_parity, example_sizes
 from export.to_onnx import trace
@@ -131,6 +131,7 @@ def build(
     sources = [Source.find(network, checkpoint, precision) for network in wanted]
     schedulers = networks.schedulers(checkpoint, wanted)
     tokenizers = _tokenizers(checkpoint, wanted)
+    defaults = _defaults(checkpoint, size)
     all_jobs = [Job(source, precision, size, made_from(source, precision, size)) for source in sources]
 
     with Bundle.writer(out) as bundle:
@@ -147,10 +148,22 @@ def build(
         bundle.update(
             versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},
             size=size,
-            defaults=Settings(size=size).to_dict(),
+            defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         return Bundle(bundle.root, bundle.manifest)
+
+
+def _defaults(checkpoint: Path, size: tuple[int, int]) -> Settings:
+    """The reference's settings, with the guidance that the checkpoint's optional settings.json recommends."""
+    settings = Settings(size=size)
+    path = checkpoint / "settings.json"
+    if not path.is_file():
+        return settings
+    try:
+        return settings.with_guidance(read_config(path).get("guidance", {}))
+    except (SettingsError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:

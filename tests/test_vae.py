@@ -10,7 +10,9 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.mark.parametrize(("channels", "layers", "groups"), [([16, 32, 32], 1, 8), ([32, 32, 64, 64], 2, 32)])
-def test_names_and_outputs_are_those_of_the_published_autoencoder(channels: list[int], layers: int, groups: int) -> None:
+def test_names_and_outputs_are_those_of_the_published_autoencoder(
+    channels: list[int], layers: int, groups: int
+) -> None:
     diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
     config = {
         "block_out_channels": channels,

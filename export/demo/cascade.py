@@ -25,7 +25,8 @@ from export.modules.vae import Autoencoder
 _TEXT_DIM = 64
 _CLIP_DIM = 48
 # Caption words whole; characters for all others.
-_PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), *(f"▁{word}" for word in words() if len(word) > 1)]
+_PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), *(f"▁{word}" for word in words())]
+
 
 def _clip_vocabulary() -> tuple[list[str], list[str]]:
     """CLIP's byte alphabet, alone and at the end of a word, and merges that spell the captions' words left to right."""
@@ -60,6 +61,7 @@ _PIXEL: dict[str, Any] = {
     "norm_num_groups": 8,
     "out_channels": 6,
     "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_dim": 128,
 }
 
 
@@ -114,8 +116,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": len(_CLIP_PIECES),
         },
     ),
-    "base": ("base/unet", _pixel(3, [32, 48, 56], "3D")),
-    "interp": ("interpolation/unet", _pixel(7, [24, 32, 40], "3D")),
+    "base": ("base/unet", _pixel(3, [16, 32, 64], "3D")),
+    "interp": ("interpolation/unet", _pixel(7, [16, 32, 40], "3D")),
     "if2": ("if2/unet", _pixel(6, [16, 24, 24, 32], "2D", _class_name="UNet2DConditionModel", **_SUPER_RESOLUTION)),
     "sr1": ("sr1/unet", _pixel(6, [16, 24, 24, 32], "3D", **_SUPER_RESOLUTION)),
     "vae": (

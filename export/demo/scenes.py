@@ -5,12 +5,14 @@ The frame spans x from -1.8 to 1.8 (right) and y from -1 to 1 (down), the 16:9 o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from random import Random
 
 import torch
 from torch import Tensor
 
-from export.demo.captions import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, training_scenes
+from export.demo.captions import BACKGROUNDS, COLOURS, PATTERNS, Scene, Thing
 
 FRAMES = 29
 HALF_WIDTH, HALF_HEIGHT = 1.8, 1.0
@@ -21,6 +23,7 @@ _RESIZED = {"grow": (0.2, 0.48), "shrink": (0.48, 0.2)}
 _CORNERS = {"square": 4, "triangle": 3, "star": 5}
 # Outer radius over nominal: shapes of one size look alike large.
 _REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.35, "star": 1.35, "ring": 1.1}
+_INNER = {"star": 0.45, "ring": 0.58}
 _GRAIN, _HATCH, _PATTERN = 0.08, 0.07, 0.3  # periods: the first two are finer than a pixel of a key frame
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
@@ -49,77 +52,60 @@ class Clips:
         return Clips(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def lay_out(scenes: list[Scene], generator: torch.Generator) -> Clips:
+def lay_out(scenes: Sequence[Scene], seed: int) -> Clips:
     """Draw what captions leave open: places, exact sizes and hues, phases. Things stay in the frame and apart."""
+    random = Random(seed)
+    rows = [_numbers(scene, random) for scene in scenes]
+    return Clips(*(torch.tensor(column, dtype=torch.float32) for column in zip(*rows, strict=True)))
 
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * draws.pop()
 
-    rows: dict[str, list] = {field.name: [] for field in fields(Clips)}
-    all_draws = torch.rand(len(scenes), 2 + 3 + 16 * MOST_THINGS, generator=generator).tolist()
-    for scene, draws in zip(scenes, all_draws, strict=True):
-        things: dict[str, list] = {field.name: [] for field in fields(Clips)}
-        left_first = uniform(0, 1) < 0.5
-        for index in range(MOST_THINGS):
-            if index >= len(scene.things):
-                for name in ("corners", "inner", "phase"):
-                    things[name].append(0.0)
-                for name in ("radius", "start", "end", "swing", "angle"):
-                    things[name].append((0.0, 0.0))
-                things["colour"].append((0.0, 0.0, 0.0))
-                continue
-            thing = scene.things[index]
-            scale = _REACH[thing.shape] * uniform(0.92, 1.08)
-            radii = _RESIZED.get(thing.motion, (_RADIUS[thing.size],) * 2)
-            radius = tuple(r * scale for r in radii)
-            low, high = -HALF_WIDTH, HALF_WIDTH
-            if len(scene.things) > 1:
-                low, high = (low, 0.0) if (index == 0) == left_first else (0.0, high)
-            margin = max(radius) + 0.06
-            limits = ((low + margin, high - margin), (-HALF_HEIGHT + margin, HALF_HEIGHT - margin))
-            signs = [sum(_DIRECTIONS.get(word, (0, 0))[axis] for word in thing.motion.split()) for axis in (0, 1)]
-            bounce = {"bounce horizontal": 0, "bounce vertical": 1}.get(thing.motion)
-            start, end, swing = [], [], []
-            for axis, (a, b) in enumerate(limits):
-                if signs[axis]:  # from near one edge to near the other
-                    ends = uniform(a, a + (b - a) / 5), uniform(b - (b - a) / 5, b)
-                    from_, to = ends if signs[axis] > 0 else ends[::-1]
-                    amplitude = 0.0
-                elif axis == bounce:
-                    amplitude = min((b - a) / 2, uniform(0.45, 0.7))
-                    from_ = to = uniform(a + amplitude, b - amplitude)
-                else:
-                    from_ = to = uniform(a, b)
-                    amplitude = 0.0
-                start.append(from_)
-                end.append(to)
-                swing.append(amplitude)
-            tilt = uniform(-0.12, 0.12)
-            turn = uniform(0.6, 0.95) * math.pi * {"clockwise": 1, "counterclockwise": -1}.get(thing.motion, 0)
-            things["corners"].append(_CORNERS.get(thing.shape, 0))
-            things["inner"].append({"star": 0.45, "ring": 0.58}.get(thing.shape, 0.0))
-            if thing.shape in ("square", "triangle"):  # straight edges
-                things["inner"][-1] = math.cos(math.pi / _CORNERS[thing.shape])
-            things["colour"].append([c + uniform(-0.04, 0.04) for c in COLOURS[thing.colour]])
-            things["radius"].append(radius)
-            things["start"].append(start)
-            things["end"].append(end)
-            things["swing"].append(swing)
-            things["phase"].append(uniform(0, 2 * math.pi))
-            # A square stands on its side, other shapes on a corner's opposite.
-            things["angle"].append((tilt + (math.pi / 4 if thing.shape == "square" else 0),) * 2)
-            things["angle"][-1] = (things["angle"][-1][0], things["angle"][-1][0] + turn)
-        for name, values in things.items():
-            if values:
-                rows[name].append(values)
-        rows["background"].append([c + uniform(-0.03, 0.03) for c in BACKGROUNDS[scene.background]])
-        rows["pattern"].append(PATTERNS.index(scene.pattern))
-        rows["slant"].append(uniform(0.2, 1.4))
-    return Clips(**{name: torch.tensor(values, dtype=torch.float32) for name, values in rows.items()})
+def _numbers(scene: Scene, random: Random) -> tuple:
+    """One clip's entries of `Clips`, in their order."""
+    halves = [(-HALF_WIDTH, 0.0), (0.0, HALF_WIDTH)]
+    random.shuffle(halves)
+    sides = halves if len(scene.things) > 1 else [(-HALF_WIDTH, HALF_WIDTH)]
+    things = [_thing(thing, side, random) for thing, side in zip(scene.things, sides, strict=True)]
+    things += [_NO_THING] * (MOST_THINGS - len(things))
+    background = [c + random.uniform(-0.03, 0.03) for c in BACKGROUNDS[scene.background]]
+    return *zip(*things, strict=True), background, PATTERNS.index(scene.pattern), random.uniform(0.2, 1.4)
+
+
+def _thing(thing: Thing, side: tuple[float, float], random: Random) -> tuple:
+    """A thing's entries of `Clips`, in their order; it stays between the two x of `side`."""
+    scale = _REACH[thing.shape] * random.uniform(0.92, 1.08)
+    first, last = (scale * r for r in _RESIZED.get(thing.motion, (_RADIUS[thing.size],) * 2))
+    margin = max(first, last) + 0.06
+    limits = (side[0] + margin, side[1] - margin), (-HALF_HEIGHT + margin, HALF_HEIGHT - margin)
+    bouncing = {"bounce horizontal": 0, "bounce vertical": 1}.get(thing.motion)
+    start, end, swing = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+    for axis, (low, high) in enumerate(limits):
+        sign = sum(_DIRECTIONS.get(word, (0, 0))[axis] for word in thing.motion.split())
+        if sign:  # from near one edge to near the other
+            fifth = (high - low) / 5
+            ends = random.uniform(low, low + fifth), random.uniform(high - fifth, high)
+            start[axis], end[axis] = ends if sign > 0 else ends[::-1]
+        else:
+            if axis == bouncing:
+                swing[axis] = min((high - low) / 2, random.uniform(0.45, 0.7))
+            start[axis] = end[axis] = random.uniform(low + swing[axis], high - swing[axis])
+    corners = _CORNERS.get(thing.shape, 0)
+    # Straight edges reach inwards as far as the middle between two corners.
+    inner = _INNER.get(thing.shape, math.cos(math.pi / corners) if corners else 0.0)
+    colour = [c + random.uniform(-0.04, 0.04) for c in COLOURS[thing.colour]]
+    tilt = random.uniform(-0.12, 0.12) + (math.pi / 4 if thing.shape == "square" else 0)  # a square stands on an edge
+    turn = random.uniform(0.6, 0.95) * math.pi * {"clockwise": 1, "counterclockwise": -1}.get(thing.motion, 0)
+    phase = random.uniform(0, 2 * math.pi)
+    return corners, inner, colour, (first, last), start, end, swing, phase, (tilt, tilt + turn)
+
+
+_NO_THING = 0, 0.0, (0.0,) * 3, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, 0.0, (0.0,) * 2
 
 
 def render(clips: Clips, frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Frames [B, F] (numbers from 0 to 28, fractions allowed) of each clip at (width, height): [B, 3, F, H, W] in [-1, 1]."""
+    """Draw each clip at `frames` [B, F], numbers from 0 to 28: [B, 3, F, H, W] in [-1, 1].
+
+    `size` is (width, height).
+    """
     width, height = size
     device = frames.device
     pixel = math.sqrt(2 * HALF_WIDTH / width * 2 * HALF_HEIGHT / height)
@@ -130,6 +116,7 @@ def render(clips: Clips, frames: Tensor, size: tuple[int, int]) -> Tensor:
     image = _background(clips, x, y, pixel)[:, :, None]  # [B, 3, 1, H, W]
     image = image.expand(-1, -1, frames.shape[1], -1, -1)
     for i in reversed(range(MOST_THINGS)):
+
         def at(values: Tensor, i: int = i) -> Tensor:  # [B, 2, 2]: from start to end, [B, F, 1, 1]
             return (values[:, i, :1] + (values[:, i, 1:] - values[:, i, :1]) * u)[..., None, None]
 
@@ -187,9 +174,3 @@ def _distance(dx: Tensor, dy: Tensor, radius: Tensor, angle: Tensor, corners: Te
     ex, ey = notch * torch.cos(sector / 2) - radius, notch * torch.sin(sector / 2)
     outline = ((px - radius) * ey - py * ex) / torch.sqrt(ex * ex + ey * ey + 1e-12)
     return torch.where(corners > 0, outline, ring)
-
-
-def training_pool(count: int, seed: int) -> tuple[Clips, list[str]]:
-    """Clips and captions to draw batches from."""
-    scenes, captions = zip(*training_scenes(count, seed), strict=True)
-    return lay_out(list(scenes), torch.Generator().manual_seed(seed)), list(captions)

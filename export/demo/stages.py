@@ -6,6 +6,7 @@ A stage has two halves. `draw` makes a batch from the pool of clips and seeded r
 """
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from export.demo import cascade
 from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
-from export.demo.scenes import FRAMES, lay_out, render
+from export.demo.scenes import FRAMES, MOST_THINGS, lay_out, render
 from export.modules.layers import AttentionPooling, LayerNorm
 from export.modules.text import T5Encoder
 from export.modules.unet import UNetContext, UNetStep
@@ -41,7 +42,7 @@ class Pool:
         scenes, captions = zip(*training_scenes(count, seed), strict=True)
         self.scenes: tuple[Scene, ...] = scenes
         self.captions: list[str] = list(captions)
-        self.clips = lay_out(list(scenes), torch.Generator().manual_seed(seed)).to(device)
+        self.clips = lay_out(scenes, seed).to(device)
         self.count, self.device = count, device
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -69,7 +70,7 @@ class Stage(ABC):
     @abstractmethod
     def loss(self, *batch: Tensor) -> Tensor: ...
 
-    def finish(self, generator: torch.Generator) -> None:
+    def finish(self, generator: torch.Generator) -> None:  # noqa: B027 (most stages need none)
         """Last changes to the trained networks before they are saved."""
 
     def frozen(self, name: str) -> nn.Module:
@@ -86,7 +87,7 @@ class Text(Stage):
 
     def __init__(self, pool: Pool, checkpoint: Path):
         super().__init__(pool, checkpoint, "text", "t5", "clip")
-        lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * 2
+        lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
         lists += [tuple(BACKGROUNDS), PATTERNS]
         self.choices = [len(values) for values in lists]
         widths = {name: cascade.NETWORKS[name][1] for name in ("t5", "clip")}
@@ -96,7 +97,8 @@ class Text(Stage):
         labels = []
         for scene in pool.scenes:
             things = [[t.shape, t.colour, t.size, t.motion] for t in scene.things]
-            values = sum([*things, [None] * (4 * (2 - len(things)))], []) + [scene.background, scene.pattern]
+            missing = [None] * (4 * (MOST_THINGS - len(things)))
+            values = [*chain(*things), *missing, scene.background, scene.pattern]
             labels.append([values_.index(value) for values_, value in zip(lists, values, strict=True)])
         self.labels = torch.tensor(labels, device=pool.device)
         self.tokens = {name: tokens(checkpoint, name, pool.captions, pool.device) for name in ("t5", "clip")}
@@ -176,7 +178,7 @@ class Diffusion(Stage):
 
     def upscaled(self, small: Tensor, levels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Small frames [B, 3, F, H, W] resized as the runtime does and noised to `levels` [B]."""
-        b, c, f, h, w = small.shape
+        b, _, f, h, w = small.shape
         size = (h * SR1_SCALE, w * SR1_SCALE)
         large = F.interpolate(small.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=True)
         large = large.unflatten(0, (b, f)).transpose(1, 2)
@@ -193,7 +195,9 @@ class Interp(Diffusion):
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         gap = INTERP_FRAMES - 1
         start = torch.randint(FRAMES // gap, (len(index), 1), generator=generator, device=index.device) * gap
-        clean = self.pool.frames(index, (start + torch.arange(INTERP_FRAMES, device=index.device)).float(), KEYFRAME_SIZE)
+        clean = self.pool.frames(
+            index, (start + torch.arange(INTERP_FRAMES, device=index.device)).float(), KEYFRAME_SIZE
+        )
         # The runtime's key frames are generated: a little noise keeps this stage from trusting every pixel.
         ends = clean[:, :, [0, -1]]
         strength = 0.1 * torch.rand(len(index), 1, 1, 1, 1, generator=generator, device=index.device)

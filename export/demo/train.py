@@ -1,8 +1,8 @@
 """Training of the demo cascade, stage by stage, each interruptible and resumed where it stopped.
 
-A finished stage is its networks in the checkpoint folder. The stage in progress is one file, `state/<stage>.safetensors`
+A finished stage is its networks in the checkpoint folder. A stage in progress is one file, `state/<stage>.safetensors`
 (weights, their average, the optimizer's moments), replaced atomically. Every batch is drawn from a generator seeded by
-step, so a resumed run continues as if it had not stopped: bit for bit on the CPU, up to the order of sums on a GPU.
+the step, so a resumed run continues as if it had not stopped: bit for bit on the CPU, up to the order of sums on a GPU.
 
 Stages may train side by side, one process each: all but `text` and `vae` need only what those two have finished.
 """
@@ -157,7 +157,7 @@ def train(
     stop_after: float | None = None,
     seed: int = 0,
     batch: int | None = None,
-    pool: int = 65536,
+    pool: int = 32768,
     save_every: float = 30.0,
     compiled: bool | None = None,
     report: Callable[[str], None] = print,
@@ -205,7 +205,9 @@ def _make(recipe: Recipe, clips: Pool, out: Path) -> Stage:
     try:
         return recipe.make(clips, out)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename}: an earlier stage is not finished. Train text and vae first.") from None
+        raise CheckpointError(
+            f"{error.filename}: an earlier stage is not finished. Train text and vae first."
+        ) from None
 
 
 def _finished(out: Path, name: str) -> bool:
