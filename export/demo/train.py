@@ -108,9 +108,9 @@ class Trainer:
 
     def _rate(self) -> float:
         """Rising over the first steps, then falling to 0 along a cosine."""
-        warm = min(1.0, self.step / _WARM_UP)
-        done = self.step / self.run.steps if self.run.steps else 0.0
-        return self.recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        total = self.run.steps or math.inf  # not planned yet
+        warm = min(1.0, self.step / min(_WARM_UP, 1 + total / 10))
+        return self.recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total)))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {"weights": self.weights, "average": self.average, "first": self.moments[0], "second": self.moments[1]}
