@@ -93,7 +93,7 @@ def test_every_network_is_of_the_published_format_and_all_fit_in_ten_megabytes(
 def make(name: str, checkpoint: Path) -> stages.Stage:
     kinds = {"interp": stages.Interp, "sr1": stages.Sr1, "vae": stages.Vae}
     torch.manual_seed(0)
-    return kinds[name](Pool(4, 0, "cpu"), checkpoint, name)
+    return kinds[name](Pool(4, 0, "cpu"), checkpoint)
 
 
 def test_super_resolution_is_trained_on_the_runtimes_condition(

@@ -56,9 +56,11 @@ class Pool:
 class Stage(ABC):
     """One training run. `networks` are trained and shipped; `helpers` are trained and thrown away."""
 
-    def __init__(self, pool: Pool, checkpoint: Path, name: str, *networks: str):
+    ships: tuple[str, ...]  # names of `networks`
+
+    def __init__(self, pool: Pool, checkpoint: Path):
         self.pool, self.checkpoint = pool, checkpoint
-        self.networks = nn.ModuleDict({key: cascade.make_network(key) for key in networks or (name,)})
+        self.networks = nn.ModuleDict({name: cascade.make_network(name) for name in self.ships})
         self.helpers = nn.ModuleDict()
 
     def modules(self) -> nn.ModuleDict:
@@ -85,8 +87,10 @@ class Stage(ABC):
 class Text(Stage):
     """Both text encoders learn to say what a caption means, as their models had learned to read before Show-1."""
 
+    ships = ("t5", "clip")
+
     def __init__(self, pool: Pool, checkpoint: Path):
-        super().__init__(pool, checkpoint, "text", "t5", "clip")
+        super().__init__(pool, checkpoint)
         lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
         lists += [tuple(BACKGROUNDS), PATTERNS]
         self.choices = [len(values) for values in lists]
@@ -126,8 +130,9 @@ class Diffusion(Stage):
     negative = ""
     noise_level: int | None = None
 
-    def __init__(self, pool: Pool, checkpoint: Path, name: str):
-        super().__init__(pool, checkpoint, name)
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        (name,) = self.ships
         self.unet = self.networks[name]
         config = SchedulerConfig.from_dict(cascade.SCHEDULERS[name], name)
         self.kept = torch.from_numpy(alphas_cumprod(config)).to(pool.device)
@@ -186,12 +191,16 @@ class Diffusion(Stage):
 
 
 class Base(Diffusion):
+    ships = ("base",)
+
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         numbers = torch.arange(0, FRAMES, INTERP_FRAMES - 1, device=index.device).float()
         return self.pool.frames(index, numbers.expand(len(index), -1), KEYFRAME_SIZE), None
 
 
 class Interp(Diffusion):
+    ships = ("interp",)
+
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         gap = INTERP_FRAMES - 1
         start = torch.randint(FRAMES // gap, (len(index), 1), generator=generator, device=index.device) * gap
@@ -210,6 +219,7 @@ class Interp(Diffusion):
 
 
 class FirstFrame(Diffusion):
+    ships = ("if2",)
     noise_level = SETTINGS.if2_noise_level
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -219,6 +229,7 @@ class FirstFrame(Diffusion):
 
 
 class Sr1(Diffusion):
+    ships = ("sr1",)
     noise_level = SETTINGS.sr1_noise_level
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -235,11 +246,12 @@ class Sr1(Diffusion):
 
 
 class Sr2(Diffusion):
+    ships = ("sr2",)
     encoder = "clip"
     negative = NEGATIVE_PROMPT
 
-    def __init__(self, pool: Pool, checkpoint: Path, name: str):
-        super().__init__(pool, checkpoint, name)
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
         self.timesteps = EXPERT_TIMESTEPS
         self.vae = VAEEncoder(self.frozen("vae"))
         self.scale = cascade.NETWORKS["vae"][1]["scaling_factor"]
@@ -256,9 +268,11 @@ class Sr2(Diffusion):
 class Vae(Stage):
     """Reconstruction with a weak pull of the latents to a standard normal (Kingma & Welling 2013)."""
 
-    def __init__(self, pool: Pool, checkpoint: Path, name: str):
-        super().__init__(pool, checkpoint, name)
-        self.vae = self.networks[name]
+    ships = ("vae",)
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        self.vae = self.networks["vae"]
         self.encoder, self.decoder = VAEEncoder(self.vae), VAEDecoder(self.vae)
 
     def draw(self, batch: int, generator: torch.Generator) -> Batch:

@@ -27,6 +27,7 @@ from export.demo.stages import Pool, Stage
 
 _TIMED_STEPS = 30  # at the start of a stage, to plan how many fit into its time
 _UNTIMED_STEPS = 5  # of these, slowed by compilation
+_LEARNING_RATE = 2e-3
 _WARM_UP = 100  # steps of rising learning rate
 _REPORT_EVERY = 5.0  # seconds
 
@@ -35,21 +36,20 @@ _REPORT_EVERY = 5.0  # seconds
 class Recipe:
     """How a stage is trained; `share` is its part of the training time."""
 
-    make: Callable[[Pool, Path], Stage]
+    stage: type[Stage]
     share: float
     batch: int
-    learning_rate: float
     bfloat16: bool = False  # where errors of 0.4 % do no harm: not at the start of runs from pure noise
 
 
 RECIPES: dict[str, Recipe] = {
-    "text": Recipe(stages.Text, 0.03, 1024, 2e-3),
-    "vae": Recipe(lambda *a: stages.Vae(*a, "vae"), 0.12, 32, 2e-3, bfloat16=True),
-    "base": Recipe(lambda *a: stages.Base(*a, "base"), 0.36, 192, 2e-3),
-    "interp": Recipe(lambda *a: stages.Interp(*a, "interp"), 0.12, 192, 2e-3),
-    "if2": Recipe(lambda *a: stages.FirstFrame(*a, "if2"), 0.07, 96, 2e-3, bfloat16=True),
-    "sr1": Recipe(lambda *a: stages.Sr1(*a, "sr1"), 0.17, 24, 2e-3, bfloat16=True),
-    "sr2": Recipe(lambda *a: stages.Sr2(*a, "sr2"), 0.13, 12, 2e-3, bfloat16=True),
+    "text": Recipe(stages.Text, 0.03, 1024),
+    "vae": Recipe(stages.Vae, 0.12, 32, bfloat16=True),
+    "base": Recipe(stages.Base, 0.36, 192),
+    "interp": Recipe(stages.Interp, 0.12, 192),
+    "if2": Recipe(stages.FirstFrame, 0.07, 96, bfloat16=True),
+    "sr1": Recipe(stages.Sr1, 0.17, 24, bfloat16=True),
+    "sr2": Recipe(stages.Sr2, 0.13, 12, bfloat16=True),
 }
 
 
@@ -80,9 +80,8 @@ class Trainer:
     def advance(self) -> Tensor:
         """One step; the batch's loss, still on the device."""
         generator = torch.Generator(self.device).manual_seed(self.run.seed * 10**9 + self.step)
-        batch = self.stage.draw(self.run.batch, generator)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.bfloat16 and self.device == "cuda"):
-            loss = self.loss(*batch)
+            loss = self.loss(*self.stage.draw(self.run.batch, generator))
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
         self._adam(list(gradients))
         return loss.detach()
@@ -110,7 +109,7 @@ class Trainer:
         """Rising over the first steps, then falling to 0 along a cosine."""
         total = self.run.steps or math.inf  # not planned yet
         warm = min(1.0, self.step / min(_WARM_UP, 1 + total / 10))
-        return self.recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total)))
+        return _LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total)))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {"weights": self.weights, "average": self.average, "first": self.moments[0], "second": self.moments[1]}
@@ -203,7 +202,7 @@ def train(
 
 def _make(recipe: Recipe, clips: Pool, out: Path) -> Stage:
     try:
-        return recipe.make(clips, out)
+        return recipe.stage(clips, out)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename}: an earlier stage is not finished. Train text and vae first."
@@ -211,7 +210,7 @@ def _make(recipe: Recipe, clips: Pool, out: Path) -> Stage:
 
 
 def _finished(out: Path, name: str) -> bool:
-    return all(cascade.has_network(out, network) for network in (("t5", "clip") if name == "text" else (name,)))
+    return all(cascade.has_network(out, network) for network in RECIPES[name].stage.ships)
 
 
 def _run(
