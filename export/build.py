@@ -131,7 +131,7 @@ def build(
     sources = [Source.find(network, checkpoint, precision) for network in wanted]
     schedulers = networks.schedulers(checkpoint, wanted)
     tokenizers = _tokenizers(checkpoint, wanted)
-    defaults = _defaults(checkpoint, size)
+    defaults = recommended_settings(checkpoint, size)
     all_jobs = [Job(source, precision, size, made_from(source, precision, size)) for source in sources]
 
     with Bundle.writer(out) as bundle:
@@ -154,7 +154,7 @@ def build(
         return Bundle(bundle.root, bundle.manifest)
 
 
-def _defaults(checkpoint: Path, size: tuple[int, int]) -> Settings:
+def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
     """The reference's settings, with the guidance that the checkpoint's optional settings.json recommends."""
     settings = Settings(size=size)
     path = checkpoint / "settings.json"

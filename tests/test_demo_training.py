@@ -20,6 +20,7 @@ from export.networks import Source
 from export.random_checkpoint import random_checkpoint
 from export.tokenizers import convert_clip, convert_t5
 from export.unpack import unpack
+from runtime.config import Settings
 from runtime.ops import cross_fade, resize_bilinear
 from runtime.schedulers import SchedulerConfig
 from runtime.schedulers import add_noise as runtime_add_noise
@@ -85,6 +86,16 @@ def test_every_network_is_of_the_published_format_and_all_fit_in_ten_megabytes(
     for path in checkpoint.rglob("*.*"):
         if path.is_file():
             assert (unpacked / path.relative_to(checkpoint)).read_bytes() == path.read_bytes()
+
+
+def test_a_checkpoint_recommends_its_guidance(checkpoint: Path, tmp_path: Path) -> None:
+    from export.build import recommended_settings
+
+    assert recommended_settings(tmp_path, (576, 320)) == Settings()
+    assert recommended_settings(checkpoint, (576, 320)) == Settings().with_guidance(cascade.GUIDANCE)
+    (tmp_path / "settings.json").write_text('{"guidance": {"base": 2.5, "sr9": 1}}')
+    with pytest.raises(CheckpointError, match=r"settings\.json: unknown stage sr9"):
+        recommended_settings(tmp_path, (576, 320))
 
 
 # Batches
