@@ -187,6 +187,14 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
         train(tmp_path, ["text"], batch=3, **options)
 
 
+def test_a_stage_in_progress_can_be_shipped_as_it_is(tmp_path: Path) -> None:
+    options = {"steps": 1000, "pool": 8, "batch": 2, "compiled": False, "report": lambda _: None}
+    assert not train(tmp_path, ["text"], stop_after=0.0, **options)
+    assert train(tmp_path, ["text"], ship=True, **options)
+    assert cascade.has_network(tmp_path, "clip")
+    assert not list((tmp_path / "state").glob("*"))
+
+
 def test_a_stage_asks_for_what_it_builds_on(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Train text and vae first"):
         train(tmp_path, ["base"], steps=1, pool=4, report=lambda _: None)

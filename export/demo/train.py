@@ -159,13 +159,15 @@ def train(
     pool: int = 32768,
     save_every: float = 30.0,
     compiled: bool | None = None,
+    ship: bool = False,
     report: Callable[[str], None] = print,
 ) -> bool:
     """Train stages into the checkpoint `out`, in order; False when `stop_after` minutes ended it early.
 
-    Each stage gets its share of `minutes` (counted once the first steps have been timed), or `steps`. Interrupted at
-    any moment, the same call continues from the last state, written every `save_every` seconds and at `stop_after`.
-    Raises SettingsError for settings other than the state's, CheckpointError where an earlier stage is missing.
+    Each stage gets its share of `minutes`, planned as a number of steps once the first have been timed, or `steps`.
+    Interrupted at any moment, the same call continues from the last state, written every `save_every` seconds and at
+    `stop_after`. `ship` ends stages that have a state as they are, for want of time. Raises SettingsError for settings
+    other than the state's, CheckpointError where an earlier stage is missing.
     """
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
@@ -192,7 +194,9 @@ def train(
             trainer.load(state)
         report(f"{name}: {sum(w.numel() for w in trainer.weights):,} weights, step {trainer.step}, {device}")
         budget = None if minutes is None else minutes * 60 * recipe.share / sum(RECIPES[n].share for n in names)
-        if not _run(name, trainer, state, start, budget, deadline, save_every, report):
+        if ship and trainer.step:
+            report(f"{name}: shipped at step {trainer.step} of {trainer.run.steps}")
+        elif not _run(name, trainer, state, start, budget, deadline, save_every, report):
             return False
         trainer.finish(out)
         state.unlink(missing_ok=True)
@@ -261,7 +265,9 @@ def _now(trainer: Trainer) -> float:
 
 def main(arguments: Any) -> None:
     names = list(RECIPES) if arguments.stage == "all" else arguments.stage.split(",")
-    options = {key: getattr(arguments, key) for key in ("minutes", "steps", "stop_after", "seed", "batch", "pool")}
+    options = {
+        key: getattr(arguments, key) for key in ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship")
+    }
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
     if done and arguments.pack and all(_finished(arguments.out, name) for name in RECIPES):
         cascade.pack(arguments.out, arguments.pack)
