@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from export.demo import cascade
 from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
 from export.demo.scenes import FRAMES, MOST_THINGS, lay_out, render
-from export.modules.layers import AttentionPooling, LayerNorm
+from export.modules.layers import (
+    AddedKVAttention,
+    AttentionPooling,
+    LayerNorm,
+    ResnetBlock2D,
+    SpatialTransformer,
+    TemporalConvLayer,
+    TemporalTransformer,
+)
 from export.modules.text import T5Encoder
-from export.modules.unet import UNetContext, UNetStep
+from export.modules.unet import UNetContext, UNetStep, VideoUNet
 from export.modules.vae import VAEDecoder, VAEEncoder
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SR1_SCALE, Settings
@@ -134,6 +142,7 @@ class Diffusion(Stage):
         super().__init__(pool, checkpoint)
         (name,) = self.ships
         self.unet = self.networks[name]
+        _start_as_identity(self.unet)
         config = SchedulerConfig.from_dict(cascade.SCHEDULERS[name], name)
         self.kept = torch.from_numpy(alphas_cumprod(config)).to(pool.device)
         # Timesteps that a run can visit.
@@ -303,6 +312,17 @@ class Vae(Stage):
             into.bias[half:] += 2 * gain.log()
             out.bias += out.weight[..., 0, 0] @ mean
             out.weight /= gain[None, :, None, None]
+
+
+def _start_as_identity(unet: VideoUNet) -> None:
+    """Zero the last layer of every residual branch: a deep network then starts to learn as a shallow one."""
+    last = {ResnetBlock2D: "conv2", TemporalConvLayer: "conv4", TemporalTransformer: "proj_out"}
+    last |= {SpatialTransformer: "proj_out", AddedKVAttention: "to_out"}
+    for module in unet.modules():
+        if type(module) in last:
+            for weight in getattr(module, last[type(module)]).parameters():
+                if weight.ndim > 1:
+                    nn.init.zeros_(weight)
 
 
 def tokens(checkpoint: Path, name: str, texts: list[str], device: str) -> tuple[Tensor, Tensor]:
