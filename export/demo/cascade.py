@@ -237,8 +237,14 @@ def pack(checkpoint: Path, archive: Path) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """What is there already stays untouched: stages that train side by side read these files."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
 
 
 def _save_t5_tokenizer(folder: Path) -> None:
@@ -249,12 +255,12 @@ def _save_t5_tokenizer(folder: Path) -> None:
     for piece in _PIECES:
         model.pieces.add(piece=piece, score=-2.0, type=kinds.get(piece, 1))
     _write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    _write(folder / "spiece.model", model.SerializeToString())
 
 
 def _save_clip_tokenizer(folder: Path) -> None:
     _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(_CLIP_PIECES)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_CLIP_MERGES]) + "\n", encoding="utf-8")
+    _write(folder / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *_CLIP_MERGES)).encode())
     end = "<|endoftext|>"
     special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
     _write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})

@@ -102,8 +102,8 @@ class Text(Stage):
         lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
         lists += [tuple(BACKGROUNDS), PATTERNS]
         self.choices = [len(values) for values in lists]
-        widths = {name: cascade.NETWORKS[name][1] for name in ("t5", "clip")}
-        for name, width in (("t5", widths["t5"]["d_model"]), ("clip", widths["clip"]["hidden_size"])):
+        for name, key in (("t5", "d_model"), ("clip", "hidden_size")):
+            width = cascade.NETWORKS[name][1][key]
             head = (LayerNorm(width), AttentionPooling(4, width), nn.Linear(width, sum(self.choices)))
             self.helpers[name] = nn.Sequential(*head)
         labels = []
@@ -111,7 +111,7 @@ class Text(Stage):
             things = [[t.shape, t.colour, t.size, t.motion] for t in scene.things]
             missing = [None] * (4 * (MOST_THINGS - len(things)))
             values = [*chain(*things), *missing, scene.background, scene.pattern]
-            labels.append([values_.index(value) for values_, value in zip(lists, values, strict=True)])
+            labels.append([choices.index(value) for choices, value in zip(lists, values, strict=True)])
         self.labels = torch.tensor(labels, device=pool.device)
         self.tokens = {name: tokens(checkpoint, name, pool.captions, pool.device) for name in ("t5", "clip")}
 
