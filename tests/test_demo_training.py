@@ -102,7 +102,7 @@ def test_a_checkpoint_recommends_its_guidance(checkpoint: Path, tmp_path: Path) 
 
 
 def make(name: str, checkpoint: Path) -> stages.Stage:
-    kinds = {"interp": stages.Interp, "sr1": stages.Sr1, "vae": stages.Vae}
+    kinds = {"if2": stages.FirstFrame, "interp": stages.Interp, "sr1": stages.Sr1, "vae": stages.Vae}
     torch.manual_seed(0)
     return kinds[name](Pool(4, 0, "cpu"), checkpoint)
 
@@ -132,6 +132,16 @@ def test_interpolation_is_trained_on_the_runtimes_condition(checkpoint: Path, mo
         == condition[:, 3].amin(dim=(-1, -2)).tolist()
         == [[1, 0, 0, 0, 1]] * 2
     )
+
+
+def test_no_timestep_drowns_the_others(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "LARGE_SIZE", (16, 8))
+    monkeypatch.setattr(stages, "KEYFRAME_SIZE", (4, 2))
+    stage = make("if2", checkpoint)
+    assert stage.timesteps == 1000  # of a cosine schedule, whose last alpha is 5e-5
+    _, timestep, _, _, weight, _ = stage.draw(4000, torch.Generator().manual_seed(0))
+    assert timestep.max() == 999
+    assert 1 <= weight.min() < weight.max() <= 50
 
 
 def test_latents_are_brought_to_unit_deviation_without_changing_the_pictures(

@@ -38,6 +38,7 @@ KEYFRAME_SIZE, LARGE_SIZE, FULL_SIZE = (64, 40), (256, 160), (576, 320)
 SETTINGS = Settings()
 EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
 SR2_FRAMES = 8
+_MOST_WEIGHT = 50.0
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
@@ -171,8 +172,9 @@ class Diffusion(Stage):
             if condition is not None:
                 sample = torch.cat([sample, condition], dim=1)
         # An error of the prediction is 1 / alpha times as large in the clean sample. The first steps decide what is
-        # shown and where; the plain mean of squares would hardly count them.
-        weight = self.kept[timestep].rsqrt()
+        # shown and where; the plain mean of squares would hardly count them. The last timesteps of a cosine schedule,
+        # where 1 / alpha reaches 20,000 and no run begins, must not drown all others.
+        weight = self.kept[timestep].rsqrt().clamp(max=_MOST_WEIGHT)
         return sample, timestep.float(), embeds, noise, weight, *([] if levels is None else [levels.float()])
 
     def draw_levels(self, batch: int, generator: torch.Generator) -> Tensor | None:
@@ -297,7 +299,7 @@ class Vae(Stage):
         # Differences of neighbours count apart: edges and fine lines are few pixels.
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.square().mean() + 0.3 * error.abs().mean() + 0.5 * edges + 1e-5 * divergence
+        return error.square().mean() + 0.3 * error.abs().mean() + 0.5 * edges + 1e-6 * divergence
 
     def finish(self, generator: torch.Generator) -> None:
         """Give latents mean 0 and, times the published scaling factor, deviation 1; the decoder undoes it."""
