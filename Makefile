@@ -5,12 +5,14 @@
 #   TORCH_ARGS  arguments for `pip install torch`. On Linux the usual index gives the CUDA build of torch, several GB.
 #               For the CPU build, pass the index that the torch installation page names for it:
 #               TORCH_ARGS='--index-url URL'
+#   MINUTES     of `make train-demo`
 #
-# They matter when .venv is made: remove .venv to set it up with other values.
+# The first three matter when .venv is made: remove .venv to set it up with other values.
 
 PYTHON ?= python3
 EXTRAS ?= cpu,export,tensorrt-rtx,dev,bench
 TORCH_ARGS ?=
+MINUTES ?= 20
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -19,16 +21,19 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo train-demo test test-slow lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (random weights: noise)
 	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
 	mkdir -p out
 	$(VENV)/bin/show1-rt generate "A burning lamborghini driving on rainbow." --bundle build/demo-bundle \
 		--preset draft --size 576x320 --out out/demo.mp4
+
+train-demo: $(INSTALLED)  ## train the demo checkpoint anew, MINUTES=20 on a data-centre GPU; run again to continue
+	$(RUN) export train-demo --minutes $(MINUTES) --pack build/demo_checkpoint.tar.xz
 
 test: $(INSTALLED)  ## ruff, mypy and all tests but the slow ones
 	$(RUN) ruff check .

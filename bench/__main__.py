@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from engines.errors import OutputError, SettingsError
@@ -96,6 +96,57 @@ def _check_counts(arguments: argparse.Namespace) -> None:
             raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
 
 
+def _quality(arguments: argparse.Namespace) -> None:
+    from bench import quality, report
+    from bench.machine import describe_bundle, describe_machine
+    from engines.store import Bundle
+    from runtime.config import Settings
+    from runtime.pipeline import Show1Pipeline
+
+    prompts = quality.load_prompts(arguments.prompts)
+    bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
+    settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
+    if arguments.steps is not None:
+        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
+    if arguments.guidance is not None:
+        settings = settings.with_guidance(parse_stage_values(arguments.guidance, float))
+    machine, engines = describe_machine(), describe_bundle(bundle)
+    asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
+    out = arguments.out
+    _check_output(out / "report.json")
+
+    with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
+        result = quality.run_quality(
+            prompts,
+            lambda p: pipeline(p.prompt, seed=p.seed, settings=settings).frames,
+            out,
+            arguments.reference,
+            lambda i, seen: print(
+                f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True
+            ),
+        )
+    tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(result["videos"])]
+    conditions = {"machine": machine, "bundle": engines, "run": asked}
+    parts = ["# Quality", *(f"{name}\n\n```\n{report.facts(values)}\n```" for name, values in conditions.items())]
+    parts += [table.as_markdown() for table in tables]
+    parts += [f"![videos]({path.name})" for path in sorted(out.glob("sheet-*.png"))]
+    _write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    numbers = {"videos": result["videos"], "faithfulness": asdict(result["faithfulness"])}
+    _write(out / "report.json", {"format": FORMAT, "benchmark": "quality", **conditions, **numbers})
+    print("\n\n".join(table.as_text() for table in tables))
+    print(f"\nwritten to {out}: report.md, report.json, contact sheets, clips")
+
+
+def _built(checkpoint: Path) -> Path:
+    """A bundle of this checkpoint, built or brought up to date."""
+    from export.__main__ import main as export
+
+    bundle = Path("build") / f"quality-{checkpoint.name}"
+    if export(["build", "--checkpoint", str(checkpoint), "--out", str(bundle)]):
+        raise OutputError(f"{checkpoint}: no bundle could be built of it; see above.")
+    return bundle
+
+
 def _check_output(path: Path) -> None:
     """Said before the measurement, which may take hours."""
     try:
@@ -107,10 +158,14 @@ def _check_output(path: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, object]) -> None:
+    _write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     from engines.store import write_atomically
 
     try:
-        write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
 
@@ -146,6 +201,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
     add("--out", type=Path, help="JSON file (default: bench/results/kernels-<gpu>-<date>.json)")
     add("--markdown", action="store_true", help="print the table as Markdown")
+
+    quality = commands.add_parser("quality", help="do videos show what held-out prompts ask for? (the demo checkpoint)")
+    quality.set_defaults(run=_quality)
+    add = quality.add_argument
+    source = quality.add_mutually_exclusive_group()
+    source.add_argument("--bundle", type=Path, default=Path("bundle"), help="default: bundle")
+    source.add_argument("--checkpoint", type=Path, help="build a bundle of it first; demo, or a folder")
+    add("--prompts", type=int, metavar="N", help="the first N of the list (default: all 48)")
+    add("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
+    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=20,sr1=4")
+    add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
+    add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
+    add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser
 
 

@@ -64,6 +64,12 @@ def _random_checkpoint(arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
+def _train_demo(arguments: argparse.Namespace) -> None:
+    from export.demo.train import main as train
+
+    train(arguments)
+
+
 def _list(arguments: argparse.Namespace) -> None:
     if arguments.bundle:
         for row in _cost_table(Bundle.open(arguments.bundle)):
@@ -203,6 +209,20 @@ def _parser() -> argparse.ArgumentParser:
         help="golden: some millions of weights; published: 12.1 billion, 24 GB (default: %(default)s)",
     )
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")
+    training.set_defaults(run=_train_demo)
+    training.add_argument("--out", type=Path, default=Path("build") / "demo-training", help="default: %(default)s")
+    training.add_argument("--stage", default="all", help="all, or some of text,vae,base,interp,if2,sr1,sr2")
+    length = training.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="for all stages named, shared out among them")
+    length.add_argument("--steps", type=int, help="for each stage")
+    training.add_argument("--stop-after", type=float, metavar="MINUTES", help="stop then; the same command continues")
+    training.add_argument("--ship", action="store_true", help="end stages in progress as they are")
+    training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    training.add_argument("--batch", type=int, help="clips a step (default: what suits a data-centre GPU)")
+    training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")
+    training.add_argument("--pack", type=Path, metavar="FILE", help="where to write the .tar.xz when all is trained")
 
     listing = commands.add_parser("list", help="the nine networks; of a bundle, what they took to build")
     listing.set_defaults(run=_list)

@@ -31,7 +31,7 @@ from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
 from engines.store import Bundle, BundleWriter, hash_file
 from export import networks
-from export.checkpoint import find_folder
+from export.checkpoint import find_folder, read_config
 from export.networks import Graph, Source
 from export.parity import SEED, DetachedRunner, check_parity, example_sizes, in_float32
 from export.to_onnx import trace
@@ -39,7 +39,7 @@ from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
 from runtime.runner import Runner, open_runner
 
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "tokenizers")
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 _GIB = 2**30
 
 Report = Callable[[str], None]  # told what a build is doing
@@ -311,6 +311,7 @@ def build(
     sources = [Source.find(network, checkpoint, precision) for network in wanted]
     schedulers = networks.schedulers(checkpoint, wanted)
     tokenizers = _tokenizers(checkpoint, wanted)
+    defaults = recommended_settings(checkpoint, size)
     all_jobs = [Job(source, precision, size, backend, keep_onnx=keep_onnx) for source in sources]
 
     with Bundle.writer(out) as bundle:
@@ -327,10 +328,22 @@ def build(
         bundle.update(
             versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},
             size=size,
-            defaults=Settings(size=size).to_dict(),
+            defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         return Bundle(bundle.root, bundle.manifest)
+
+
+def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
+    """The reference's settings, with the guidance that the checkpoint's optional settings.json recommends."""
+    settings = Settings(size=size)
+    path = checkpoint / "settings.json"
+    if not path.is_file():
+        return settings
+    try:
+        return settings.with_guidance(read_config(path).get("guidance", {}))
+    except (SettingsError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from export.checkpoint import (
 )
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
+from export.modules.vae import Autoencoder, VAEDecoder, VAEEncoder
 from runtime.config import stage_sizes
 from runtime.schedulers import SchedulerConfig
 
@@ -161,9 +162,7 @@ def _clip(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwor
 
 
 def _autoencoder(source: Source, precision: str) -> tuple[Any, int]:
-    from export.modules.vae import autoencoder  # diffusers takes seconds to import
-
-    vae = _empty(lambda: autoencoder(source.config))
+    vae = _empty(lambda: Autoencoder(source.config))
     load_vae(vae, source.weights, _dtype(precision), source.where)
     return vae, 2 ** (len(source.config["block_out_channels"]) - 1)
 
@@ -177,8 +176,6 @@ def _vae_properties(source: Source, factor: int) -> dict[str, Any]:
 
 
 def _vae_encoder(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
-    from export.modules.vae import VAEEncoder
-
     vae, factor = _autoencoder(source, precision)
     spec = catalog.vae_encoder_graph(
         source.config["latent_channels"], factor, (size[1], size[0]), PRECISIONS[precision]
@@ -188,8 +185,6 @@ def _vae_encoder(source: Source, precision: str, size: tuple[int, int]) -> Loade
 
 
 def _vae_decoder(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
-    from export.modules.vae import VAEDecoder
-
     vae, factor = _autoencoder(source, precision)
     spec = catalog.vae_decoder_graph(
         source.config["latent_channels"], factor, (size[1], size[0]), PRECISIONS[precision]

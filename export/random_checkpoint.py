@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
 
 from engines.errors import OutputError, SettingsError
+from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
-from export.modules.vae import VAEDecoder, autoencoder
+from export.modules.vae import Autoencoder, VAEDecoder
 
-_PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
 _SHARD = 2 * 2**30  # bytes
 _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exact in float16
 
@@ -122,9 +121,7 @@ def _vae(channels: list[int], layers: int) -> dict[str, Any]:
 
 
 _BASE = {"channels": [320, 640, 960, 1280], "attended": 3, "kind": "3D", "heads": 64, "text_dim": 4096, "dim": 1280}
-_SMALL = {"kind": "3D", "attended": 1, "heads": 16, "text_dim": 64, "dim": 64, "layers_per_block": 1}
-
-# size -> folder -> config.json. The golden sizes are those of the golden set, with the published autoencoder's factor.
+# size -> folder -> config.json. The golden size is that of the demo cascade, near the golden set's.
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "published": {
         "base/text_encoder": _t5(4096, 10240, 64, 64, 24, 32128),
@@ -158,16 +155,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "sr2/vae": _vae([128, 256, 512, 512], 2),
     },
-    "golden": {
-        "base/text_encoder": _t5(64, 128, 4, 16, 2, len(_PIECES)),
-        "base/unet": _pixel(3, [32, 64], **_SMALL),
-        "interpolation/unet": _pixel(7, [32, 64], **_SMALL),
-        "if2/unet": _pixel(6, [32, 32, 64], **{**_SMALL, "kind": "2D"}, **_super_resolution(64)),
-        "sr1/unet": _pixel(6, [32, 32, 64], **_SMALL, **_super_resolution(64)),
-        "sr2/text_encoder": _clip(32, 64, 4, 2, 514),
-        "sr2/unet": _latent([32, 64], 1, [2, 4], 32, layers_per_block=1),
-        "sr2/vae": _vae([32, 32, 32, 32], 1),
-    },
+    "golden": dict(NETWORKS.values()),
 }
 
 _DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True}
@@ -182,10 +170,9 @@ _SCHEDULERS = {
         "variance_type": "fixed_small",
     },
     "if2": {"_class_name": "DDPMScheduler", **_COSINE, "sample_max_value": 1.0, "variance_type": "learned_range"},
-    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"},
+    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "variance_type": "fixed_small"},
     "sr2": {**_DPM, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
 }
-_NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 
 
 def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
@@ -222,19 +209,21 @@ def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Ge
         if folder == "sr2/vae":
             draws = _with_contrast(config, dict(draws))
         _save(out / folder, draws, 2 * sum(map(math.prod, shapes.values())))
+    if configs is CONFIGS["golden"]:
+        save_rest(out)
+        return
+    save_tokenizers(out)
     for name, scheduler in _SCHEDULERS.items():
         _write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)
     for name in ("if2", "sr1"):
-        _write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", _NOISING)
-    _save_t5_tokenizer(out / "base" / "tokenizer")
-    _save_clip_tokenizer(out / "sr2" / "tokenizer")
+        _write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", NOISING)
 
 
 def _shapes(folder: str, config: dict[str, Any]) -> dict[str, torch.Size]:
     build: dict[str, Any] = {
         "base/text_encoder": lambda: T5Encoder(config, folder),
         "sr2/text_encoder": lambda: CLIPTextEncoder(config, folder),
-        "sr2/vae": lambda: autoencoder(config),
+        "sr2/vae": lambda: Autoencoder(config),
     }
     with torch.device("meta"):
         module: nn.Module = build.get(folder, lambda: VideoUNet(UNetConfig.from_dict(config, folder)))()
@@ -251,7 +240,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def _with_contrast(config: dict[str, Any], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Scale the autoencoder's last layer so that pictures spread over [-1, 1]; untrained ones are all but grey."""
-    vae = autoencoder(config).requires_grad_(False)
+    vae = Autoencoder(config).requires_grad_(False)
     vae.load_state_dict(state)
     spread = VAEDecoder(vae)(torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))).std()
     state["decoder.conv_out.weight"] *= (0.5 / spread).half()
@@ -287,26 +276,3 @@ def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _save_t5_tokenizer(folder: Path) -> None:
-    """Letters, digits and punctuation as pieces: the format of a sentencepiece model, not its compression."""
-    kinds = {"<unk>": 2, "<pad>": 3, "</s>": 3}  # unknown, control; others are normal
-    model = sentencepiece_model_pb2.ModelProto()
-    model.trainer_spec.model_type = 1  # unigram
-    for piece in _PIECES:
-        model.pieces.add(piece=piece, score=-2.0, type=kinds.get(piece, 1))
-    _write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
-    (folder / "spiece.model").write_bytes(model.SerializeToString())
-
-
-def _save_clip_tokenizer(folder: Path) -> None:
-    """CLIP's byte alphabet, alone and at the end of a word, without merges."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(pieces)})
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    end = "<|endoftext|>"
-    special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
-    _write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})

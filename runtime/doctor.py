@@ -11,7 +11,7 @@ from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
 from engines.tensorrt import FLAVOURS, TARGETS, load, serves
 
-_EXPORT = ("torch", "onnx", "onnxscript", "diffusers", "transformers", "safetensors", "sentencepiece", "psutil")
+_EXPORT = ("torch", "onnx", "onnxscript", "transformers", "safetensors", "sentencepiece", "psutil")
 _CUDA_OF_RTX = (13, 0)  # what tensorrt-rtx's libraries are built with
 
 

@@ -36,13 +36,18 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: cannot read the tokenizer ({error}). Export the bundle again.") from error
+        return cls.from_text(text, str(path))
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Self:
+        """The same from the content of such a file; `where` names it in errors."""
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"{path}: not a tokenizer.json ({error}). Export the bundle again.") from error
+            raise BundleError(f"{where}: not a tokenizer.json ({error}). Export the bundle again.") from error
         padding = tokenizer.padding
         if padding is None:
-            raise BundleError(f"{path}: does not say which token pads. Export the bundle again.")
+            raise BundleError(f"{where}: does not say which token pads. Export the bundle again.")
         return cls(tokenizer, padding["pad_id"], padding["pad_token"])
 
     def encode(self, texts: Sequence[str], max_length: int = 77) -> TokenBatch:

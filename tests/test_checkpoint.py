@@ -21,7 +21,7 @@ from export import networks
 from export.checkpoint import find_folder, load_vae, load_weights, read_config, weight_files
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
-from export.modules.vae import autoencoder
+from export.modules.vae import Autoencoder
 from export.networks import Source
 from export.random_checkpoint import CONFIGS
 
@@ -142,7 +142,7 @@ def test_autoencoders_load_under_their_old_attention_names(golden: Path, tmp_pat
     assert len(stored.keys() - weights.keys()) == 16  # weight and bias of four projections, in encoder and decoder
     save_file(stored, tmp_path / "vae.safetensors")
 
-    vae = empty(lambda: autoencoder(read_json(folder / "config.json")))
+    vae = empty(lambda: Autoencoder(read_json(folder / "config.json")))
     load_vae(vae, [tmp_path / "vae.safetensors"], torch.float32, "sr2/vae")
     assert_holds(vae, weights)
 

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.torch
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of golden size, in shards of 1 MB, so that the larger networks have several."""
+    """Of golden size, in shards of 256 KiB, so that the larger networks have several."""
     out = tmp_path_factory.mktemp("random") / "checkpoint"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(random_checkpoint, "_SHARD", 2**20)
+        patch.setattr(random_checkpoint, "_SHARD", 2**18)
         random_checkpoint.random_checkpoint(out)
     return out
 
@@ -77,7 +77,7 @@ def test_what_exists_is_left_alone_and_a_full_disk_is_noticed_first(
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_checkpoint, "_save_clip_tokenizer", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(random_checkpoint, "save_rest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         random_checkpoint.random_checkpoint(tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Attention as custom operators, so that every backend can choose its own kernels for it.
 
 On export each becomes one ONNX `Attention` node, named after its operator: what a backend then replaces or keeps.
+The operators have no derivative: where one is asked for, in training, the plain arithmetic runs instead.
 """
 
 import torch
@@ -14,21 +15,34 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 @torch.library.custom_op("show1::attention", mutates_args=())
+def _attention_op(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return _attention(q, k, v, num_heads)
+
+
+@torch.library.custom_op("show1::temporal_attention", mutates_args=())
+def _temporal_attention_op(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return _attention(q, k, v, num_heads)
+
+
+@_attention_op.register_fake
+@_temporal_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return torch.empty_like(q)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) v per head, heads side by side in the last axis (Vaswani et al. 2017, eq. 1).
 
     q [N, S, heads * d], k and v [N, L, heads * d] -> [N, S, heads * d]. For the pixels of a frame: few, long rows.
     """
-    return _attention(q, k, v, num_heads)
+    return _attention(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
 
 
-@torch.library.custom_op("show1::temporal_attention", mutates_args=())
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """The same for the frames of a pixel: very many rows (one per pixel) of 2 to 32 tokens suit other kernels."""
-    return _attention(q, k, v, num_heads)
-
-
-@attention.register_fake
-@temporal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    return torch.empty_like(q)
+    if not q.requires_grad:
+        return _temporal_attention_op(q, k, v, num_heads)
+    # Fused kernels launch one block of their grid per row and have room for 65,535 rows; matrix products for all.
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)

@@ -122,7 +122,7 @@ class T5Encoder(nn.Module):
 
     def _position_bias(self, length: int) -> Tensor:
         """float32 [heads, L, L]: exact buckets near, logarithmic ones far, one half of them for each direction."""
-        position = torch.arange(length)
+        position = torch.arange(length, device=self.shared.weight.device)
         distance = position[None, :] - position[:, None]
         half = self.buckets // 2
         exact = half // 2
@@ -197,7 +197,7 @@ class CLIPTextEncoder(nn.Module):
         embeddings = self.text_model.embeddings
         length = input_ids.shape[1]
         x = embeddings["token_embedding"](input_ids) + embeddings["position_embedding"].weight[:length]
-        position = torch.arange(length)
+        position = torch.arange(length, device=input_ids.device)
         causal = (position[None, :] > position[:, None]).float() * torch.finfo(torch.float32).min
         for layer in self.text_model.encoder.layers:
             x = layer(x, causal)

@@ -1,0 +1,295 @@
+"""Quality of a bundle's videos: do they show what held-out prompts ask for, and how far are they from a reference?
+
+Faithfulness counts questions about the finished pixels (`bench.judge`): colour, shape and motion of every thing asked
+for, and the background. As a control every video is also asked the questions of all other prompts: chance. A distance
+to a reference says what a change of precision or steps did to the pixels, the same seeds on both sides.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from bench.judge import Frames, Reading, answers, bootstrap, read, wilson
+from bench.report import NOTHING, Table, number
+from engines.errors import OutputError, SettingsError
+from engines.store import write_atomically
+from export.demo.captions import Scene, Thing, evaluation_scenes
+from runtime.config import SEED
+
+PROMPTS = Path(__file__).parent / "quality_prompts.json"
+ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
+ALSO_SHOWN = ("motion", "count")
+_SHEET_FRAMES, _SHEET_ROWS, _SHEET_WIDTH = 8, 8, 192
+
+
+@dataclass(frozen=True)
+class Prompt:
+    prompt: str
+    seed: int
+    scene: Scene
+
+
+def make_prompts(count: int = 48, seed: int = SEED) -> str:
+    """The text of quality_prompts.json. It was committed before training and is not to be made anew."""
+    rows = [
+        {"prompt": caption, "seed": seed + index, "scene": asdict(scene)}
+        for index, (scene, caption) in enumerate(evaluation_scenes(count, seed))
+    ]
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+def load_prompts(count: int | None = None) -> list[Prompt]:
+    rows = json.loads(PROMPTS.read_text(encoding="utf-8"))
+    if count is not None and not 2 <= count <= len(rows):
+        raise SettingsError(f"--prompts {count}; allowed: 2 to {len(rows)} (the control needs two).")
+    prompts = []
+    for row in rows[:count]:
+        scene = row["scene"]
+        things = tuple(Thing(**thing) for thing in scene["things"])
+        prompts.append(Prompt(row["prompt"], row["seed"], Scene(things, scene["background"], scene["pattern"])))
+    return prompts
+
+
+# Faithfulness
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video."""
+
+    right: dict[str, int]
+    asked: dict[str, int]
+    scores: list[float]
+    chance: dict[str, float]  # share of right answers to other prompts' questions
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def chance_score(self) -> float:
+        return self.chance["faithfulness"]
+
+
+def faithfulness(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Faithfulness:
+    own = [answers(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    others = [answers(scene, reading) for i, reading in enumerate(readings) for j, scene in enumerate(scenes) if i != j]
+    keys = (*ASKED, *ALSO_SHOWN)
+    right = {key: sum(sum(a[key]) for a in own) for key in keys}
+    asked = {key: sum(len(a[key]) for a in own) for key in keys}
+    chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in keys}
+    chance["faithfulness"] = float(np.mean([_score(a) for a in others]))
+    return Faithfulness(right, asked, [_score(a) for a in own], chance)
+
+
+def _score(answered: dict[str, list[bool]]) -> float:
+    return float(np.mean([x for key in ASKED for x in answered[key]]))
+
+
+def faithfulness_table(result: Faithfulness) -> Table:
+    rows = []
+    for key in (*ASKED, *ALSO_SHOWN):
+        right, asked = result.right[key], result.asked[key]
+        name = {"direction": "motion and direction", "motion": "kind of motion", "count": "number of things"}.get(
+            key, key
+        )
+        rows.append(
+            [
+                name,
+                f"{right} / {asked}",
+                _percent(right / asked),
+                _range(wilson(right, asked)),
+                _percent(result.chance[key]),
+            ]
+        )
+    whole = ["faithfulness", f"{len(result.scores)} videos", _percent(result.score), _range(bootstrap(result.scores))]
+    rows.append([*whole, _percent(result.chance_score)])
+    title = f"Read off the pixels: {', '.join(ASKED)} make up faithfulness"
+    return Table(title, ["attribute", "right", "share", "95 % interval", "other prompts"], rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return "{:.0f}-{:.0f} %".format(*(100 * bound for bound in interval))
+
+
+# Distances, all of uint8 [F, H, W, 3]
+
+
+def psnr(a: Frames, b: Frames) -> float:
+    """Peak signal-to-noise ratio over the whole clip, dB; infinite for equal clips."""
+    error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, dtype=np.float64)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def ssim(a: Frames, b: Frames) -> float:
+    """Structural similarity of the brightness, mean over frames (Wang et al. 2004: Gaussian window, 11 wide)."""
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window = (window / window.sum()).astype(np.float32)
+
+    def blur(x: NDArray) -> NDArray:
+        x = sum(w * x[i : x.shape[0] - 10 + i] for i, w in enumerate(window))
+        return sum(w * x[:, i : x.shape[1] - 10 + i] for i, w in enumerate(window))
+
+    scores = []
+    for x, y in zip(_gray(a), _gray(b), strict=True):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        scores.append(((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
+    return float(np.mean(scores))
+
+
+def feature_distance(a: Frames, b: Frames) -> float:
+    """In the manner of LPIPS (Zhang et al. 2018), with fixed filters for learned ones: 0 is equal, about 1 unrelated.
+
+    Colours, slopes and curvatures on four scales; the vector at each place has length 1 before it is compared.
+    """
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = (v.astype(np.float32) / 255 for v in (x, y))
+        for _ in range(4):
+            difference = _features(x) - _features(y)
+            total += float((difference**2).sum(axis=-1).mean()) / 4
+            x, y = (_half(v) for v in (x, y))
+    return total / len(a)
+
+
+def _features(x: NDArray) -> NDArray:
+    """[H, W, 3] -> unit vectors [H-2, W-2, 18]."""
+    c = x[1:-1, 1:-1]
+    left, right, above, below = x[1:-1, :-2], x[1:-1, 2:], x[:-2, 1:-1], x[2:, 1:-1]
+    parts = [c - 0.5, right - left, below - above, right + left - 2 * c, below + above - 2 * c]
+    parts.append(x[2:, 2:] + x[:-2, :-2] - x[2:, :-2] - x[:-2, 2:])
+    features = np.concatenate(parts, axis=-1)
+    return features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-3)
+
+
+def _half(x: NDArray) -> NDArray:
+    h, w = x.shape[0] // 2, x.shape[1] // 2
+    return x[: 2 * h, : 2 * w].reshape(h, 2, w, 2, -1).mean(axis=(1, 3))
+
+
+def flicker(frames: Frames) -> float:
+    """Root mean square of the second difference of brightness over time, in steps of 255: steady change counts 0."""
+    gray = _gray(frames)
+    if len(gray) < 3:
+        return 0.0
+    return float(np.sqrt(np.mean((gray[2:] - 2 * gray[1:-1] + gray[:-2]) ** 2)))
+
+
+def _gray(frames: Frames) -> NDArray[np.float32]:
+    return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+# One run over a folder of clips
+
+
+def clip_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:02}.npz"
+
+
+def run_quality(
+    prompts: Sequence[Prompt],
+    make: Callable[[Prompt], Frames],
+    out: Path,
+    reference: Path | None = None,
+    on_clip: Callable[[int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Make and judge every prompt's video; keep clips, contact sheets, report.md and report.json in `out`.
+
+    A clip that is there already is not made again: an interrupted run continues. `reference` is another run's folder.
+    """
+    if reference is not None:
+        missing = [clip_file(reference, i).name for i in range(len(prompts)) if not clip_file(reference, i).is_file()]
+        if missing:
+            raise OutputError(f"{reference}: no {', '.join(missing)}. Run the reference with as many --prompts first.")
+    readings: list[Reading] = []
+    rows: list[dict[str, Any]] = []
+    for index, prompt in enumerate(prompts):
+        file = clip_file(out, index)
+        frames = _kept(file, prompt)
+        if frames is None:
+            frames = make(prompt)
+            _keep(file, prompt, frames)
+        readings.append(read(frames))
+        row: dict[str, Any] = {"prompt": prompt.prompt, "seed": prompt.seed, "flicker": flicker(frames)}
+        row["seen"] = [f"{thing.colour} {thing.shape}, {thing.motion}" for thing in readings[-1].things]
+        row["background"] = readings[-1].background
+        if reference is not None:
+            other = np.load(clip_file(reference, index))["frames"]
+            row |= {
+                "psnr": psnr(frames, other),
+                "ssim": ssim(frames, other),
+                "feature_distance": feature_distance(frames, other),
+            }
+        rows.append(row)
+        if on_clip is not None:
+            on_clip(index, "; ".join(row["seen"]) or "nothing")
+    result = faithfulness([prompt.scene for prompt in prompts], readings)
+    for row, score in zip(rows, result.scores, strict=True):
+        row["faithfulness"] = score
+    _contact_sheets(out, rows)
+    return {"faithfulness": result, "videos": rows}
+
+
+def _keep(file: Path, prompt: Prompt, frames: Frames) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, frames=frames, prompt=prompt.prompt, seed=prompt.seed)
+    write_atomically(file, content.getvalue())
+
+
+def _kept(file: Path, prompt: Prompt) -> Frames | None:
+    if not file.is_file():
+        return None
+    kept = np.load(file)
+    if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
+        raise OutputError(f"{file} is of another prompt or seed. Choose another --out.")
+    return kept["frames"]
+
+
+def distance_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Median and worst video of each measure."""
+    rows = list(rows)
+    lines = []
+    for key, name, worst in (
+        ("flicker", "flicker", max),
+        ("psnr", "PSNR to reference, dB", min),
+        ("ssim", "SSIM to reference", min),
+        ("feature_distance", "feature distance to reference", max),
+    ):
+        values = [row[key] for row in rows if key in row]
+        lines.append(
+            [name, *(("equal" if np.isinf(v) else number(v)) for v in (np.median(values), worst(values)))]
+            if values
+            else [name, NOTHING, NOTHING]
+        )
+    return Table("Smoothness and distance", ["measure", "median", "worst"], lines)
+
+
+def _contact_sheets(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Eight frames of every video with its prompt and what was read off it, eight videos to a PNG."""
+    for first in range(0, len(rows), _SHEET_ROWS):
+        strips = []
+        for index in range(first, min(first + _SHEET_ROWS, len(rows))):
+            frames = np.load(clip_file(out, index))["frames"]
+            height = round(_SHEET_WIDTH * frames.shape[1] / frames.shape[2])
+            strip = Image.new("RGB", (_SHEET_WIDTH * _SHEET_FRAMES, height + 14), "white")
+            for column, number_ in enumerate(np.linspace(0, len(frames) - 1, _SHEET_FRAMES).round().astype(int)):
+                picture = Image.fromarray(frames[number_]).resize((_SHEET_WIDTH, height), Image.Resampling.BOX)
+                strip.paste(picture, (column * _SHEET_WIDTH, 14))
+            row = rows[index]
+            text = f"{row['prompt']}   [read: {'; '.join(row['seen']) or 'nothing'} on {row['background']}]"
+            ImageDraw.Draw(strip).text((2, 1), text, fill="black")
+            strips.append(np.asarray(strip))
+        Image.fromarray(np.concatenate(strips)).save(out / f"sheet-{first // _SHEET_ROWS}.png")

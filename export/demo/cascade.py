@@ -1,0 +1,270 @@
+"""The small cascade's networks: their configs in the published format, and folders that hold them.
+
+Every network has the block types, conditions and file names of the published ones; only widths and depths are small.
+All together they hold 4.9 million parameters, 9.8 MB in float16.
+"""
+
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from sentencepiece import sentencepiece_model_pb2
+from torch import nn
+
+from engines.store import write_atomically
+from export.demo.captions import words
+from export.modules.text import CLIPTextEncoder, T5Encoder
+from export.modules.unet import UNetConfig, VideoUNet
+from export.modules.vae import Autoencoder
+
+_TEXT_DIM = 64
+_CLIP_DIM = 48
+# Caption words whole; characters for all others.
+_PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), *(f"▁{word}" for word in words())]
+
+
+def _clip_vocabulary() -> tuple[list[str], list[str]]:
+    """CLIP's byte alphabet, alone and at the end of a word, and merges that spell the captions' words left to right."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    pieces = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters)])
+    merges: dict[str, None] = {}
+    for word in words():
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        grown = parts[0]
+        for part in parts[1:]:
+            merges[f"{grown} {part}"] = None
+            grown += part
+            pieces[grown] = None
+    return [*pieces, "<|startoftext|>", "<|endoftext|>"], [*merges]
+
+
+_CLIP_PIECES, _CLIP_MERGES = _clip_vocabulary()
+
+_PIXEL: dict[str, Any] = {
+    "_class_name": "UNet3DConditionModel",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 8,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": _TEXT_DIM,
+    "encoder_hid_dim_type": "text_proj",
+    "layers_per_block": 1,
+    # Groups of several channels: with one channel each, the last norm would hide how strong the noise is.
+    "norm_num_groups": 8,
+    "out_channels": 6,
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_dim": 128,
+}
+
+
+def _pixel(in_channels: int, channels: list[int], kind: str, **more: Any) -> dict[str, Any]:
+    """A UNet with attention on its coarsest level, as the published ones have it on their coarser ones."""
+    finer = len(channels) - 1
+    return {
+        **_PIXEL,
+        "in_channels": in_channels,
+        "block_out_channels": channels,
+        "down_block_types": [f"ResnetDownsampleBlock{kind}"] * finer + [f"SimpleCrossAttnDownBlock{kind}"],
+        "mid_block_type": f"UNetMidBlock{kind}SimpleCrossAttn",
+        "up_block_types": [f"SimpleCrossAttnUpBlock{kind}"] + [f"ResnetUpsampleBlock{kind}"] * finer,
+        **more,
+    }
+
+
+_SUPER_RESOLUTION = {
+    "class_embed_type": "timestep",
+    "mid_block_scale_factor": 1.4142271248762552,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "resnet_skip_time_act": True,
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 64,
+}
+
+# network -> (folder in the checkpoint, config)
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "base/text_encoder",
+        {
+            "architectures": ["T5EncoderModel"],
+            "d_ff": 128,
+            "d_kv": 16,
+            "d_model": _TEXT_DIM,
+            "feed_forward_proj": "gated-gelu",
+            "num_heads": 4,
+            "num_layers": 2,
+            "vocab_size": len(_PIECES),
+        },
+    ),
+    "clip": (
+        "sr2/text_encoder",
+        {
+            "architectures": ["CLIPTextModel"],
+            "hidden_act": "gelu",
+            "hidden_size": _CLIP_DIM,
+            "intermediate_size": 96,
+            "max_position_embeddings": 77,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "vocab_size": len(_CLIP_PIECES),
+        },
+    ),
+    "base": ("base/unet", _pixel(3, [16, 32, 64], "3D")),
+    "interp": ("interpolation/unet", _pixel(7, [16, 32, 40], "3D")),
+    "if2": ("if2/unet", _pixel(6, [16, 24, 24, 32], "2D", _class_name="UNet2DConditionModel", **_SUPER_RESOLUTION)),
+    "sr1": ("sr1/unet", _pixel(6, [16, 24, 24, 32], "3D", **_SUPER_RESOLUTION)),
+    "vae": (
+        "sr2/vae",
+        {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [16, 24, 32, 48],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,
+            "scaling_factor": 0.18215,
+        },
+    ),
+    "sr2": (
+        "sr2/unet",
+        {
+            "_class_name": "UNet3DConditionModel",
+            "act_fn": "silu",
+            "attention_head_dim": [3, 5],
+            "block_out_channels": [24, 40],
+            "cross_attention_dim": _CLIP_DIM,
+            "down_block_types": ["DownBlock3D", "CrossAttnDownBlock3D"],
+            "in_channels": 4,
+            "layers_per_block": 1,
+            "mid_block_type": "UNetMidBlock3DCrossAttn",
+            "norm_num_groups": 8,
+            "out_channels": 4,
+            "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D"],
+            "use_linear_projection": True,
+        },
+    ),
+}
+
+_DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True}
+_COSINE = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "variance_type": "fixed_small",
+}
+# Runs begin less deep in the noise than the published ones (-5.1): x0 = (x - sigma * noise_pred) / alpha multiplies
+# the errors of a small network by 1 / alpha. A condition says more than the faintest signal would.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -4.0},
+    "interp": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -3.0},
+    "if2": {"_class_name": "DDPMScheduler", **_COSINE, "sample_max_value": 1.0},
+    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -2.0},
+    "sr2": {**_DPM, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
+}
+NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+
+# The published guidance belongs to networks that follow a text loosely. Here the clips leave little else to say.
+GUIDANCE = {"base": 4.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
+
+
+def make_network(name: str) -> Any:
+    """An untrained network on its default weights."""
+    _, config = NETWORKS[name]
+    if name == "t5":
+        return T5Encoder(config, name)
+    if name == "clip":
+        return CLIPTextEncoder(config, name)
+    if name == "vae":
+        return Autoencoder(config)
+    return VideoUNet(UNetConfig.from_dict(config, name))
+
+
+def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
+    """Write one network in float16 with its config; the weights, last, appear whole or not at all."""
+    folder, config = NETWORKS[name]
+    _write_json(checkpoint / folder / "config.json", config)
+    state = {key: value.detach().half().cpu().contiguous() for key, value in module.state_dict().items()}
+    write_atomically(_weights(checkpoint, name), save(state))
+
+
+def has_network(checkpoint: Path, name: str) -> bool:
+    return _weights(checkpoint, name).is_file()
+
+
+def load_network(checkpoint: Path, name: str) -> Any:
+    """A finished network in float32, with the values that were rounded to float16; frozen."""
+    module = make_network(name)
+    module.load_state_dict({key: value.float() for key, value in load_file(_weights(checkpoint, name)).items()})
+    return module.eval().requires_grad_(False)
+
+
+def _weights(checkpoint: Path, name: str) -> Path:
+    folder = checkpoint / NETWORKS[name][0]
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    return folder / f"{stem}.safetensors"
+
+
+def save_rest(checkpoint: Path) -> None:
+    """Everything but the networks: tokenizers, schedulers, recommended settings."""
+    save_tokenizers(checkpoint)
+    for name, config in SCHEDULERS.items():
+        home = checkpoint / Path(NETWORKS[name][0]).parent
+        _write_json(home / "scheduler" / "scheduler_config.json", config)
+        if name in ("if2", "sr1"):
+            _write_json(home / "image_noising_scheduler" / "scheduler_config.json", NOISING)
+    _write_json(checkpoint / "settings.json", {"guidance": GUIDANCE})
+
+
+def save_tokenizers(checkpoint: Path) -> None:
+    _save_t5_tokenizer(checkpoint / "base" / "tokenizer")
+    _save_clip_tokenizer(checkpoint / "sr2" / "tokenizer")
+
+
+def pack(checkpoint: Path, archive: Path) -> None:
+    """The checkpoint as .tar.xz, the same bytes for the same content."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            info = tarfile.TarInfo(path.relative_to(checkpoint).as_posix())
+            info.size = path.stat().st_size
+            with open(path, "rb") as file:
+                tar.addfile(info, file)
+    write_atomically(archive, lzma.compress(content.getvalue(), preset=9))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """What is there already stays untouched: stages that train side by side read these files."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+
+def _save_t5_tokenizer(folder: Path) -> None:
+    """A sentencepiece unigram model. All pieces are equally likely, so the fewest win: a caption's word is one."""
+    kinds = {"<unk>": 2, "<pad>": 3, "</s>": 3}  # unknown, control; others are normal
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = 1  # unigram
+    for piece in _PIECES:
+        model.pieces.add(piece=piece, score=-2.0, type=kinds.get(piece, 1))
+    _write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    _write(folder / "spiece.model", model.SerializeToString())
+
+
+def _save_clip_tokenizer(folder: Path) -> None:
+    _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(_CLIP_PIECES)})
+    _write(folder / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *_CLIP_MERGES)).encode())
+    end = "<|endoftext|>"
+    special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
+    _write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})

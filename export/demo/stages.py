@@ -1,0 +1,351 @@
+"""What each stage of the demo cascade is trained on: batches drawn as the runtime will see them, and losses.
+
+A stage has two halves. `draw` makes a batch from the pool of clips and seeded random numbers, without derivatives;
+`loss` is the part that is differentiated (and compiled). Conditions, noise levels and windows are those of
+`runtime.stages`; the noise schedules are read from the scheduler files that the checkpoint ships.
+"""
+
+from abc import ABC, abstractmethod
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.demo import cascade
+from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
+from export.demo.scenes import FRAMES, MOST_THINGS, lay_out, render
+from export.modules.layers import (
+    AddedKVAttention,
+    AttentionPooling,
+    LayerNorm,
+    ResnetBlock2D,
+    SpatialTransformer,
+    TemporalConvLayer,
+    TemporalTransformer,
+)
+from export.modules.text import T5Encoder
+from export.modules.unet import UNetContext, UNetStep, VideoUNet
+from export.modules.vae import VAEDecoder, VAEEncoder
+from export.tokenizers import convert_clip, convert_t5
+from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SR1_SCALE, Settings
+from runtime.schedulers import SchedulerConfig, alphas_cumprod, max_inference_steps
+from runtime.stages.text import MAX_TOKENS
+from runtime.tokenizer import Tokenizer, normalize_t5_prompt
+
+KEYFRAME_SIZE, LARGE_SIZE, FULL_SIZE = (64, 40), (256, 160), (576, 320)
+SETTINGS = Settings()
+EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
+SR2_FRAMES = 8
+_MOST_WEIGHT = 50.0
+NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
+
+Batch = tuple[Tensor, ...]
+
+
+class Pool:
+    """Captioned training clips on one device; batches are drawn from it with replacement."""
+
+    def __init__(self, count: int, seed: int, device: str):
+        scenes, captions = zip(*training_scenes(count, seed), strict=True)
+        self.scenes: tuple[Scene, ...] = scenes
+        self.captions: list[str] = list(captions)
+        self.clips = lay_out(scenes, seed).to(device)
+        self.count, self.device = count, device
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.count, (batch,), generator=generator, device=self.device)
+
+    def frames(self, index: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B, 3, F, H, W] of clips `index` [B] at frame `numbers` [B, F]."""
+        return render(self.clips[index], numbers, size)
+
+
+class Stage(ABC):
+    """One training run. `networks` are trained and shipped; `helpers` are trained and thrown away."""
+
+    ships: tuple[str, ...]  # names of `networks`
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        self.pool, self.checkpoint = pool, checkpoint
+        self.networks = nn.ModuleDict({name: cascade.make_network(name) for name in self.ships})
+        self.helpers = nn.ModuleDict()
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"networks": self.networks, "helpers": self.helpers})
+
+    @abstractmethod
+    def draw(self, batch: int, generator: torch.Generator) -> Batch: ...
+
+    @abstractmethod
+    def loss(self, *batch: Tensor) -> Tensor: ...
+
+    def finish(self, generator: torch.Generator) -> None:  # noqa: B027 (most stages need none)
+        """Last changes to the trained networks before they are saved."""
+
+    def frozen(self, name: str) -> nn.Module:
+        return cascade.load_network(self.checkpoint, name).to(self.pool.device)
+
+    def random(self, generator: torch.Generator, *shape: int, like: Tensor | None = None) -> Tensor:
+        """Standard normal."""
+        shape = tuple(like.shape) if like is not None else shape
+        return torch.randn(shape, generator=generator, device=self.pool.device)
+
+
+class Text(Stage):
+    """Both text encoders learn to say what a caption means, as their models had learned to read before Show-1."""
+
+    ships = ("t5", "clip")
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
+        lists += [tuple(BACKGROUNDS), PATTERNS]
+        self.choices = [len(values) for values in lists]
+        for name, key in (("t5", "d_model"), ("clip", "hidden_size")):
+            width = cascade.NETWORKS[name][1][key]
+            head = (LayerNorm(width), AttentionPooling(4, width), nn.Linear(width, sum(self.choices)))
+            self.helpers[name] = nn.Sequential(*head)
+        labels = []
+        for scene in pool.scenes:
+            things = [[t.shape, t.colour, t.size, t.motion] for t in scene.things]
+            missing = [None] * (4 * (MOST_THINGS - len(things)))
+            values = [*chain(*things), *missing, scene.background, scene.pattern]
+            labels.append([choices.index(value) for choices, value in zip(lists, values, strict=True)])
+        self.labels = torch.tensor(labels, device=pool.device)
+        self.tokens = {name: tokens(checkpoint, name, pool.captions, pool.device) for name in ("t5", "clip")}
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        index = self.pool.draw(batch, generator)
+        (t5_ids, mask), (clip_ids, _) = self.tokens["t5"], self.tokens["clip"]
+        return t5_ids[index], mask[index], clip_ids[index], self.labels[index]
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        t5_ids, mask, clip_ids, labels = batch
+        embeds = {"t5": self.networks["t5"](t5_ids, mask), "clip": self.networks["clip"](clip_ids)}
+        losses = [
+            F.cross_entropy(logits, labels[:, i])
+            for name in embeds
+            for i, logits in enumerate(self.helpers[name](embeds[name]).split(self.choices, dim=-1))
+        ]
+        return sum(losses) / len(losses)  # type: ignore[return-value]
+
+
+class Diffusion(Stage):
+    """Noise prediction for one UNet (Ho et al. 2020, eq. 14), its prompts encoded beforehand by a finished encoder."""
+
+    encoder = "t5"
+    negative = ""
+    noise_level: int | None = None
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        (name,) = self.ships
+        self.unet = self.networks[name]
+        _start_as_identity(self.unet)
+        config = SchedulerConfig.from_dict(cascade.SCHEDULERS[name], name)
+        self.kept = torch.from_numpy(alphas_cumprod(config)).to(pool.device)
+        # Timesteps that a run can visit.
+        self.timesteps = max_inference_steps(config) if config.solver == "dpm" else config.num_train_timesteps
+        noising = SchedulerConfig.from_dict(cascade.NOISING, name)
+        self.condition_kept = torch.from_numpy(alphas_cumprod(noising)).to(pool.device)
+        encoder = self.frozen(self.encoder)
+        self.embeds = encode(encoder, *tokens(checkpoint, self.encoder, pool.captions, pool.device))
+        self.no_text = encode(encoder, *tokens(checkpoint, self.encoder, [self.negative], pool.device))
+
+    @abstractmethod
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """What is to be denoised [B, C, F, H, W], and the condition beside it."""
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        device = self.pool.device
+        index = self.pool.draw(batch, generator)
+        with torch.no_grad():
+            levels = self.draw_levels(batch, generator)
+            clean, condition = self.clip(index, levels, generator)
+            drop = torch.rand(batch, generator=generator, device=device) < NO_TEXT
+            embeds = torch.where(drop[:, None, None], self.no_text, self.embeds[index]).float()
+            timestep = torch.randint(self.timesteps, (batch,), generator=generator, device=device)
+            noise = self.random(generator, like=clean)
+            sample = add_noise(self.kept, clean, noise, timestep)
+            if condition is not None:
+                sample = torch.cat([sample, condition], dim=1)
+        # An error of the prediction is 1 / alpha times as large in the clean sample. The first steps decide what is
+        # shown and where; the plain mean of squares would hardly count them. The last timesteps of a cosine schedule,
+        # where 1 / alpha reaches 20,000 and no run begins, must not drown all others.
+        weight = self.kept[timestep].rsqrt().clamp(max=_MOST_WEIGHT)
+        return sample, timestep.float(), embeds, noise, weight, *([] if levels is None else [levels.float()])
+
+    def draw_levels(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Half of the batch at the level of every run, the rest up to twice as high or down to none."""
+        if self.noise_level is None:
+            return None
+        device = self.pool.device
+        other = torch.randint(2 * self.noise_level, (batch,), generator=generator, device=device)
+        fixed = torch.rand(batch, generator=generator, device=device) < 0.5
+        return torch.where(fixed, self.noise_level, other)
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        sample, timestep, embeds, noise, weight, *levels = batch
+        context = UNetContext(self.unet)(embeds, *levels)
+        predicted = UNetStep(self.unet, noise.shape[1])(sample, timestep, *context)[0]
+        return (weight * (predicted.float() - noise).square().mean(dim=(1, 2, 3, 4))).mean()
+
+    def upscaled(self, small: Tensor, levels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Small frames [B, 3, F, H, W] resized as the runtime does and noised to `levels` [B]."""
+        b, _, f, h, w = small.shape
+        size = (h * SR1_SCALE, w * SR1_SCALE)
+        large = F.interpolate(small.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=True)
+        large = large.unflatten(0, (b, f)).transpose(1, 2)
+        return add_noise(self.condition_kept, large, self.random(generator, like=large), levels)
+
+
+class Base(Diffusion):
+    ships = ("base",)
+
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        numbers = torch.arange(0, FRAMES, INTERP_FRAMES - 1, device=index.device).float()
+        return self.pool.frames(index, numbers.expand(len(index), -1), KEYFRAME_SIZE), None
+
+
+class Interp(Diffusion):
+    ships = ("interp",)
+
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        gap = INTERP_FRAMES - 1
+        start = torch.randint(FRAMES // gap, (len(index), 1), generator=generator, device=index.device) * gap
+        clean = self.pool.frames(
+            index, (start + torch.arange(INTERP_FRAMES, device=index.device)).float(), KEYFRAME_SIZE
+        )
+        # The runtime's key frames are generated: a little noise keeps this stage from trusting every pixel.
+        ends = clean[:, :, [0, -1]]
+        strength = 0.1 * torch.rand(len(index), 1, 1, 1, 1, generator=generator, device=index.device)
+        ends = ends + strength * self.random(generator, like=ends)
+        weight = torch.linspace(0, 1, INTERP_FRAMES, device=index.device)[:, None, None]
+        fade = ends[:, :, :1] * (1 - weight) + ends[:, :, 1:] * weight
+        mask = torch.zeros_like(fade[:, :1])
+        mask[:, :, [0, -1]] = 1
+        return clean, torch.cat([fade, mask], dim=1)
+
+
+class FirstFrame(Diffusion):
+    ships = ("if2",)
+    noise_level = SETTINGS.if2_noise_level
+
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        number = torch.randint(FRAMES, (len(index), 1), generator=generator, device=index.device).float()
+        small, large = (self.pool.frames(index, number, size) for size in (KEYFRAME_SIZE, LARGE_SIZE))
+        return large, self.upscaled(small, levels, generator)
+
+
+class Sr1(Diffusion):
+    ships = ("sr1",)
+    noise_level = SETTINGS.sr1_noise_level
+
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        window = SETTINGS.sr1_window
+        start = torch.randint(FRAMES - window + 1, (len(index), 1), generator=generator, device=index.device)
+        numbers = (start + torch.arange(window, device=index.device)).float()
+        small, large = (self.pool.frames(index, numbers, size) for size in (KEYFRAME_SIZE, LARGE_SIZE))
+        condition = self.upscaled(small, levels, generator)
+        # In front the first frame, clean: from if2 or from the window before, so with small faults.
+        first = large[:, :, :1]
+        strength = 0.05 * torch.rand(len(index), 1, 1, 1, 1, generator=generator, device=index.device)
+        condition[:, :, :1] = first + strength * self.random(generator, like=first)
+        return large, condition
+
+
+class Sr2(Diffusion):
+    ships = ("sr2",)
+    encoder = "clip"
+    negative = NEGATIVE_PROMPT
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        self.timesteps = EXPERT_TIMESTEPS
+        self.vae = VAEEncoder(self.frozen("vae"))
+        self.scale = cascade.NETWORKS["vae"][1]["scaling_factor"]
+
+    def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        start = torch.randint(FRAMES - SR2_FRAMES + 1, (len(index), 1), generator=generator, device=index.device)
+        numbers = (start + torch.arange(SR2_FRAMES, device=index.device)).float()
+        frames = self.pool.frames(index, numbers, FULL_SIZE).transpose(1, 2).flatten(0, 1)
+        mean, logvar = self.vae(frames)
+        latents = (mean + (0.5 * logvar).exp() * self.random(generator, like=mean)) * self.scale
+        return latents.float().unflatten(0, (len(index), SR2_FRAMES)).transpose(1, 2), None
+
+
+class Vae(Stage):
+    """Reconstruction with a weak pull of the latents to a standard normal (Kingma & Welling 2013)."""
+
+    ships = ("vae",)
+
+    def __init__(self, pool: Pool, checkpoint: Path):
+        super().__init__(pool, checkpoint)
+        self.vae = self.networks["vae"]
+        self.encoder, self.decoder = VAEEncoder(self.vae), VAEDecoder(self.vae)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        index = self.pool.draw(batch, generator)
+        number = torch.rand(batch, 1, generator=generator, device=self.pool.device) * (FRAMES - 1)
+        image = self.pool.frames(index, number, FULL_SIZE)[:, :, 0]
+        return image, self.random(generator, batch, 4, FULL_SIZE[1] // 8, FULL_SIZE[0] // 8)
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        image, noise = batch
+        mean, logvar = (value.float() for value in self.encoder(image))
+        error = self.decoder(mean + (0.5 * logvar).exp() * noise).float() - image
+        # Differences of neighbours count apart: edges and fine lines are few pixels.
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.square().mean() + 0.3 * error.abs().mean() + 0.5 * edges + 1e-6 * divergence
+
+    def finish(self, generator: torch.Generator) -> None:
+        """Give latents mean 0 and, times the published scaling factor, deviation 1; the decoder undoes it."""
+        with torch.no_grad():
+            latents = torch.cat([self.encoder(self.draw(4, generator)[0])[0] for _ in range(16)])
+            mean = latents.mean(dim=(0, 2, 3))
+            gain = 1 / (latents.std(dim=(0, 2, 3)) * cascade.NETWORKS["vae"][1]["scaling_factor"])
+            half = len(mean)
+            into, out = self.vae.quant_conv, self.vae.post_quant_conv
+            into.weight[:half] *= gain[:, None, None, None]
+            into.bias[:half] = (into.bias[:half] - mean) * gain
+            into.bias[half:] += 2 * gain.log()
+            out.bias += out.weight[..., 0, 0] @ mean
+            out.weight /= gain[None, :, None, None]
+
+
+def _start_as_identity(unet: VideoUNet) -> None:
+    """Zero the last layer of every residual branch: a deep network then starts to learn as a shallow one."""
+    last = {ResnetBlock2D: "conv2", TemporalConvLayer: "conv4", TemporalTransformer: "proj_out"}
+    last |= {SpatialTransformer: "proj_out", AddedKVAttention: "to_out"}
+    for module in unet.modules():
+        if type(module) in last:
+            for weight in getattr(module, last[type(module)]).parameters():
+                if weight.ndim > 1:
+                    nn.init.zeros_(weight)
+
+
+def tokens(checkpoint: Path, name: str, texts: list[str], device: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask [N, 77], by the tokenizer that the bundle will get."""
+    folder = checkpoint / Path(cascade.NETWORKS[name][0]).parent / "tokenizer"
+    convert = {"t5": convert_t5, "clip": convert_clip}[name]
+    batch = Tokenizer.from_text(convert(folder), str(folder)).encode(
+        [normalize_t5_prompt(text) for text in texts] if name == "t5" else texts, MAX_TOKENS
+    )
+    return torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.attention_mask).to(device)
+
+
+def encode(encoder: nn.Module, ids: Tensor, mask: Tensor, chunk: int = 1024) -> Tensor:
+    """Text embeddings, float16 [N, 77, D]: the whole pool's, once."""
+    masked = isinstance(encoder, T5Encoder)
+    with torch.no_grad():
+        batches = zip(ids.split(chunk), mask.split(chunk), strict=True)
+        return torch.cat([encoder(*(batch if masked else batch[:1])).half() for batch in batches])
+
+
+def add_noise(kept: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """alpha * clean + sigma * noise (Ho et al. 2020, eq. 4), a timestep [B] for each clip; `kept` is alpha squared."""
+    share = kept[timestep].reshape(-1, *[1] * (clean.ndim - 1))
+    return share.sqrt() * clean + (1 - share).sqrt() * noise

@@ -1,0 +1,218 @@
+"""The demo's clips and captions, and its training: batches as the runtime makes them, runs that can be interrupted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from engines.catalog import CATALOG
+from engines.errors import CheckpointError, SettingsError
+from export import networks
+from export.demo import cascade, stages
+from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
+from export.demo.scenes import lay_out, render
+from export.demo.stages import Pool
+from export.demo.train import train
+from export.modules.ops import attention, temporal_attention
+from export.networks import Source
+from export.random_checkpoint import random_checkpoint
+from export.tokenizers import convert_clip, convert_t5
+from export.unpack import unpack
+from runtime.config import Settings
+from runtime.ops import cross_fade, resize_bilinear
+from runtime.schedulers import SchedulerConfig
+from runtime.schedulers import add_noise as runtime_add_noise
+from runtime.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    random_checkpoint(folder)
+    return folder
+
+
+# Clips and captions
+
+
+def test_training_never_shows_what_evaluation_asks_for() -> None:
+    trained = {thing for scene, _ in training_scenes(2000, 0) for thing in scene.things}
+    asked = {thing for scene, _ in evaluation_scenes(100, 0) for thing in scene.things}
+    assert not any(map(held_out, trained))
+    assert all(map(held_out, asked))
+    # Every word of the questions is known from other combinations.
+    for field in ("shape", "colour", "motion"):
+        assert {getattr(thing, field) for thing in asked} <= {getattr(thing, field) for thing in trained}
+
+
+def test_small_frames_are_large_ones_averaged() -> None:
+    scenes = [scene for scene, _ in training_scenes(6, 1)]
+    clips, frames = lay_out(scenes, 1), torch.tensor([[0.0, 13.0, 28.0]]).expand(6, -1)
+    small, large = render(clips, frames, (64, 40)), render(clips, frames, (512, 320))
+    averaged = torch.nn.functional.avg_pool3d(large, (1, 8, 8))
+    assert small.min() >= -1
+    assert small.max() <= 1
+    # Edges differ by how a pixel's share of a shape is estimated, the fine textures by their residue.
+    assert (small - averaged).abs().mean() < 0.02
+    assert (small - averaged).abs().max() < 0.5
+    assert (large[:, :, 0] - large[:, :, 1]).abs().mean() > 0.001
+
+
+def test_caption_words_are_single_tokens_and_other_words_survive(checkpoint: Path) -> None:
+    t5 = Tokenizer.from_text(convert_t5(checkpoint / "base" / "tokenizer"), "t5")
+    clip = Tokenizer.from_text(convert_clip(checkpoint / "sr2" / "tokenizer"), "clip")
+    assert t5.encode([" ".join(words())]).attention_mask.sum() == len(words()) + 1
+    for tokenizer, unknown in ((t5, 2), (clip, None)):
+        ids, other = tokenizer.encode(["a panda, taking a selfie!", "a pandas, taking a selfie!"]).input_ids
+        assert unknown not in ids
+        assert (ids != other).any()
+
+
+# The checkpoint
+
+
+def test_every_network_is_of_the_published_format_and_all_fit_in_ten_megabytes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for network in CATALOG.values():
+        networks.load(Source.find(network, checkpoint, "fp32"), "fp32", (576, 320))
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors")) < 10e6
+    cascade.pack(checkpoint, tmp_path / "packed.tar.xz")
+    unpacked = unpack(tmp_path / "packed.tar.xz", tmp_path / "unpacked")
+    for path in checkpoint.rglob("*.*"):
+        if path.is_file():
+            assert (unpacked / path.relative_to(checkpoint)).read_bytes() == path.read_bytes()
+
+
+def test_a_checkpoint_recommends_its_guidance(checkpoint: Path, tmp_path: Path) -> None:
+    from export.build import recommended_settings
+
+    assert recommended_settings(tmp_path, (576, 320)) == Settings()
+    assert recommended_settings(checkpoint, (576, 320)) == Settings().with_guidance(cascade.GUIDANCE)
+    (tmp_path / "settings.json").write_text('{"guidance": {"base": 2.5, "sr9": 1}}')
+    with pytest.raises(CheckpointError, match=r"settings\.json: unknown stage sr9"):
+        recommended_settings(tmp_path, (576, 320))
+
+
+# Batches
+
+
+def make(name: str, checkpoint: Path) -> stages.Stage:
+    kinds = {"if2": stages.FirstFrame, "interp": stages.Interp, "sr1": stages.Sr1, "vae": stages.Vae}
+    torch.manual_seed(0)
+    return kinds[name](Pool(4, 0, "cpu"), checkpoint)
+
+
+def test_super_resolution_is_trained_on_the_runtimes_condition(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = make("sr1", checkpoint)
+    noise = torch.randn(2, 3, 2, 32, 48)
+    monkeypatch.setattr(stage, "random", lambda generator, *shape, like=None: noise)
+    small = torch.rand(2, 3, 2, 8, 12) * 2 - 1
+    ours = stage.upscaled(small, torch.tensor([250, 250]), torch.Generator())
+    config = SchedulerConfig.from_dict(cascade.NOISING, "test")
+    theirs = runtime_add_noise(config, resize_bilinear(small.numpy(), (32, 48)), noise.numpy(), 250)
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-5)
+
+
+def test_interpolation_is_trained_on_the_runtimes_condition(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = make("interp", checkpoint)
+    monkeypatch.setattr(stage, "random", lambda generator, *shape, like=None: torch.zeros_like(like))
+    clean, condition = stage.clip(torch.tensor([0, 1]), None, torch.Generator().manual_seed(0))
+    assert condition is not None
+    clean = clean.numpy()
+    np.testing.assert_allclose(condition[:, :3], cross_fade(clean[:, :, 0], clean[:, :, -1], 5), rtol=0, atol=1e-6)
+    assert (
+        condition[:, 3].amax(dim=(-1, -2)).tolist()
+        == condition[:, 3].amin(dim=(-1, -2)).tolist()
+        == [[1, 0, 0, 0, 1]] * 2
+    )
+
+
+def test_no_timestep_drowns_the_others(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "LARGE_SIZE", (16, 8))
+    monkeypatch.setattr(stages, "KEYFRAME_SIZE", (4, 2))
+    stage = make("if2", checkpoint)
+    assert stage.timesteps == 1000  # of a cosine schedule, whose last alpha is 5e-5
+    _, timestep, _, _, weight, _ = stage.draw(4000, torch.Generator().manual_seed(0))
+    assert timestep.max() == 999
+    assert 1 <= weight.min() < weight.max() <= 50
+
+
+def test_latents_are_brought_to_unit_deviation_without_changing_the_pictures(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "FULL_SIZE", (96, 64))
+    stage = make("vae", checkpoint)
+    image, _ = stage.draw(4, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = stage.decoder(stage.encoder(image)[0])
+        stage.finish(torch.Generator().manual_seed(2))
+        mean, _ = stage.encoder(image)
+        after = stage.decoder(mean)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-3)
+    assert 0.5 < (mean * 0.18215).std() < 2
+    assert abs(mean.mean() * 0.18215) < 0.5
+
+
+@pytest.mark.parametrize("function", [attention, temporal_attention])
+def test_attention_with_a_derivative_is_the_operators(function) -> None:
+    q, k, v = torch.randn(3, 4, 5, 16).unbind()
+    trained = function(q.clone().requires_grad_(), k, v, 2)
+    torch.testing.assert_close(trained, function(q, k, v, 2))
+    trained.sum().backward()
+
+
+# Runs
+
+
+def weights(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "KEYFRAME_SIZE", (16, 8))
+    options = {"steps": 3, "batch": 2, "pool": 8, "compiled": False, "report": lambda _: None}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, ["text", "base"], **options)
+    calls = 0
+    while not train(parts, ["text", "base"], stop_after=0.0, **options):  # one step a call
+        calls += 1
+        assert calls <= 6
+        assert list((parts / "state").glob("*"))
+    assert calls >= 4
+    assert len(weights(whole)) == 3
+    assert weights(whole) == weights(parts)
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
+    options = {"steps": 3, "pool": 8, "compiled": False, "report": lambda _: None}
+    assert not train(tmp_path, ["text"], batch=2, stop_after=0.0, **options)
+    with pytest.raises(SettingsError, match=r"batch=2.*not.*batch=3.*Remove it"):
+        train(tmp_path, ["text"], batch=3, **options)
+
+
+def test_a_stage_in_progress_can_be_shipped_as_it_is(tmp_path: Path) -> None:
+    options = {"steps": 1000, "pool": 8, "batch": 2, "compiled": False, "report": lambda _: None}
+    assert not train(tmp_path, ["text"], stop_after=0.0, **options)
+    assert train(tmp_path, ["text"], ship=True, **options)
+    assert cascade.has_network(tmp_path, "clip")
+    assert not list((tmp_path / "state").glob("*"))
+
+
+def test_a_stage_asks_for_what_it_builds_on(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Train text and vae first"):
+        train(tmp_path, ["base"], steps=1, pool=4, report=lambda _: None)
+
+
+def test_time_is_turned_into_steps_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert train(tmp_path, ["text"], minutes=0.02, batch=1, pool=4, compiled=False, report=lines.append)
+    planned = [line for line in lines if "steps planned" in line]
+    assert len(planned) == 1
+    assert "text: step" in lines[-1]

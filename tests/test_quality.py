@@ -1,0 +1,130 @@
+"""The ruler: the judge on clips whose content is known, the control, distances, and a whole run on such clips."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench import quality
+from bench.judge import Frames, bootstrap, read, wilson
+from bench.quality import Prompt, faithfulness, feature_distance, flicker, load_prompts, make_prompts, psnr, ssim
+from engines.errors import OutputError, SettingsError
+from export.demo.captions import held_out
+
+PROMPTS = load_prompts(16)
+
+
+def draw(prompt: Prompt) -> Frames:
+    """The true video of a prompt at half size."""
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    from export.demo.scenes import lay_out, render
+
+    clip = render(lay_out([prompt.scene], prompt.seed), torch.arange(29.0)[None], (288, 160))[0]
+    return ((clip * 0.5 + 0.5) * 255).byte().permute(1, 2, 3, 0).numpy()
+
+
+@pytest.fixture(scope="module")
+def videos() -> list[Frames]:
+    return [draw(prompt) for prompt in PROMPTS]
+
+
+def test_the_committed_prompts_are_those_that_training_never_sees() -> None:
+    assert quality.PROMPTS.read_text(encoding="utf-8") == make_prompts()
+    assert all(held_out(thing) for prompt in load_prompts() for thing in prompt.scene.things)
+
+
+@pytest.mark.torch
+def test_true_videos_are_read_right_and_other_prompts_near_chance(videos: list[Frames]) -> None:
+    result = faithfulness([prompt.scene for prompt in PROMPTS], [read(video) for video in videos])
+    assert result.score == 1.0
+    assert result.right == result.asked
+    # 7 colours beside the background's, 5 shapes, 15 motions, 6 backgrounds, asked of the better of two pairings.
+    assert result.chance_score < 0.25
+    assert result.chance["direction"] < 0.15
+
+
+@pytest.mark.torch
+def test_the_judge_bears_blur_and_noise(videos: list[Frames]) -> None:
+    random = np.random.default_rng(0)
+    spoiled = []
+    for video in videos:
+        soft = sum(np.roll(video.astype(np.float32), shift, axis=(1, 2)) for shift in (-2, -1, 0, 1, 2)) / 5
+        spoiled.append((soft + random.normal(0, 12, soft.shape)).clip(0, 255).astype(np.uint8))
+    assert faithfulness([prompt.scene for prompt in PROMPTS], [read(video) for video in spoiled]).score > 0.9
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_an_empty_video_shows_nothing(level: int) -> None:
+    assert read(np.full((29, 160, 288, 3), level, np.uint8)).things == ()
+
+
+def test_noise_is_not_taken_for_what_was_asked() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (29, 160, 288, 3)).astype(np.uint8)
+    assert faithfulness([prompt.scene for prompt in PROMPTS], [read(noise)] * len(PROMPTS)).score < 0.25
+
+
+def test_intervals_hold_the_share_and_narrow_with_more_questions() -> None:
+    low, high = wilson(8, 10)
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)  # Wilson (1927), 95 %
+    assert wilson(800, 1000)[1] - wilson(800, 1000)[0] < high - low
+    assert wilson(10, 10)[1] == pytest.approx(1)
+    low, high = bootstrap([0.0, 1.0] * 50)
+    assert 0.38 < low < 0.5 < high < 0.62
+
+
+def test_distances_of_known_pairs() -> None:
+    random = np.random.default_rng(0)
+    clip = random.integers(0, 200, (3, 32, 48, 3)).astype(np.uint8)
+    assert psnr(clip, clip) == float("inf")
+    assert ssim(clip, clip) == pytest.approx(1)
+    assert feature_distance(clip, clip) == 0
+    assert psnr(clip, clip + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
+    near, far = clip + np.uint8(5), random.integers(0, 200, clip.shape).astype(np.uint8)
+    assert ssim(clip, near) > 0.95 > 0.2 > ssim(clip, far)
+    assert feature_distance(clip, near) < 0.05 < 0.5 < feature_distance(clip, far)
+
+
+def test_flicker_leaves_steady_change_out() -> None:
+    steady = np.arange(0, 60, 6, dtype=np.uint8)[:, None, None, None] + np.zeros((10, 8, 8, 3), np.uint8)
+    assert flicker(steady) == pytest.approx(0, abs=1e-3)
+    flashing = np.where(np.arange(10) % 2, 100, 104).astype(np.uint8)[:, None, None, None] + np.zeros_like(steady)
+    assert flicker(flashing) == pytest.approx(8, abs=1e-3)
+
+
+@pytest.mark.torch
+def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[Frames]) -> None:
+    prompts, made = PROMPTS[:3], []
+
+    def make(prompt: Prompt) -> Frames:
+        made.append(prompt.prompt)
+        return videos[PROMPTS.index(prompt)]
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    quality.run_quality(prompts[:2], make, first)
+    result = quality.run_quality(prompts, make, first)
+    assert made == [prompt.prompt for prompt in prompts]
+    assert result["faithfulness"].score == 1.0
+    assert (first / "sheet-0.png").is_file()
+    assert "psnr" not in result["videos"][0]
+
+    against = quality.run_quality(prompts, make, second, reference=first)
+    assert [row["ssim"] for row in against["videos"]] == pytest.approx([1, 1, 1])
+    text = quality.distance_table(against["videos"]).as_markdown()
+    assert "| PSNR to reference, dB | equal | equal |" in text
+    assert "faithfulness" in quality.faithfulness_table(against["faithfulness"]).as_text()
+    json.dumps(against["videos"])
+    with pytest.raises(OutputError, match=r"no 03\.npz"):
+        quality.run_quality(PROMPTS[:4], make, second, reference=first)
+    with pytest.raises(OutputError, match="another prompt or seed"):
+        quality.run_quality(PROMPTS[1:3], make, second)
+
+
+def test_a_prompt_count_out_of_range_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--prompts 1; allowed: 2 to 48"):
+        load_prompts(1)
