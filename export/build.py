@@ -105,6 +105,12 @@ class Job:
         return self.source.parameters * WEIGHT_BYTES[self.precision]
 
     @property
+    def disk(self) -> float:
+        """Bytes that its files will take, about."""
+        kernels = 0 if self.backend.name == compile_ort.BACKEND else 64 * 2**20  # what plans hold beside the weights
+        return self.weight_bytes * (2 if self.keep_onnx else 1) * 1.02 + kernels
+
+    @property
     def memory(self) -> float:
         """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
         copies = 4 if self.backend.name == compile_ort.BACKEND else 2  # module, graph, file, session; builder and plan
@@ -357,7 +363,7 @@ def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:
 
 
 def _check_disk(root: Path, pending: list[Job]) -> None:
-    need = sum(job.weight_bytes * (2 if job.keep_onnx else 1) for job in pending) * 1.05  # plans hold kernels, too
+    need = sum(job.disk for job in pending)
     free = shutil.disk_usage(root).free
     if need > _GIB:
         print(f"needs {need / _GIB:.1f} GiB of disk, {free / _GIB:.1f} GiB are free", file=sys.stderr)
