@@ -114,8 +114,6 @@ def compile_trt(
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if writer.error:
         raise writer.error
-    if monitor.interrupted:
-        raise KeyboardInterrupt
     if not built:
         raise EngineError(f"{flavour} could not build {spec.name}: {logger.summary()}")
 
@@ -142,20 +140,16 @@ def _callbacks(flavour: str, report: Report, file: IO[bytes]) -> tuple[Any, Any,
             return self.errors[0] if self.errors else "it gave no reason"
 
     class Monitor(trt.IProgressMonitor):
-        """Passes on the builder's phases, and stops it at its next step after an interruption."""
+        """Passes on the builder's phases."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
-            try:
-                report(phase_name)
-            except KeyboardInterrupt:  # must not unwind through the library
-                self.interrupted = True
+            report(phase_name)
 
         def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
-            return not self.interrupted
+            return True
 
         def phase_finish(self, phase_name: str) -> None:
             pass

@@ -1,7 +1,8 @@
 """The manifest of a bundle: one JSON file that says what every engine is, where it came from and how exact it is."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engines.errors import BundleError
@@ -51,6 +52,11 @@ class EngineEntry:
     properties: dict[str, Any]
     graphs: dict[str, GraphEntry]
     cost: dict[str, float] = field(default_factory=dict)
+    seal: str = ""  # `sealed` writes it: tells an entry that was edited since
+
+    def sealed(self) -> "EngineEntry":
+        content = json.dumps(asdict(replace(self, seal="")), sort_keys=True)
+        return replace(self, seal=hashlib.sha256(content.encode()).hexdigest())
 
     def files(self) -> list[FileEntry]:
         return [file for graph in self.graphs.values() for file in (graph.plan, graph.weights) if file]
@@ -78,7 +84,7 @@ class Manifest:
             if data["format"] != FORMAT:
                 raise BundleError(
                     f"{where}: manifest format {data['format']}, this version reads {FORMAT}. "
-                    "Build the bundle again with `python -m export build`."
+                    "Build the bundle again, in a new folder: `python -m export build --out NEW`."
                 )
             return cls(
                 versions=data["versions"],
@@ -91,7 +97,7 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"{where} is not a bundle's manifest ({type(error).__name__}: {error}). "
-                "Build the bundle again with `python -m export build --force`."
+                "Build the bundle again, in a new folder: `python -m export build --out NEW`."
             ) from None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from engines.catalog import CATALOG
 from engines.errors import BundleError
 from engines.manifest import EngineEntry, FileEntry, Manifest
 
@@ -41,7 +42,7 @@ class Bundle:
         except UnicodeDecodeError as error:
             raise BundleError(
                 f"{path} is not a bundle's manifest ({error}). "
-                "Build the bundle again with `python -m export build --force`."
+                "Build the bundle again, in a new folder: `python -m export build --out NEW`."
             ) from None
         except OSError:
             raise BundleError(
@@ -61,16 +62,33 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.engines) or "none"
             raise BundleError(
-                f"{self.root}: engine {name} is missing (it has: {have}). "
-                f"Add it with `python -m export build --stage all --out {self.root}`."
+                f"{self.root}: engine {name} is missing (it has: {have}). Add it with {self.rebuild_command(name)}."
             ) from None
+
+    def rebuild_command(self, name: str, **changes: str | None) -> str:
+        """What builds an engine again as it was, or where it is missing, as the others are; with changed options."""
+        entry = self.manifest.engines.get(name) or next(iter(self.manifest.engines.values()), None)
+        options: dict[str, str | None] = {"stage": CATALOG[name].stage}
+        if entry:
+            options |= {"engine": entry.backend, "precision": entry.precision}
+            if entry.targets:
+                options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
+                options |= {"attention": entry.source.get("attention")}
+        options |= {"size": "{}x{}".format(*self.manifest.size), **changes}
+        words = " ".join(f"--{option} {value}" for option, value in options.items() if value)
+        return f"`python -m export build --checkpoint FOLDER {words} --out {self.root}`"
+
+    def problems(self, entry: EngineEntry) -> list[str]:
+        """Why an engine is not what was built; reads all of its files."""
+        edited = [] if entry.sealed().seal == entry.seal else ["its part of the manifest has been changed"]
+        return edited + list(filter(None, map(self.damage, entry.files())))
 
     def path(self, file: FileEntry) -> Path:
         """Where a file lies; raises BundleError when it is not there or not of the recorded length."""
         path = self.root / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             raise BundleError(
-                f"{path} is missing or cut short. Build it again: `python -m export build --out {self.root}`."
+                f"{path} is missing or cut short. `python -m export check {self.root}` says how to build it again."
             )
         return path
 
@@ -112,6 +130,11 @@ class Bundle:
             for leftover in root.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
+        except OSError as error:
+            raise BundleError(
+                f"{root} cannot be written ({error.strerror or error}). What was finished is kept; make room or choose "
+                "another --out, then run this again."
+            ) from None
         finally:
             lock.release()
 
@@ -145,7 +168,7 @@ class BundleWriter(Bundle):
             )
             for name, graph in entry.graphs.items()
         }
-        engines = {**self.manifest.engines, entry.name: replace(entry, graphs=graphs)}
+        engines = {**self.manifest.engines, entry.name: replace(entry, graphs=graphs).sealed()}
         self.update(engines=dict(sorted(engines.items())))  # whichever was finished first
         for old in target.parent.glob(f"{entry.name}-*"):
             if old != target:

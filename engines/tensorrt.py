@@ -5,18 +5,20 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engines.catalog import CATALOG
 from engines.errors import EngineError, SettingsError
-from engines.gpu import find_gpus
+from engines.gpu import Gpu, find_gpus
 from engines.manifest import EngineEntry
+from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # what TensorRT-RTX takes itself: Ampere, Ada, Blackwell
+_CUDA = (13, 0)  # what both flavours' libraries are built with
 
 
 def installed_version(flavour: str) -> str | None:
@@ -32,7 +34,13 @@ def load(flavour: str) -> Any:
     try:
         return importlib.import_module(FLAVOURS[flavour])
     except ImportError as error:
-        raise EngineError(f"{flavour} is not usable ({error}). Install it: `pip install -e '.[{flavour}]'`.") from None
+        raise EngineError(f"{flavour} is not usable ({error}). {_install(flavour)}") from None
+
+
+def _install(flavour: str) -> str:
+    if flavour == "tensorrt-rtx" and (sys.version_info >= (3, 13) or sys.platform == "darwin"):
+        return "Its wheels are for Linux and Windows, Python 3.11 and 3.12: use one of these."
+    return f"Install it: `pip install -e '.[{flavour}]'`."
 
 
 def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple[str, ...]:
@@ -44,7 +52,7 @@ def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple
         if list(targets) not in ([], [gpus[0].target]):
             raise SettingsError(f"tensorrt builds for the GPU it runs on, {gpus[0].target}; leave --target out.")
         return (gpus[0].target,)
-    targets = tuple(dict.fromkeys(targets)) or DEFAULT_TARGETS
+    targets = tuple(dict.fromkeys(targets)) or _default_targets()
     if unknown := [target for target in targets if target not in TARGETS]:
         raise SettingsError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(TARGETS)}.")
     if "sm75" in targets and len(targets) > 1:
@@ -54,45 +62,65 @@ def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple
     return targets
 
 
+def _default_targets() -> tuple[str, ...]:
+    """The flavour's own, but a card that is here must be among them: Turing builds alone."""
+    gpus = find_gpus()
+    if gpus and gpus[0].target in TARGETS and not serves(DEFAULT_TARGETS, gpus[0].target):
+        return (gpus[0].target,)
+    return DEFAULT_TARGETS
+
+
 def serves(targets: Sequence[str], gpu: str) -> bool:
     """Whether an engine for `targets` runs on a GPU; sm120 stands for all of 12.x."""
     return gpu in targets or ("sm120" in targets and gpu.startswith("sm12"))
 
 
-def why_unusable(entry: EngineEntry) -> str | None:
+def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     """Why a plan cannot run here, told from the manifest alone and with what mends it; None if it can.
 
     A plan is read by the version that wrote it, on the cards that it was written for.
     """
-    return version_mismatch(entry) or _card_mismatch(entry)
+    return version_mismatch(bundle, entry) or _card_mismatch(bundle, entry)
 
 
-def version_mismatch(entry: EngineEntry) -> str | None:
-    have = installed_version(entry.backend)
+def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
+    have, by = installed_version(entry.backend), f"{entry.backend} {entry.backend_version}"
     install = f"`pip install '{entry.backend}=={entry.backend_version}'`"
     if have is None:
-        return f"needs {entry.backend} {entry.backend_version}: {install}"
+        return f"needs {by}: {install}"
     if have != entry.backend_version:
-        by = f"{entry.backend} {entry.backend_version}"
-        return f"built by {by}, {have} is installed: rebuild it ({_rebuild(entry)}) or {install}"
+        return f"built by {by}, {have} is installed: {install}, or {bundle.rebuild_command(entry.name)}"
     return None
 
 
-def _card_mismatch(entry: EngineEntry) -> str | None:
+def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
+    onnxruntime = {"engine": "onnxruntime", "target": None, "attention": None}
+    if entry.precision == "bf16":
+        onnxruntime["precision"] = "fp16"
     gpus = find_gpus()
     if not gpus:
-        return "needs an NVIDIA GPU, and this machine shows none; build for the CPU with `--engine onnxruntime`"
-    if not serves(entry.targets, gpus[0].target):
-        rebuild = _rebuild(entry, f" --target {gpus[0].target}" if entry.backend == "tensorrt-rtx" else "")
-        return (
-            f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target}): rebuild it ({rebuild})"
-        )
+        command = bundle.rebuild_command(entry.name, **onnxruntime)
+        return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
+    if serves(entry.targets, gpus[0].target):
+        return None
+    there = f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target})"
+    if entry.backend == "tensorrt":
+        return f"{there}: {bundle.rebuild_command(entry.name)}"
+    if gpus[0].target in TARGETS:
+        return f"{there}: {bundle.rebuild_command(entry.name, target=gpus[0].target)}"
+    return f"{there}, which TensorRT-RTX does not serve: {bundle.rebuild_command(entry.name, **onnxruntime)}"
+
+
+def why_not_here(flavour: str, gpu: Gpu) -> str | None:
+    """Why a flavour cannot run on a card, or None."""
+    if installed_version(flavour) is None:
+        return f"{flavour} is not installed. {_install(flavour)}"
+    if flavour == "tensorrt-rtx" and not serves(TARGETS, gpu.target):
+        return f"tensorrt-rtx does not serve {gpu.name} ({gpu.target})"
+    if gpu.driver < _CUDA:
+        needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
+        return f"the driver is for CUDA {has}, {flavour} needs {needs}: install a newer NVIDIA driver"
     return None
-
-
-def _rebuild(entry: EngineEntry, more: str = "") -> str:
-    stage = CATALOG[entry.name].stage
-    return f"`python -m export build --stage {stage} --engine {entry.backend} --precision {entry.precision}{more}`"
 
 
 def choose_backend() -> tuple[str, str]:
@@ -100,11 +128,13 @@ def choose_backend() -> tuple[str, str]:
     gpus = find_gpus()
     if not gpus:
         return "onnxruntime", "no NVIDIA GPU here"
-    if installed_version("tensorrt-rtx") and serves(TARGETS, gpus[0].target):
-        return "tensorrt-rtx", f"{gpus[0].name}, tensorrt-rtx {installed_version('tensorrt-rtx')}"
-    if installed_version("tensorrt"):
-        return "tensorrt", f"{gpus[0].name}, tensorrt {installed_version('tensorrt')}"
-    return "onnxruntime", f"{gpus[0].name}, but neither tensorrt-rtx for it nor tensorrt is installed"
+    reasons = []
+    for flavour in FLAVOURS:
+        reason = why_not_here(flavour, gpus[0])
+        if reason is None:
+            return flavour, f"{gpus[0].name}, {flavour} {installed_version(flavour)}"
+        reasons.append(reason)
+    return "onnxruntime", "; ".join(reasons)
 
 
 def polygraphy(flavour: str) -> Any:

@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engines import tensorrt
 from engines.catalog import CATALOG, STAGES
-from engines.errors import Show1Error
+from engines.errors import SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
 from engines.spec import PRECISIONS
@@ -24,7 +25,11 @@ DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `rand
 def _build(arguments: argparse.Namespace) -> None:
     from export.build import Backend, build  # torch: only when something is built
 
-    targets = arguments.target.split(",") if arguments.target else []
+    targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
+    if arguments.engine == "onnxruntime" and (arguments.keep_onnx or arguments.attention != "fused"):
+        raise SettingsError("--keep-onnx and --attention are for TensorRT; ONNX Runtime's plans are ONNX.")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise SettingsError(f"--jobs {arguments.jobs}; allowed: 1 or more.")
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
@@ -87,7 +92,7 @@ def _cost_table(bundle: Bundle) -> Iterator[str]:
     yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
     for name in CATALOG:
         if entry := bundle.manifest.engines.get(name):
-            cost, plans = entry.cost, sum(file.bytes for file in entry.files())
+            cost, plans = defaultdict(float, entry.cost), sum(file.bytes for file in entry.files())
             yield (
                 f"| {name} | {entry.backend} {entry.backend_version} | {entry.precision} "
                 f"| {cost['parameters'] / 1e6:,.1f} M | {plans / 1e6:,.1f} MB | {cost['export_s']:.0f} s "
@@ -98,10 +103,13 @@ def _cost_table(bundle: Bundle) -> Iterator[str]:
 def _check(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     problems = 0
+    commands: dict[str, None] = {}
     for name in CATALOG:
         entry = bundle.manifest.engines.get(name)
         reasons = ["not built"] if entry is None else _unusable(bundle, entry)
         problems += bool(reasons)
+        if reasons:
+            commands[bundle.rebuild_command(name)] = None
         details = f"{entry.backend} {entry.backend_version} {entry.precision}" if entry else ""
         note = "; ".join(reasons) or "ok"
         if entry and entry.targets:
@@ -113,18 +121,21 @@ def _check(arguments: argparse.Namespace) -> None:
         file = bundle.manifest.tokenizers.get(name)
         reason = bundle.damage(file) if file else "not built"
         problems += bool(reason)
+        if reason:
+            commands[bundle.rebuild_command(name)] = None
         print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
     if problems:
-        raise Show1Error(f"{problems} parts are unusable: `python -m export build --stage all --out {bundle.root}`.")
+        what = "1 part is" if problems == 1 else f"{problems} parts are"
+        raise Show1Error(f"{what} unusable. Build again: {'; '.join(commands)}.")
 
 
 def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
     """Why an engine is of no use: damaged files, another version, plans that its backend does not load."""
     from runtime.runner import Engine
 
-    reasons = list(filter(None, map(bundle.damage, entry.files())))
+    reasons = bundle.problems(entry)
     if entry.backend in tensorrt.FLAVOURS:
-        reasons += filter(None, [tensorrt.version_mismatch(entry)])
+        reasons += filter(None, [tensorrt.version_mismatch(bundle, entry)])
     if not reasons and (find_gpus() or not entry.targets):
         try:
             Engine(bundle, entry).close()

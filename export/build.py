@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -131,8 +132,7 @@ class Job:
             "precision": self.precision,
             "size": "{}x{}".format(*self.size),
             "exporter": _exporter_hash(self.backend.name),
-            "torch": version("torch"),
-            "onnxscript": version("onnxscript"),
+            **{package: version(package) for package in ("torch", "onnxscript", "onnx-ir")},
             "backend": self.backend.name,
         }
         if self.backend.name in tensorrt.FLAVOURS:  # ONNX Runtime reads what its older versions were given
@@ -249,6 +249,7 @@ _messages: Any = None  # a worker's queue to the process that shows progress
 def _start_worker(messages: Any, threads: int) -> None:
     global _messages
     _messages = messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its workers
     torch.set_num_threads(threads)
 
 
@@ -273,9 +274,10 @@ def _run_job(job: Job, folder: Path) -> tuple[EngineEntry, float]:
 def _exporter_hash(backend: str) -> str:
     """The code that decides what is in an engine."""
     here = Path(__file__).parent
-    files = [*sorted((here / "modules").glob("*.py")), here / "to_onnx.py", here / "networks.py"]
+    files = [*sorted((here / "modules").glob("*.py"))]
+    files += [here / name for name in ("checkpoint.py", "to_onnx.py", "networks.py")]
     compiler = "compile_ort.py" if backend == compile_ort.BACKEND else "compile_trt.py"
-    files += [here.parent / "engines" / name for name in ("catalog.py", "passes.py", compiler)]
+    files += [here.parent / "engines" / name for name in ("catalog.py", "passes.py", "spec.py", compiler)]
     return hashlib.sha256(b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in files)).hexdigest()
 
 
@@ -288,7 +290,13 @@ def why_stale(bundle: Bundle, job: Job) -> str | None:
     changed = sorted(key for key in {*entry.source, *made_from} if entry.source.get(key) != made_from.get(key))
     if changed:
         return f"changed: {', '.join(changed)}"
-    return "; ".join(filter(None, map(bundle.damage, entry.files()))) or None
+    if problems := bundle.problems(entry):
+        return "; ".join(problems)
+    if job.keep_onnx and not all(
+        (bundle.path(g.plan).parent / f"{g.spec.name}.onnx").is_file() for g in entry.graphs.values()
+    ):
+        return "its ONNX files were not kept"
+    return None
 
 
 def build(
@@ -419,8 +427,8 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                     progress.finish(entry, seconds)
         except BrokenProcessPool:
             raise BundleError(
-                "a build process was killed, most likely for want of memory. Finished engines are kept; "
-                "run this again with --jobs 1."
+                "a build process was killed, most likely for want of memory. Finished engines are kept; run this again "
+                "when more memory is free, with --jobs 1 to build one engine at a time."
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -441,7 +449,10 @@ def _next(waiting: list[Job], running: Iterable[Job], most: int, available: floa
 
 
 class _Progress:
-    """One bar in seconds of work. Compilers do not tell how far they are: within a job the bar goes by the clock."""
+    """One bar in seconds of work. What workers report names the phase; within a job the bar goes by the clock.
+
+    TensorRT's builder does count steps, but spends nine tenths of its time in one of them.
+    """
 
     def __init__(self, jobs: Iterable[Job], messages: Any):
         self._messages = messages
@@ -451,7 +462,7 @@ class _Progress:
         self._state: dict[str, str] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._bar = tqdm(total=math.ceil(sum(self._seconds.values())), desc="building", bar_format=_BAR)
+        self._bar = tqdm(total=math.ceil(sum(self._seconds.values())), desc="building", bar_format=_BAR, disable=None)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self, job: Job) -> None:
@@ -473,8 +484,9 @@ class _Progress:
             running = sum(min(now - at, 0.95 * self._seconds[name]) for name, at in self._started.items())
             state = ", ".join(f"{name} {what}" for name, what in self._state.items())
         self._bar.set_description_str(state or "building", refresh=False)
-        self._bar.n = max(self._bar.n, self._done + running)
-        self._bar.refresh()
+        if not self._bar.disable:
+            self._bar.n = max(self._bar.n, self._done + running)
+            self._bar.refresh()
 
     def _run(self) -> None:
         while not self._stop.wait(1):

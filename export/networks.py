@@ -60,6 +60,11 @@ class Source:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
+    def vae(self) -> dict[str, Any] | None:
+        """The config of the autoencoder whose latents sr2 works on."""
+        return read_config(self.folder.parent / "vae" / "config.json") if self.network.name == "sr2" else None
+
+    @property
     def parameters(self) -> int:
         return sum(tensor_sizes(self.weights))
 
@@ -73,7 +78,7 @@ class Source:
         return self.scheduler is not None and SchedulerConfig.from_dict(self.scheduler, self.where).learned_variance
 
     def fingerprint(self) -> dict[str, str]:
-        config = json.dumps(self.config, sort_keys=True)
+        config = json.dumps([self.config, self.vae], sort_keys=True)
         return {"weights": file_hash(self.weights), "config": hashlib.sha256(config.encode()).hexdigest()}
 
 
@@ -217,8 +222,8 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
     cond_emb = config.time_embedding_dim if config.addition_embed_type else None
     context = catalog.context_graph(config.text_dim, text_kv, cond_emb, bool(config.class_embed_type), dtype)
     width, height = stage_sizes(size)[name]
-    if name == "sr2":  # works on latents
-        factor = 2 ** (len(read_config(source.folder.parent / "vae" / "config.json")["block_out_channels"]) - 1)
+    if source.vae:
+        factor = 2 ** (len(source.vae["block_out_channels"]) - 1)
         width, height = width // factor, height // factor
     step = catalog.step_graph(
         name,

@@ -7,11 +7,13 @@ size shows what the real checkpoints need.
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -182,23 +184,24 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
     """
     if size not in CONFIGS:
         raise SettingsError(f"size {size!r}; allowed: {', '.join(CONFIGS)}.")
+    if not 0 <= seed < 2**64:
+        raise SettingsError(f"seed {seed}; allowed: 0 to 2^64 - 1.")
     if out.exists():
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
     need = 2 * sum(math.prod(shape) for f, c in CONFIGS[size].items() for shape in _shapes(f, c).values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if need > (free := shutil.disk_usage(out.parent).free):
-        raise OutputError(
-            f"{out}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Make room or choose another --out."
-        )
-    partial = out.with_name(f"{out.name}.partial")  # lest an interrupted run is taken for a checkpoint
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, CONFIGS[size], torch.Generator().manual_seed(seed))
-        partial.rename(out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror}). Make room or choose another --out.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if need > free:
+            raise OutputError(
+                f"{out}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Make room or choose another."
+            )
+        # Under another name until it is whole, lest an interrupted run is taken for a checkpoint.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            _write(Path(folder) / out.name, CONFIGS[size], torch.Generator().manual_seed(seed))
+            (Path(folder) / out.name).rename(out)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 
 
 def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Generator) -> None:

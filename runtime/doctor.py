@@ -9,10 +9,9 @@ from importlib.util import find_spec
 
 from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
-from engines.tensorrt import FLAVOURS, TARGETS, load, serves
+from engines.tensorrt import FLAVOURS, TARGETS, load, serves, why_not_here
 
 _EXPORT = ("torch", "onnx", "onnxscript", "transformers", "safetensors", "sentencepiece", "psutil")
-_CUDA_OF_RTX = (13, 0)  # what tensorrt-rtx's libraries are built with
 
 
 @dataclass
@@ -84,23 +83,29 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
             continue
         rtx = flavour == "tensorrt-rtx"
         if exports and (rtx or gpus):
-            result.builds.append(f"{flavour} (fp16, bf16, fp32)" + (f" for {', '.join(TARGETS)}" if rtx else ""))
+            targets = f" for {', '.join(TARGETS)} (sm75 alone, and not in bf16)" if rtx else ""
+            result.builds.append(f"{flavour} (fp16, bf16, fp32){targets}")
         if find_spec("polygraphy") is None:
             result.problems.append(
                 f"{flavour} runs through polygraphy, which is missing: `pip install -e '.[{flavour}]'`."
             )
-        elif gpus and rtx and not serves(TARGETS, gpus[0].target):
-            result.hints.append(f"tensorrt-rtx does not serve {gpus[0].name} ({gpus[0].target}): use onnxruntime.")
-        elif gpus and rtx and gpus[0].driver < _CUDA_OF_RTX:
-            result.problems.append(
-                "the driver is for CUDA {}.{}, tensorrt-rtx needs {}.{}: install a newer NVIDIA driver.".format(
-                    *gpus[0].driver, *_CUDA_OF_RTX
-                )
-            )
         elif gpus:
-            result.runs.append(flavour)
+            reason = why_not_here(flavour, gpus[0]) or _no_cuda_runtime()
+            if reason:
+                result.hints.append(f"{reason}.")
+            else:
+                result.runs.append(flavour)
     if gpus and serves(TARGETS, gpus[0].target) and not _version("tensorrt-rtx"):
         result.hints.append("for this card there is TensorRT-RTX: `pip install -e '.[tensorrt-rtx]'`.")
+
+
+def _no_cuda_runtime() -> str | None:
+    """Polygraphy copies arrays through libcudart, which neither flavour brings along."""
+    try:
+        importlib.import_module("polygraphy.cuda").wrapper()
+    except Exception as error:  # its exceptions share no base class
+        return f"the CUDA runtime library of CUDA 13 is not found ({error}): install the CUDA toolkit"
+    return None
 
 
 def _version(package: str) -> str | None:
@@ -121,6 +126,6 @@ def report(result: Diagnosis) -> None:
     for problem in result.problems:
         print(f"problem: {problem}", file=sys.stderr)
     if result.problems:
-        raise Show1Error(f"{len(result.problems)} problems, see above.")
+        raise Show1Error("this machine needs mending, see above.")
     if not result.runs:
         raise Show1Error("no engine can run here, see the hints above.")

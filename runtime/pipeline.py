@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import tensorrt
 from engines.catalog import TOKENIZERS, networks_of
-from engines.errors import SettingsError
+from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
 from runtime.noise import NoiseStream
@@ -137,8 +138,11 @@ def check_prompt(prompt: str, negative_prompt: str = "") -> None:
 def check_run(bundle: Bundle, settings: Settings) -> None:
     """Raises Show1Error for what would stop a run half-way: a missing file, a size or step count out of range."""
     for network in networks_of(["all"]):
-        for file in bundle.engine(network.name).files():
+        entry = bundle.engine(network.name)
+        for file in entry.files():
             bundle.path(file)
+        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(bundle, entry)):
+            raise BundleError(f"{entry.name}: {reason}.")
     for name in TOKENIZERS:
         bundle.tokenizer(name)
     for name in ("if2.noising", "sr1.noising"):

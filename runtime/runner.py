@@ -48,7 +48,7 @@ class Engine:
         self.seconds = 0.0
         self.calls = 0
         self._runners: dict[str, Runner] = {}
-        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(entry)):
+        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(bundle, entry)):
             raise BundleError(f"{entry.name}: {reason}.")
         try:
             for name, graph in entry.graphs.items():

@@ -4,6 +4,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from engines import tensorrt
 from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
 from runtime import doctor
@@ -28,6 +29,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
 
         monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
         monkeypatch.setattr(doctor, "_version", packages.get)
+        monkeypatch.setattr(tensorrt, "installed_version", packages.get)
+        monkeypatch.setattr(doctor, "_no_cuda_runtime", lambda: None)
         monkeypatch.setattr(doctor, "load", lambda flavour: ModuleType(flavour))
         monkeypatch.setattr(doctor, "find_spec", lambda name: name in packages or None)
         monkeypatch.setattr(doctor.importlib, "import_module", import_module)
@@ -68,7 +71,7 @@ def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
 
 def test_both_onnx_runtimes_are_a_conflict(machine, capsys: pytest.CaptureFixture[str]) -> None:
     found = machine([], {"onnxruntime": "1.31", "onnxruntime-gpu": "1.30"})
-    with pytest.raises(Show1Error, match="1 problems"):
+    with pytest.raises(Show1Error, match="needs mending"):
         doctor.report(found)
     error = capsys.readouterr().err
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in error and ".[cpu]" in error
@@ -95,7 +98,7 @@ def test_what_is_missing_comes_with_the_command_that_mends_it(machine, gpus, pac
 def test_an_old_driver_and_a_missing_polygraphy_are_problems(machine) -> None:
     old = Gpu("GeForce RTX 3090", (8, 6), 24 * 2**30, (12, 4))
     packages = {"onnxruntime": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1"}
-    assert any("install a newer NVIDIA driver" in line for line in machine([old], packages).problems)
+    assert any("install a newer NVIDIA driver" in line for line in machine([old], packages).hints)
     del packages["polygraphy"]
     assert any("polygraphy" in line for line in machine([ADA], packages).problems)
 

@@ -26,7 +26,7 @@ _PIXEL: dict[str, Any] = {
 }
 _DPM = {"_class_name": "DPMSolverMultistepScheduler"}
 _DDPM = {"_class_name": "DDPMScheduler"}
-# The published settings: shared/show1/SPEC.md, section 2.
+# The published settings.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "base": {**_DPM, **_PIXEL, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
     "sr1": {**_DPM, **_PIXEL, "sample_max_value": 1.0},

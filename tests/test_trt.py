@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.torch
 
 RTX = "tensorrt-rtx"
 ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (13, 0))
+TURING = Gpu("GeForce RTX 2080", (7, 5), 8 * 2**30, (13, 0))
 HOPPER = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
 
 
@@ -185,6 +187,8 @@ def test_a_full_disk_is_reported_as_such() -> None:
         (["--engine", RTX, "--target", "sm75,sm86"], "Turing (sm75) alone"),
         (["--engine", RTX, "--target", "sm75", "--precision", "bf16"], "use --precision fp16"),
         (["--target", "sm86"], "onnxruntime has no targets"),
+        (["--attention", "padded"], "--keep-onnx and --attention are for TensorRT"),
+        (["--jobs", "0"], "--jobs 0; allowed: 1 or more"),
         (["--precision", "bf16"], "use --precision fp16, or --engine tensorrt-rtx"),
     ],
 )
@@ -205,16 +209,19 @@ def reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, version:
     entry = bundle.engine("clip")
     monkeypatch.setattr(tensorrt, "find_gpus", lambda: list(gpus))
     monkeypatch.setattr(tensorrt, "installed_version", lambda _: version or entry.backend_version)
-    return tensorrt.why_unusable(entry)
+    return tensorrt.why_unusable(bundle, entry)
 
 
 def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(plans)
     assert reason(bundle, monkeypatch, ADA) is None
     assert "this machine shows none" in str(reason(bundle, monkeypatch))
-    other = str(reason(bundle, monkeypatch, HOPPER))
-    assert "built for sm80, sm86, sm89, sm120, this is H200 (sm90)" in other
-    assert "`python -m export build --stage sr2 --engine tensorrt-rtx --precision fp16 --target sm90`" in other
+    command = "`python -m export build --checkpoint FOLDER --stage sr2 --engine {} --precision fp16"
+    hopper = str(reason(bundle, monkeypatch, HOPPER))
+    assert "built for sm80, sm86, sm89, sm120, this is H200 (sm90), which TensorRT-RTX does not serve" in hopper
+    assert f"{command.format('onnxruntime')} --size 576x320 --out {bundle.root}`" in hopper
+    turing = str(reason(bundle, monkeypatch, TURING))
+    assert f"{command.format(RTX)} --target sm75 --attention fused --size 576x320 --out {bundle.root}`" in turing
     newer = str(reason(bundle, monkeypatch, ADA, version="9.9"))
     assert "9.9 is installed" in newer and "pip install 'tensorrt-rtx==" in newer
 
@@ -256,6 +263,33 @@ def test_auto_takes_tensorrt_where_a_card_and_a_flavour_are_there(
     monkeypatch.setattr(tensorrt, "find_gpus", lambda: gpus)
     monkeypatch.setattr(tensorrt, "installed_version", lambda flavour: "1.0" if flavour in installed else None)
     assert tensorrt.choose_backend()[0] == expected
+
+
+def test_a_card_that_is_here_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: [TURING])
+    assert tensorrt.check_targets(RTX, [], "fp16") == ("sm75",)
+    with pytest.raises(SettingsError, match="use --precision fp16"):
+        tensorrt.check_targets(RTX, [], "bf16")
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: [ADA])
+    assert tensorrt.check_targets(RTX, [], "fp16") == tensorrt.DEFAULT_TARGETS
+
+
+@pytest.mark.parametrize("change", [{"backend_version": "1.6"}, {"targets": ("sm89",)}, {"graphs": {}}, {"cost": {}}])
+def test_an_entry_that_was_edited_is_told_and_rebuilt(
+    plans: Path, golden: Path, tmp_path: Path, change: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(plans, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    edited = replace(bundle.engine("clip"), **change)
+    manifest = replace(bundle.manifest, engines={**bundle.manifest.engines, "clip": edited})
+    (bundle.root / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    job = Job(Source.find(CATALOG["clip"], golden / "models", "fp16"), "fp16", (576, 320), Backend.choose(RTX, "fp16"))
+    assert "its part of the manifest has been changed" in str(builder.why_stale(Bundle.open(bundle.root), job))
+    assert main(["list", str(bundle.root)]) == 0
+    assert main(["check", str(bundle.root)]) == 1
+    out, err = capsys.readouterr()
+    assert "its part of the manifest has been changed" in out
+    assert "--stage sr2 --engine tensorrt-rtx --precision fp16" in err and f"--out {bundle.root}" in err
 
 
 def test_tensorrt_proper_wants_the_gpu_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
