@@ -103,13 +103,13 @@ def _cost_table(bundle: Bundle) -> Iterator[str]:
 def _check(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     problems = 0
-    commands: dict[str, None] = {}
+    stages: dict[str, dict[str, None]] = {}  # the command that builds again -> the stages it has to name
     for name in CATALOG:
         entry = bundle.manifest.engines.get(name)
         reasons = ["not built"] if entry is None else _unusable(bundle, entry)
         problems += bool(reasons)
         if reasons:
-            commands[bundle.rebuild_command(name)] = None
+            stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
         details = f"{entry.backend} {entry.backend_version} {entry.precision}" if entry else ""
         note = "; ".join(reasons) or "ok"
         if entry and entry.targets:
@@ -122,10 +122,11 @@ def _check(arguments: argparse.Namespace) -> None:
         reason = bundle.damage(file) if file else "not built"
         problems += bool(reason)
         if reason:
-            commands[bundle.rebuild_command(name)] = None
+            stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
         print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
     if problems:
         what = "1 part is" if problems == 1 else f"{problems} parts are"
+        commands = [command.replace("STAGES", ",".join(names)) for command, names in stages.items()]
         raise Show1Error(f"{what} unusable. Build again: {'; '.join(commands)}.")
 
 

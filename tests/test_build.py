@@ -594,7 +594,7 @@ def test_check_names_the_damaged_file(
     assert f"{path.name} {message}" in lines["clip"]
     assert lines["t5"].endswith(" ok")
     assert lines["sr1"].endswith(" not built")
-    assert err.startswith("error: 8 parts are unusable: `python -m export build")
+    assert err.startswith("error: 8 parts are unusable. Build again: `python -m export build")
 
 
 def test_check_of_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

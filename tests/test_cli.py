@@ -224,7 +224,7 @@ def test_a_truncated_bundle_is_one_line_before_anything_is_computed(
     path = file_of(copied, engine, graph, kind)
     spoil(path, path.read_bytes()[: path.stat().st_size // 2])
     result = generate("--bundle", str(copied))
-    result.assert_one_line(f"{path} is missing or cut short. Build it again")
+    result.assert_one_line(f"{path} is missing or cut short. `python -m export check")
     assert "steps" not in result.err
     assert os.listdir() == []
 
