@@ -282,7 +282,7 @@ def test_a_missing_file_of_a_late_engine_is_named_before_any_engine_runs(bundle:
     lost = replace(decode, **{graph: replace(getattr(decode, graph), path=f"engines/lost.{graph}")})
     engines = {**opened.manifest.engines, "vae_decoder": replace(entry, graphs={"decode": lost})}
     broken = Bundle(opened.root, replace(opened.manifest, engines=engines))
-    assert_refused(broken, BundleError, rf"lost\.{graph} is missing or cut short\. Build it again")
+    assert_refused(broken, BundleError, rf"lost\.{graph} is missing or cut short\. `python -m export check")
 
 
 # Stages and the pipeline around them
