@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.errors import EngineError, SettingsError
-from engines.passes import decompose_attention, head_size, pad_heads, store_as_loaded
+from engines.passes import decompose_attention, head_size, is_temporal, pad_heads, store_as_loaded
 from engines.spec import GraphSpec
 from engines.tensorrt import load
 
@@ -52,10 +52,12 @@ def prepare(model: ir.Model, precision: str, attention: str) -> None:
         raise SettingsError(f"attention {attention!r}; allowed: {', '.join(ATTENTION)}.")
     if attention == "padded":
         pad_heads(model.graph, _PADDED_MULTIPLE)
-    decompose_attention(
-        model.graph,
-        lambda node: precision == "fp32" or attention == "decomposed" or head_size(node) not in _FUSED_HEAD_SIZES,
-    )
+
+    def decomposed(node: ir.Node) -> bool:
+        asked = attention == "decomposed" and is_temporal(node)
+        return asked or precision == "fp32" or head_size(node) not in _FUSED_HEAD_SIZES
+
+    decompose_attention(model.graph, decomposed)
     store_as_loaded(model.graph)
 
 

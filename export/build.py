@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from engines import compile_ort, compile_trt, tensorrt
 from engines.catalog import TOKENIZERS, Network, networks_of
-from engines.compile_trt import DetachedModel
+from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
@@ -42,8 +42,6 @@ from runtime.runner import Runner, open_runner
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 _GIB = 2**30
-
-Report = Callable[[str], None]  # told what a build is doing
 
 
 @dataclass(frozen=True)
