@@ -21,10 +21,10 @@ DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # what TensorRT-RTX takes i
 _CUDA = (13, 0)  # what both flavours' libraries are built with
 
 
-def installed_version(flavour: str) -> str | None:
-    """The flavour's version, without loading its libraries."""
+def installed_version(package: str) -> str | None:
+    """A package's version, a flavour's among them, without loading its libraries."""
     try:
-        return version(flavour)
+        return version(package)
     except PackageNotFoundError:
         return None
 

@@ -4,7 +4,6 @@ Nothing is learned: the videos are noise in colour. Speed and memory hardly depe
 size shows what the real checkpoints need.
 """
 
-import json
 import math
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.errors import OutputError, SettingsError
-from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers
+from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers, write_json
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
 from export.modules.vae import Autoencoder, VAEDecoder
@@ -206,7 +205,7 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
 
 def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Generator) -> None:
     for folder, config in configs.items():
-        _write_json(out / folder / "config.json", config)
+        write_json(out / folder / "config.json", config)
         shapes = _shapes(folder, config)
         draws = ((name, _draw(name, shape, generator)) for name, shape in shapes.items())
         if folder == "sr2/vae":
@@ -217,9 +216,9 @@ def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Ge
         return
     save_tokenizers(out)
     for name, scheduler in _SCHEDULERS.items():
-        _write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)
     for name in ("if2", "sr1"):
-        _write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", NOISING)
+        write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", NOISING)
 
 
 def _shapes(folder: str, config: dict[str, Any]) -> dict[str, torch.Size]:
@@ -273,9 +272,4 @@ def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None
             finish()
             index += 1
     finish()
-    _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -4,12 +4,11 @@ import importlib
 import platform
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
-from engines.tensorrt import FLAVOURS, TARGETS, load, serves, why_not_here
+from engines.tensorrt import FLAVOURS, TARGETS, installed_version, load, serves, why_not_here
 
 _EXPORT = ("torch", "onnx", "onnxscript", "transformers", "safetensors", "sentencepiece", "psutil")
 
@@ -42,7 +41,7 @@ def diagnose() -> Diagnosis:
 
 
 def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
-    cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
+    cpu, gpu = installed_version("onnxruntime"), installed_version("onnxruntime-gpu")
     if cpu and gpu:
         result.problems.append(
             f"onnxruntime {cpu} and onnxruntime-gpu {gpu} share one folder, and the one installed last wins. "
@@ -72,7 +71,7 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
 def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
     exports = bool(result.builds)
     for flavour in FLAVOURS:
-        installed = _version(flavour)
+        installed = installed_version(flavour)
         result.found[flavour] = installed or "none"
         if not installed:
             continue
@@ -95,7 +94,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
                 result.hints.append(f"{reason}.")
             else:
                 result.runs.append(flavour)
-    if gpus and serves(TARGETS, gpus[0].target) and not _version("tensorrt-rtx"):
+    if gpus and serves(TARGETS, gpus[0].target) and not installed_version("tensorrt-rtx"):
         result.hints.append("for this card there is TensorRT-RTX: `pip install -e '.[tensorrt-rtx]'`.")
 
 
@@ -106,13 +105,6 @@ def _no_cuda_runtime() -> str | None:
     except Exception as error:  # its exceptions share no base class
         return f"the CUDA runtime library of CUDA 13 is not found ({error}): install the CUDA toolkit"
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def report(result: Diagnosis) -> None:

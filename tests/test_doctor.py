@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
             return ort
 
         monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
-        monkeypatch.setattr(doctor, "_version", packages.get)
+        monkeypatch.setattr(doctor, "installed_version", packages.get)
         monkeypatch.setattr(tensorrt, "installed_version", packages.get)
         monkeypatch.setattr(doctor, "_no_cuda_runtime", lambda: None)
         monkeypatch.setattr(doctor, "load", lambda flavour: ModuleType(flavour))

@@ -190,7 +190,7 @@ def make_network(name: str) -> Any:
 def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
     """Write one network in float16 with its config; the weights, last, appear whole or not at all."""
     folder, config = NETWORKS[name]
-    _write_json(checkpoint / folder / "config.json", config)
+    write_json(checkpoint / folder / "config.json", config)
     state = {key: value.detach().half().cpu().contiguous() for key, value in module.state_dict().items()}
     write_atomically(_weights(checkpoint, name), save(state))
 
@@ -217,10 +217,10 @@ def save_rest(checkpoint: Path) -> None:
     save_tokenizers(checkpoint)
     for name, config in SCHEDULERS.items():
         home = checkpoint / Path(NETWORKS[name][0]).parent
-        _write_json(home / "scheduler" / "scheduler_config.json", config)
+        write_json(home / "scheduler" / "scheduler_config.json", config)
         if name in ("if2", "sr1"):
-            _write_json(home / "image_noising_scheduler" / "scheduler_config.json", NOISING)
-    _write_json(checkpoint / "settings.json", {"guidance": GUIDANCE})
+            write_json(home / "image_noising_scheduler" / "scheduler_config.json", NOISING)
+    write_json(checkpoint / "settings.json", {"guidance": GUIDANCE})
 
 
 def save_tokenizers(checkpoint: Path) -> None:
@@ -240,7 +240,7 @@ def pack(checkpoint: Path, archive: Path) -> None:
     write_atomically(archive, lzma.compress(content.getvalue(), preset=9))
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -258,13 +258,13 @@ def _save_t5_tokenizer(folder: Path) -> None:
     model.trainer_spec.model_type = 1  # unigram
     for piece in _PIECES:
         model.pieces.add(piece=piece, score=-2.0, type=kinds.get(piece, 1))
-    _write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
     _write(folder / "spiece.model", model.SerializeToString())
 
 
 def _save_clip_tokenizer(folder: Path) -> None:
-    _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(_CLIP_PIECES)})
+    write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(_CLIP_PIECES)})
     _write(folder / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *_CLIP_MERGES)).encode())
     end = "<|endoftext|>"
     special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
-    _write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})
+    write_json(folder / "tokenizer_config.json", {**special, "model_max_length": 77})
