@@ -335,7 +335,8 @@ class KernelBench:
 
         def plain() -> Any:
             negative, positive = noise_pred.float().chunk(2)
-            x0 = (sample - row["sigma"] * (negative + guidance_scale * (positive - negative))) / row["alpha"]
+            pred = negative + guidance_scale * (positive - negative)
+            x0 = (sample - row["pred_weight"] * pred) / row["divisor"]
             if config.thresholding:
                 by_frame = x0.transpose(1, 2).flatten(2).abs()
                 s = torch.quantile(by_frame, config.dynamic_thresholding_ratio, dim=2)

@@ -19,7 +19,15 @@ VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
 LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
 INVALID = 1
 
-_COEFFICIENTS = ("alpha", "sigma", "sample_weight", "x0_weight", "previous_x0_weight", "min_log_var", "max_log_var")
+_COEFFICIENTS = (
+    "pred_weight",
+    "divisor",
+    "sample_weight",
+    "x0_weight",
+    "previous_x0_weight",
+    "min_log_var",
+    "max_log_var",
+)
 # show1_step: a row per step of the denoising loop.
 STEP = np.dtype([(name, np.float32) for name in ("timestep", "guidance_scale", *_COEFFICIENTS)])
 # show1_step_counter

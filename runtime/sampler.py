@@ -47,7 +47,7 @@ def denoise(
         _check_outputs(noise_pred, variance_frac, (len(network_input), *x.shape[1:]), schedule)
         if guided:
             noise_pred = _guide(noise_pred[:batch], noise_pred[batch:], guidance_scale, out=scratch)
-        predict_x0(x, noise_pred, schedule.alpha[index], schedule.sigma[index], out=scratch)
+        predict_x0(x, noise_pred, schedule.pred_weight[index], schedule.divisor[index], out=scratch)
         limit_x0(schedule.config, scratch, out=x0)
         advance(schedule, index, x, x0, previous_x0, scratch)
         if noise is not None and schedule.adds_noise(index):

@@ -3,7 +3,7 @@
 A `Schedule` is a table with one row per step. Both solvers first estimate the clean sample x0 and then take one linear
 combination, whose weights are in the table:
 
-    x0   = limit((x - sigma * noise_pred) / alpha)
+    x0   = limit((x - pred_weight * pred) / divisor)
     x   <- sample_weight * x + x0_weight * x0 + previous_x0_weight * (x0 of the step before)  [+ std * noise, DDPM]
 
 Arrays are float32 [B, C, F, H, W] and the sample lies near [-1, 1]. The functions below write into arrays that the
@@ -23,6 +23,7 @@ FloatArray = NDArray[np.float32]
 
 _SOLVERS = {"DPMSolverMultistepScheduler": "dpm", "DDPMScheduler": "ddpm"}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SPACINGS = ("linspace", "leading", "trailing")
 _VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 # Variants of the solvers that would change the result; diffusers releases after 0.19 know more of them.
@@ -45,6 +46,7 @@ class SchedulerConfig:
     """What a published scheduler_config.json says, in its own words. `solver` comes from its class name."""
 
     solver: Literal["dpm", "ddpm"]
+    prediction_type: str
     num_train_timesteps: int
     beta_start: float
     beta_end: float
@@ -68,7 +70,6 @@ class SchedulerConfig:
         entries = _Entries(config, where)
         for key in _MUST_BE_OFF:
             entries.choice(key, False, (False, None))
-        entries.choice("prediction_type", "epsilon", ("epsilon",))
         is_dpm = _SOLVERS[entries.choice("_class_name", None, tuple(_SOLVERS))] == "dpm"
         if is_dpm:
             entries.choice("algorithm_type", "dpmsolver++", ("dpmsolver++",))
@@ -76,6 +77,7 @@ class SchedulerConfig:
         num_train_timesteps = int(entries.number("num_train_timesteps", 1000, 1, 10**6))
         scheduler = cls(
             solver="dpm" if is_dpm else "ddpm",
+            prediction_type=entries.choice("prediction_type", "epsilon", _PREDICTION_TYPES),
             num_train_timesteps=num_train_timesteps,
             beta_start=entries.number("beta_start", 0.0001, 0, 1),
             beta_end=entries.number("beta_end", 0.02, 0, 1),
@@ -202,8 +204,8 @@ class Schedule:
 
     config: SchedulerConfig
     timesteps: NDArray[np.int64]
-    alpha: FloatArray  # signal and noise level at the timestep: x = alpha * x0 + sigma * noise
-    sigma: FloatArray
+    pred_weight: FloatArray  # x0 = (x - pred_weight * pred) / divisor
+    divisor: FloatArray
     sample_weight: FloatArray
     x0_weight: FloatArray
     previous_x0_weight: FloatArray  # 0 in first-order steps
@@ -279,8 +281,7 @@ def _dpm_schedule(config: SchedulerConfig, timesteps: NDArray[np.int64], first_o
     return Schedule(
         config=config,
         timesteps=timesteps,
-        alpha=alpha[timesteps].astype(np.float32),
-        sigma=sigma[timesteps].astype(np.float32),
+        **_estimate(config, alpha[timesteps], sigma[timesteps]),
         sample_weight=(sigma[ends] / sigma[timesteps]).astype(np.float32),
         x0_weight=(gain * (1 + slope)).astype(np.float32),
         previous_x0_weight=(-gain * slope).astype(np.float32),
@@ -310,14 +311,23 @@ def _ddpm_schedule(config: SchedulerConfig, timesteps: NDArray[np.int64], stride
     return Schedule(
         config=config,
         timesteps=timesteps,
-        alpha=np.sqrt(kept_start),
-        sigma=np.sqrt(1 - kept_start),
+        **_estimate(config, np.sqrt(kept_start), np.sqrt(1 - kept_start)),
         sample_weight=np.sqrt(kept_start / kept_end) * (1 - kept_end) / (1 - kept_start),
         x0_weight=np.sqrt(kept_end) * beta / (1 - kept_start),
         previous_x0_weight=np.zeros(len(timesteps), np.float32),
         min_log_var=np.where(timesteps > 0, min_log_var, _NO_NOISE),
         max_log_var=np.where(timesteps > 0, max_log_var, _NO_NOISE),
     )
+
+
+def _estimate(config: SchedulerConfig, alpha: NDArray[Any], sigma: NDArray[Any]) -> dict[str, FloatArray]:
+    """How x0 follows from the network's output at x = alpha * x0 + sigma * noise: the noise, or v.
+
+    v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D), so x0 = alpha * x - sigma * v.
+    """
+    if config.prediction_type == "v_prediction":
+        alpha, sigma = 1 / alpha, sigma / alpha
+    return {"pred_weight": sigma.astype(np.float32), "divisor": alpha.astype(np.float32)}
 
 
 def add_noise(config: SchedulerConfig, clean: FloatArray, noise: FloatArray, timestep: int) -> FloatArray:
@@ -329,12 +339,12 @@ def add_noise(config: SchedulerConfig, clean: FloatArray, noise: FloatArray, tim
 
 
 def predict_x0(
-    sample: FloatArray, noise_pred: FloatArray, alpha: np.float32, sigma: np.float32, out: FloatArray
+    sample: FloatArray, pred: FloatArray, pred_weight: np.float32, divisor: np.float32, out: FloatArray
 ) -> None:
-    """out = (sample - sigma * noise_pred) / alpha; `out` may be `noise_pred` itself."""
-    np.multiply(noise_pred, sigma, out=out)
+    """out = (sample - pred_weight * pred) / divisor; `out` may be `pred` itself."""
+    np.multiply(pred, pred_weight, out=out)
     np.subtract(sample, out, out=out)
-    np.divide(out, alpha, out=out)
+    np.divide(out, divisor, out=out)
 
 
 def limit_x0(config: SchedulerConfig, x0: FloatArray, out: FloatArray) -> None:

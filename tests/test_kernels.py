@@ -540,7 +540,7 @@ def limited(
     loop.args.limit, loop.args.limit_ratio, loop.args.limit_max = modes.get("limit", 2), ratio, most
     row = loop.array("table", (1,), STEP)
     row[...] = 0
-    row["alpha"], row["sigma"], row["x0_weight"], row["max_log_var"] = 1, -1, 1, -np.inf  # x0 = 0 + noise_pred
+    row["pred_weight"], row["divisor"], row["x0_weight"], row["max_log_var"] = -1, 1, 1, -np.inf  # x0 = 0 + noise_pred
     loop.array("counter", (), COUNTER)[...] = (0, 1, 0)
     sample = loop.array("sample", values.shape)
     sample[...] = 0

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from engines.errors import CheckpointError, SettingsError
+from runtime.noise import NoiseStream
+from runtime.sampler import denoise
 from runtime.schedulers import (
     SchedulerConfig,
     add_noise,
@@ -216,7 +218,7 @@ def test_trained_betas_replace_the_named_schedule() -> None:
         ("algorithm_type", "dpmsolver", "'dpmsolver\\+\\+'"),
         ("solver_type", "heun", "'midpoint'"),
         ("solver_order", 3, "1, 2"),
-        ("prediction_type", "v_prediction", "'epsilon'"),
+        ("prediction_type", "sample", "'epsilon', 'v_prediction'"),
         ("beta_schedule", "sigmoid", "'linear', 'scaled_linear', 'squaredcos_cap_v2'"),
         ("timestep_spacing", "random", "'linspace', 'leading', 'trailing'"),
         ("variance_type", "fixed_large_log", "None, 'fixed_small'"),
@@ -237,6 +239,29 @@ def test_unsupported_values_name_the_file_the_key_and_what_is_allowed(key: str, 
 def test_betas_that_lose_the_whole_signal_are_refused() -> None:
     with pytest.raises(CheckpointError, match="keep 0 of the signal at the first training step"):
         published("noising", beta_schedule="linear", beta_start=1.0, beta_end=1.0)
+
+
+@pytest.mark.parametrize("name", ["base", "if2"])
+def test_a_run_on_v_predictions_equals_diffusers(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    import torch
+
+    settings = {**PUBLISHED[name], "prediction_type": "v_prediction", "variance_type": "fixed_small"}
+    # Later releases end at no noise unless told otherwise.
+    theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
+    theirs.set_timesteps(10)
+    rng = np.random.default_rng(0)
+    start, *preds = rng.standard_normal((11, 1, 3, 1, 6, 8), dtype=np.float32)
+
+    schedule = make_schedule(SchedulerConfig.from_dict(settings, name), 10)
+    left = iter(preds)
+    x = denoise(lambda *_: (next(left), None), start, schedule, guidance_scale=1, noise=NoiseStream(7))
+
+    expected, drawn = torch.from_numpy(start[:, :, 0]), torch.Generator().manual_seed(7)
+    for timestep, pred in zip(theirs.timesteps, preds, strict=True):
+        more = {"generator": drawn} if schedule.config.solver == "ddpm" else {}
+        expected = theirs.step(torch.from_numpy(pred[:, :, 0]), timestep, expected, **more).prev_sample
+    np.testing.assert_allclose(x[:, :, 0], expected.numpy(), rtol=0, atol=2e-5)
 
 
 def threshold_plainly(x0: np.ndarray, ratio: float, max_value: float) -> np.ndarray:

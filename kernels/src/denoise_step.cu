@@ -65,8 +65,8 @@ struct Element {
 
     __device__ float x0(const Args& a, const show1_step& s) const {
         const float towards = __fmul_rn(__fsub_rn(positive, negative), s.guidance_scale);
-        const float eps = a.guided ? __fadd_rn(towards, negative) : negative;
-        return __fdiv_rn(__fsub_rn(sample, __fmul_rn(eps, s.sigma)), s.alpha);
+        const float pred = a.guided ? __fadd_rn(towards, negative) : negative;
+        return __fdiv_rn(__fsub_rn(sample, __fmul_rn(pred, s.pred_weight)), s.divisor);
     }
 
     __device__ float noise_std(const Args& a, const show1_step& s) const {

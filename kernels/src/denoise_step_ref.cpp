@@ -33,13 +33,13 @@ void step_frame(const show1_denoise_args& a, const show1_step& s, int b, int f) 
     std::vector<float> x0, magnitudes;
     for (int c = 0; c < a.channels; ++c)
         for (int p = 0; p < a.pixels; ++p) {
-            const auto pred = [&](int item) {
+            const auto output = [&](int item) {
                 return load(a.dtype, a.noise_pred.data, plane(a.noise_pred, item, c, f) + p);
             };
-            float eps = pred(b);
-            if (a.guided) eps = (pred(b + a.batch) - eps) * s.guidance_scale + eps;
+            float pred = output(b);
+            if (a.guided) pred = (output(b + a.batch) - pred) * s.guidance_scale + pred;
             const float sample = a.sample[((static_cast<int64_t>(b) * a.channels + c) * a.frames + f) * a.pixels + p];
-            x0.push_back((sample - eps * s.sigma) / s.alpha);
+            x0.push_back((sample - pred * s.pred_weight) / s.divisor);
             magnitudes.push_back(std::fabs(x0.back()));
         }
     if (a.limit == SHOW1_LIMIT_CLIP)

@@ -2,8 +2,8 @@
 // and the network's next input. The meaning is that of runtime/sampler.py and runtime/schedulers.py, operation by
 // operation in float32; only exp() may differ from NumPy's by its last bits.
 //
-//   eps  = negative + guidance_scale * (positive - negative)             Ho & Salimans 2022; where `guided`
-//   x0   = limit((sample - sigma * eps) / alpha)                         Saharia et al. 2022, sec. 2.3, per frame
+//   pred = negative + guidance_scale * (positive - negative)             Ho & Salimans 2022; where `guided`
+//   x0   = limit((sample - pred_weight * pred) / divisor)                Saharia et al. 2022, sec. 2.3, per frame
 //   next = sample_weight * sample + x0_weight * x0                       Lu et al. 2022, alg. 2, or
 //        + previous_x0_weight * previous x0                              Ho et al. 2020, eq. 7
 //        + std * noise                                                   DDPM; Nichol & Dhariwal 2021, eq. 15
@@ -40,7 +40,7 @@
 // One row per step: runtime.schedulers.Schedule with the guidance scale beside it.
 typedef struct {
     float timestep, guidance_scale;
-    float alpha, sigma;
+    float pred_weight, divisor;
     float sample_weight, x0_weight, previous_x0_weight;
     float min_log_var, max_log_var;  // no noise is added where max_log_var is -infinity
 } show1_step;
