@@ -153,20 +153,19 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-_DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True}
+_V = {"prediction_type": "v_prediction"}
+_DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True, **_V}
 _COSINE = {
     "beta_schedule": "squaredcos_cap_v2",
     "thresholding": True,
     "dynamic_thresholding_ratio": 0.95,
     "variance_type": "fixed_small",
 }
-# Runs begin less deep in the noise than the published ones (-5.1): x0 = (x - sigma * noise_pred) / alpha multiplies
-# the errors of a small network by 1 / alpha. A condition says more than the faintest signal would.
 SCHEDULERS: dict[str, dict[str, Any]] = {
-    "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -4.0},
-    "interp": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -3.0},
-    "if2": {"_class_name": "DDPMScheduler", **_COSINE, "sample_max_value": 1.0},
-    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -2.0},
+    "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
+    "interp": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
+    "if2": {"_class_name": "DDPMScheduler", **_V, **_COSINE, "sample_max_value": 1.0},
+    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -5.1},
     "sr2": {**_DPM, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
 }
 NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}

@@ -28,6 +28,10 @@ _GRAIN, _HATCH, _PATTERN = 0.08, 0.07, 0.3  # periods: the first two are finer t
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
+# Of each clip: left and top [B, 1], in pixels of the frame; (width, height).
+Window = tuple[Tensor, Tensor, tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Clips:
     """Numbers that a batch of clips is drawn from, float32, [B, 2 things] or [B]; axis 1 ends in x, y or RGB."""
@@ -101,16 +105,18 @@ def _thing(thing: Thing, side: tuple[float, float], random: Random) -> tuple:
 _NO_THING = 0, 0.0, (0.0,) * 3, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, 0.0, (0.0,) * 2
 
 
-def render(clips: Clips, frames: Tensor, size: tuple[int, int]) -> Tensor:
+def render(clips: Clips, frames: Tensor, size: tuple[int, int], window: Window | None = None) -> Tensor:
     """Draw each clip at `frames` [B, F], numbers from 0 to 28: [B, 3, F, H, W] in [-1, 1].
 
-    `size` is (width, height).
+    `size` is (width, height) of the whole frame; `window` the part of it to draw.
     """
     width, height = size
-    device = frames.device
     pixel = math.sqrt(2 * HALF_WIDTH / width * 2 * HALF_HEIGHT / height)
-    x = ((torch.arange(width, device=device) + 0.5) * (2 / width) - 1) * HALF_WIDTH
-    y = ((torch.arange(height, device=device) + 0.5) * (2 / height) - 1)[:, None] * HALF_HEIGHT
+    left, top, (columns, rows) = window or (torch.zeros_like(frames[:, :1]),) * 2 + (size,)
+    x = left + torch.arange(columns, device=frames.device)  # [B, W]
+    y = top + torch.arange(rows, device=frames.device)
+    x = (((x + 0.5) * (2 / width) - 1) * HALF_WIDTH)[:, None, :]
+    y = (((y + 0.5) * (2 / height) - 1) * HALF_HEIGHT)[:, :, None]
     u = frames / (FRAMES - 1)
 
     image = _background(clips, x, y, pixel)[:, :, None]  # [B, 3, 1, H, W]
@@ -126,7 +132,7 @@ def render(clips: Clips, frames: Tensor, size: tuple[int, int]) -> Tensor:
             + clips.swing[:, i, axis, None, None, None] * wave
             for axis in (0, 1)
         ]
-        dx, dy = x - centre[0], y - centre[1]  # [B, F, H, W]
+        dx, dy = x[:, None] - centre[0], y[:, None] - centre[1]  # [B, F, H, W] where they meet
         radius, angle = at(clips.radius), at(clips.angle)
         corners, inner = clips.corners[:, i, None, None, None], clips.inner[:, i, None, None, None]
         distance = _distance(dx, dy, radius, angle, corners, inner)
@@ -140,7 +146,10 @@ def render(clips: Clips, frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _background(clips: Clips, x: Tensor, y: Tensor, pixel: float) -> Tensor:
-    """[B, 3, H, W] in [0, 1]: a colour, the pattern, and a grain that only large pictures show."""
+    """A colour, the pattern, and a grain that only large pictures show: [B, 3, H, W] in [0, 1].
+
+    At x [B, 1, W] and y [B, H, 1].
+    """
     slant, pattern = clips.slant[:, None, None], clips.pattern[:, None, None]
     along, across = x * torch.cos(slant) + y * torch.sin(slant), y * torch.cos(slant) - x * torch.sin(slant)
     stripes = _wave(along, _PATTERN, pixel)

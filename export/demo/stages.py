@@ -6,6 +6,7 @@ A stage has two halves. `draw` makes a batch from the pool of clips and seeded r
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from export.demo import cascade
 from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
-from export.demo.scenes import FRAMES, MOST_THINGS, lay_out, render
+from export.demo.scenes import FRAMES, MOST_THINGS, Window, lay_out, render
 from export.modules.layers import (
     AddedKVAttention,
     AttentionPooling,
@@ -37,11 +38,27 @@ from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 KEYFRAME_SIZE, LARGE_SIZE, FULL_SIZE = (64, 40), (256, 160), (576, 320)
 SETTINGS = Settings()
 EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
-SR2_FRAMES = 8
-_MOST_WEIGHT = 50.0
+_VAE_SCALE = 2 ** (len(cascade.NETWORKS["vae"][1]["block_out_channels"]) - 1)
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a part of the training sees: a share of its steps, and how much of each clip.
+
+    `size` is (width, height): of frames in base and interp, which learn on small ones first, and of the part that is
+    cut out of frames in the stages that add detail.
+    """
+
+    share: float
+    size: tuple[int, int]
+    frames: int = 1
+
+    @property
+    def cost(self) -> int:
+        return self.size[0] * self.size[1] * self.frames
 
 
 class Pool:
@@ -57,15 +74,16 @@ class Pool:
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.count, (batch,), generator=generator, device=self.device)
 
-    def frames(self, index: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
+    def frames(self, index: Tensor, numbers: Tensor, size: tuple[int, int], window: Window | None = None) -> Tensor:
         """[B, 3, F, H, W] of clips `index` [B] at frame `numbers` [B, F]."""
-        return render(self.clips[index], numbers, size)
+        return render(self.clips[index], numbers, size, window)
 
 
 class Stage(ABC):
     """One training run. `networks` are trained and shipped; `helpers` are trained and thrown away."""
 
     ships: tuple[str, ...]  # names of `networks`
+    lesson = Lesson(1, (1, 1))  # the current one
 
     def __init__(self, pool: Pool, checkpoint: Path):
         self.pool, self.checkpoint = pool, checkpoint
@@ -86,6 +104,14 @@ class Stage(ABC):
 
     def frozen(self, name: str) -> nn.Module:
         return cascade.load_network(self.checkpoint, name).to(self.pool.device)
+
+    def window(self, size: tuple[int, int], batch: int, generator: torch.Generator, multiple: int = 1) -> Window:
+        """A place for the lesson's part in each of a batch of frames of `size`, at multiples of some pixels."""
+        left, top = (
+            torch.randint((whole - part) // multiple + 1, (batch, 1), generator=generator, device=self.pool.device)
+            for whole, part in zip(size, self.lesson.size, strict=True)
+        )
+        return left * multiple, top * multiple, self.lesson.size
 
     def random(self, generator: torch.Generator, *shape: int, like: Tensor | None = None) -> Tensor:
         """Standard normal."""
@@ -133,7 +159,11 @@ class Text(Stage):
 
 
 class Diffusion(Stage):
-    """Noise prediction for one UNet (Ho et al. 2020, eq. 14), its prompts encoded beforehand by a finished encoder."""
+    """Prediction of v for one UNet (Salimans & Ho 2022), its prompts encoded beforehand by a finished encoder.
+
+    Not of the noise, as in Show-1: an error there is 1 / alpha times as large in the clean sample, hundreds of times in
+    the first steps of a run, which decide what is shown.
+    """
 
     encoder = "t5"
     negative = ""
@@ -168,14 +198,16 @@ class Diffusion(Stage):
             embeds = torch.where(drop[:, None, None], self.no_text, self.embeds[index]).float()
             timestep = torch.randint(self.timesteps, (batch,), generator=generator, device=device)
             noise = self.random(generator, like=clean)
-            sample = add_noise(self.kept, clean, noise, timestep)
+            sample, target = add_noise(self.kept, clean, noise, timestep), add_noise(self.kept, noise, -clean, timestep)
             if condition is not None:
                 sample = torch.cat([sample, condition], dim=1)
-        # An error of the prediction is 1 / alpha times as large in the clean sample. The first steps decide what is
-        # shown and where; the plain mean of squares would hardly count them. The last timesteps of a cosine schedule,
-        # where 1 / alpha reaches 20,000 and no run begins, must not drown all others.
-        weight = self.kept[timestep].rsqrt().clamp(max=_MOST_WEIGHT)
-        return sample, timestep.float(), embeds, noise, weight, *([] if levels is None else [levels.float()])
+        return sample, timestep.float(), embeds, target, *([] if levels is None else [levels.float()])
+
+    def consecutive(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Numbers of the lesson's frames, [B, F], from anywhere in the clips."""
+        frames = self.lesson.frames
+        start = torch.randint(FRAMES - frames + 1, (len(index), 1), generator=generator, device=index.device)
+        return (start + torch.arange(frames, device=index.device)).float()
 
     def draw_levels(self, batch: int, generator: torch.Generator) -> Tensor | None:
         """Half of the batch at the level of every run, the rest up to twice as high or down to none."""
@@ -187,26 +219,47 @@ class Diffusion(Stage):
         return torch.where(fixed, self.noise_level, other)
 
     def loss(self, *batch: Tensor) -> Tensor:
-        sample, timestep, embeds, noise, weight, *levels = batch
+        sample, timestep, embeds, target, *levels = batch
         context = UNetContext(self.unet)(embeds, *levels)
-        predicted = UNetStep(self.unet, noise.shape[1])(sample, timestep, *context)[0]
-        return (weight * (predicted.float() - noise).square().mean(dim=(1, 2, 3, 4))).mean()
+        predicted = UNetStep(self.unet, target.shape[1])(sample, timestep, *context)[0]
+        return (predicted.float() - target).square().mean()
 
-    def upscaled(self, small: Tensor, levels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Small frames [B, 3, F, H, W] resized as the runtime does and noised to `levels` [B]."""
+    def with_condition(
+        self, index: Tensor, numbers: Tensor, levels: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The lesson's part of large frames `numbers` [B, F], and of the small ones resized as the runtime does.
+
+        The latter are noised to `levels` [B]; both are [B, 3, F, H, W].
+        """
+        left, top, (width, height) = window = self.window(LARGE_SIZE, len(index), generator)
+        upscaled = self.upscaled(self.pool.frames(index, numbers, KEYFRAME_SIZE))
+        rows, columns = top + torch.arange(height, device=top.device), left + torch.arange(width, device=left.device)
+        b = torch.arange(len(index), device=index.device)[:, None, None]
+        condition = upscaled.permute(0, 3, 4, 1, 2)[b, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
+        noise = self.random(generator, like=condition)
+        return (
+            self.pool.frames(index, numbers, LARGE_SIZE, window),
+            add_noise(self.condition_kept, condition, noise, levels),
+        )
+
+    @staticmethod
+    def upscaled(small: Tensor) -> Tensor:
+        """Frames [B, 3, F, H, W] four times as large, as the runtime resizes them."""
         b, _, f, h, w = small.shape
         size = (h * SR1_SCALE, w * SR1_SCALE)
         large = F.interpolate(small.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=True)
-        large = large.unflatten(0, (b, f)).transpose(1, 2)
-        return add_noise(self.condition_kept, large, self.random(generator, like=large), levels)
+        return large.unflatten(0, (b, f)).transpose(1, 2)
 
 
 class Base(Diffusion):
     ships = ("base",)
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        numbers = torch.arange(0, FRAMES, INTERP_FRAMES - 1, device=index.device).float()
-        return self.pool.frames(index, numbers.expand(len(index), -1), KEYFRAME_SIZE), None
+        gap = INTERP_FRAMES - 1
+        starts = FRAMES // gap + 2 - self.lesson.frames
+        start = torch.randint(starts, (len(index), 1), generator=generator, device=index.device)
+        numbers = (start + torch.arange(self.lesson.frames, device=index.device)) * gap
+        return self.pool.frames(index, numbers.float(), self.lesson.size), None
 
 
 class Interp(Diffusion):
@@ -215,9 +268,8 @@ class Interp(Diffusion):
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         gap = INTERP_FRAMES - 1
         start = torch.randint(FRAMES // gap, (len(index), 1), generator=generator, device=index.device) * gap
-        clean = self.pool.frames(
-            index, (start + torch.arange(INTERP_FRAMES, device=index.device)).float(), KEYFRAME_SIZE
-        )
+        numbers = (start + torch.arange(INTERP_FRAMES, device=index.device)).float()
+        clean = self.pool.frames(index, numbers, self.lesson.size)
         # The runtime's key frames are generated: a little noise keeps this stage from trusting every pixel.
         ends = clean[:, :, [0, -1]]
         strength = 0.1 * torch.rand(len(index), 1, 1, 1, 1, generator=generator, device=index.device)
@@ -235,8 +287,7 @@ class FirstFrame(Diffusion):
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         number = torch.randint(FRAMES, (len(index), 1), generator=generator, device=index.device).float()
-        small, large = (self.pool.frames(index, number, size) for size in (KEYFRAME_SIZE, LARGE_SIZE))
-        return large, self.upscaled(small, levels, generator)
+        return self.with_condition(index, number, levels, generator)
 
 
 class Sr1(Diffusion):
@@ -244,11 +295,7 @@ class Sr1(Diffusion):
     noise_level = SETTINGS.sr1_noise_level
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        window = SETTINGS.sr1_window
-        start = torch.randint(FRAMES - window + 1, (len(index), 1), generator=generator, device=index.device)
-        numbers = (start + torch.arange(window, device=index.device)).float()
-        small, large = (self.pool.frames(index, numbers, size) for size in (KEYFRAME_SIZE, LARGE_SIZE))
-        condition = self.upscaled(small, levels, generator)
+        large, condition = self.with_condition(index, self.consecutive(index, generator), levels, generator)
         # In front the first frame, clean: from if2 or from the window before, so with small faults.
         first = large[:, :, :1]
         strength = 0.05 * torch.rand(len(index), 1, 1, 1, 1, generator=generator, device=index.device)
@@ -268,12 +315,12 @@ class Sr2(Diffusion):
         self.scale = cascade.NETWORKS["vae"][1]["scaling_factor"]
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        start = torch.randint(FRAMES - SR2_FRAMES + 1, (len(index), 1), generator=generator, device=index.device)
-        numbers = (start + torch.arange(SR2_FRAMES, device=index.device)).float()
-        frames = self.pool.frames(index, numbers, FULL_SIZE).transpose(1, 2).flatten(0, 1)
+        window = self.window(FULL_SIZE, len(index), generator, multiple=_VAE_SCALE)
+        clips = self.pool.frames(index, self.consecutive(index, generator), FULL_SIZE, window)
+        frames = clips.transpose(1, 2).flatten(0, 1)
         mean, logvar = self.vae(frames)
         latents = (mean + (0.5 * logvar).exp() * self.random(generator, like=mean)) * self.scale
-        return latents.float().unflatten(0, (len(index), SR2_FRAMES)).transpose(1, 2), None
+        return latents.float().unflatten(0, (len(index), -1)).transpose(1, 2), None
 
 
 class Vae(Stage):
@@ -289,8 +336,9 @@ class Vae(Stage):
     def draw(self, batch: int, generator: torch.Generator) -> Batch:
         index = self.pool.draw(batch, generator)
         number = torch.rand(batch, 1, generator=generator, device=self.pool.device) * (FRAMES - 1)
-        image = self.pool.frames(index, number, FULL_SIZE)[:, :, 0]
-        return image, self.random(generator, batch, 4, FULL_SIZE[1] // 8, FULL_SIZE[0] // 8)
+        image = self.pool.frames(index, number, FULL_SIZE, self.window(FULL_SIZE, batch, generator))[:, :, 0]
+        width, height = self.lesson.size
+        return image, self.random(generator, batch, 4, height // _VAE_SCALE, width // _VAE_SCALE)
 
     def loss(self, *batch: Tensor) -> Tensor:
         image, noise = batch

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from engines.errors import CheckpointError, SettingsError
 from engines.store import write_atomically
 from export.demo import cascade, stages
-from export.demo.stages import Pool, Stage
+from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Lesson, Pool, Stage
+from runtime.config import INTERP_FRAMES
 
 _TIMED_STEPS = 30  # at the start of a stage, to plan how many fit into its time
 _UNTIMED_STEPS = 5  # of these, slowed by compilation
@@ -39,18 +41,59 @@ class Recipe:
     stage: type[Stage]
     share: float
     batch: int
+    lessons: tuple[Lesson, ...]
     bfloat16: bool = False  # where errors of 0.4 % do no harm: not at the start of runs from pure noise
     compiled: bool = True  # on a GPU, where the stage lasts long enough to be worth the compiler's minute
 
+    def lesson(self, progress: float) -> Lesson:
+        """The lesson after this share of all steps."""
+        ends = accumulate(lesson.share for lesson in self.lessons)
+        return next(
+            (lesson for lesson, end in zip(self.lessons, ends, strict=True) if progress < end), self.lessons[-1]
+        )
 
+    @property
+    def mean_cost(self) -> float:
+        """Of a step, in steps of the first lesson."""
+        return sum(lesson.share * lesson.cost for lesson in self.lessons) / self.lessons[0].cost
+
+
+# Base learns from still pictures what things look like, then how they move, and only at the end in its own size: a step
+# costs what its pixels cost. The last lesson of each stage is what the runtime asks for.
+_TINY = (32, 20)
 RECIPES: dict[str, Recipe] = {
-    "text": Recipe(stages.Text, 0.03, 1024, compiled=False),
-    "vae": Recipe(stages.Vae, 0.12, 32, bfloat16=True),
-    "base": Recipe(stages.Base, 0.36, 192),
-    "interp": Recipe(stages.Interp, 0.12, 192),
-    "if2": Recipe(stages.FirstFrame, 0.07, 96, bfloat16=True),
-    "sr1": Recipe(stages.Sr1, 0.17, 24, bfloat16=True),
-    "sr2": Recipe(stages.Sr2, 0.13, 12, bfloat16=True),
+    "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), compiled=False),
+    "vae": Recipe(
+        stages.Vae,
+        0.12,
+        32,
+        (Lesson(0.75, (96, 96)), Lesson(0.23, (192, 160)), Lesson(0.02, FULL_SIZE)),
+        bfloat16=True,
+    ),
+    "base": Recipe(
+        stages.Base,
+        0.36,
+        192,
+        (Lesson(0.5, _TINY, 1), Lesson(0.3, _TINY, 4), Lesson(0.13, _TINY, 8), Lesson(0.07, KEYFRAME_SIZE, 8)),
+    ),
+    "interp": Recipe(
+        stages.Interp, 0.12, 192, (Lesson(0.8, _TINY, INTERP_FRAMES), Lesson(0.2, KEYFRAME_SIZE, INTERP_FRAMES))
+    ),
+    "if2": Recipe(stages.FirstFrame, 0.07, 96, (Lesson(0.92, (64, 64)), Lesson(0.08, LARGE_SIZE)), bfloat16=True),
+    "sr1": Recipe(
+        stages.Sr1,
+        0.17,
+        24,
+        (Lesson(0.8, (64, 64), 2), Lesson(0.19, (64, 64), 8), Lesson(0.01, LARGE_SIZE, 8)),
+        bfloat16=True,
+    ),
+    "sr2": Recipe(
+        stages.Sr2,
+        0.13,
+        12,
+        (Lesson(0.8, (128, 128), 4), Lesson(0.18, (192, 160), 8), Lesson(0.02, FULL_SIZE, 8)),
+        bfloat16=True,
+    ),
 }
 
 
@@ -80,6 +123,7 @@ class Trainer:
 
     def advance(self) -> Tensor:
         """One step; the batch's loss, still on the device."""
+        self.stage.lesson = self.recipe.lesson(self.step / self.run.steps if self.run.steps else 0.0)
         generator = torch.Generator(self.device).manual_seed(self.run.seed * 10**9 + self.step)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.bfloat16 and self.device == "cuda"):
             loss = self.loss(*self.stage.draw(self.run.batch, generator))
@@ -242,7 +286,8 @@ def _run(
             elif here == _TIMED_STEPS:
                 each = (_now(trainer) - timed) / (_TIMED_STEPS - _UNTIMED_STEPS)
                 left = max(0.0, budget - (_now(trainer) - start))
-                trainer.run = replace(trainer.run, steps=trainer.step + int(left / each))
+                steps = trainer.step + int(left / (each * trainer.recipe.mean_cost))
+                trainer.run = replace(trainer.run, steps=steps)
                 report(f"{name}: {each:.3f} s a step, {trainer.run.steps} steps planned")
         if trainer.device == "cuda" and here % 10 and trainer.step != trainer.run.steps:
             continue  # reading the clock there means waiting for the device
