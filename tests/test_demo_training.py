@@ -1,5 +1,6 @@
 """The demo's clips and captions, and its training: batches as the runtime makes them, runs that can be interrupted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from export import networks
 from export.demo import cascade, stages
 from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
 from export.demo.scenes import lay_out, render
-from export.demo.stages import Pool
-from export.demo.train import train
+from export.demo.stages import Lesson, Pool
+from export.demo.train import RECIPES, train
 from export.modules.ops import attention, temporal_attention
 from export.networks import Source
 from export.random_checkpoint import random_checkpoint
@@ -22,7 +23,7 @@ from export.tokenizers import convert_clip, convert_t5
 from export.unpack import unpack
 from runtime.config import Settings
 from runtime.ops import cross_fade, resize_bilinear
-from runtime.schedulers import SchedulerConfig
+from runtime.schedulers import SchedulerConfig, make_schedule, predict_x0
 from runtime.schedulers import add_noise as runtime_add_noise
 from runtime.tokenizer import Tokenizer
 
@@ -111,17 +112,26 @@ def test_super_resolution_is_trained_on_the_runtimes_condition(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = make("sr1", checkpoint)
+    stage.lesson = Lesson(1, (48, 32), 2)
     noise = torch.randn(2, 3, 2, 32, 48)
+    left, top = torch.tensor([[0], [160]]), torch.tensor([[128], [20]])
     monkeypatch.setattr(stage, "random", lambda generator, *shape, like=None: noise)
-    small = torch.rand(2, 3, 2, 8, 12) * 2 - 1
-    ours = stage.upscaled(small, torch.tensor([250, 250]), torch.Generator())
+    monkeypatch.setattr(stage, "window", lambda *_: (left, top, (48, 32)))
+    index, numbers = torch.tensor([0, 3]), torch.tensor([[5.0, 6], [0, 1]])
+    large, condition = stage.with_condition(index, numbers, torch.tensor([250, 250]), torch.Generator())
+    small = resize_bilinear(stage.pool.frames(index, numbers, (64, 40)).numpy(), (160, 256))
     config = SchedulerConfig.from_dict(cascade.NOISING, "test")
-    theirs = runtime_add_noise(config, resize_bilinear(small.numpy(), (32, 48)), noise.numpy(), 250)
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-5)
+    whole = stage.pool.frames(index, numbers, (256, 160))
+    for i in range(2):
+        part = np.s_[i, :, :, top[i] : top[i] + 32, left[i] : left[i] + 48]
+        torch.testing.assert_close(large[i], whole[part], rtol=0, atol=1e-5)
+        theirs = runtime_add_noise(config, small[part], noise[i].numpy(), 250)
+        np.testing.assert_allclose(condition[i], theirs, rtol=0, atol=1e-5)
 
 
 def test_interpolation_is_trained_on_the_runtimes_condition(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = make("interp", checkpoint)
+    stage.lesson = Lesson(1, (16, 8), 5)
     monkeypatch.setattr(stage, "random", lambda generator, *shape, like=None: torch.zeros_like(like))
     clean, condition = stage.clip(torch.tensor([0, 1]), None, torch.Generator().manual_seed(0))
     assert condition is not None
@@ -134,21 +144,36 @@ def test_interpolation_is_trained_on_the_runtimes_condition(checkpoint: Path, mo
     )
 
 
-def test_no_timestep_drowns_the_others(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "LARGE_SIZE", (16, 8))
-    monkeypatch.setattr(stages, "KEYFRAME_SIZE", (4, 2))
+def test_the_target_gives_back_the_clean_clip_in_the_runtimes_schedule(checkpoint: Path) -> None:
     stage = make("if2", checkpoint)
-    assert stage.timesteps == 1000  # of a cosine schedule, whose last alpha is 5e-5
-    _, timestep, _, _, weight, _ = stage.draw(4000, torch.Generator().manual_seed(0))
-    assert timestep.max() == 999
-    assert 1 <= weight.min() < weight.max() <= 50
+    stage.lesson = Lesson(1, (16, 8))
+    config = SchedulerConfig.from_dict(cascade.SCHEDULERS["if2"], "test")
+    schedule = make_schedule(config, 1000)
+    assert stage.timesteps == 1000
+    sample, timestep, _, target, _ = stage.draw(6, torch.Generator().manual_seed(0))
+    sample, target = sample[:, :3].numpy(), target.numpy()
+    for i, number in enumerate(timestep.int().tolist()):
+        index = schedule.timesteps.tolist().index(number)
+        x0 = np.empty_like(target[i])
+        predict_x0(sample[i], target[i], schedule.pred_weight[index], schedule.divisor[index], out=x0)
+        assert np.abs(x0).max() < 1.001
+        kept = stage.kept[number].item()
+        noise = (sample[i] - x0 * kept**0.5) / (1 - kept) ** 0.5
+        assert 0.8 < noise.std() < 1.2
+
+
+def test_every_stage_ends_with_what_the_runtime_asks_for() -> None:
+    for name, recipe in RECIPES.items():
+        assert sum(lesson.share for lesson in recipe.lessons) == pytest.approx(1)
+        assert recipe.lesson(0) is recipe.lessons[0]
+        assert recipe.lesson(0.999) is recipe.lesson(1) is recipe.lessons[-1], name
 
 
 def test_latents_are_brought_to_unit_deviation_without_changing_the_pictures(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "FULL_SIZE", (96, 64))
     stage = make("vae", checkpoint)
+    stage.lesson = Lesson(1, (96, 64))
     image, _ = stage.draw(4, torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = stage.decoder(stage.encoder(image)[0])
@@ -176,7 +201,8 @@ def weights(folder: Path) -> dict[Path, bytes]:
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "KEYFRAME_SIZE", (16, 8))
+    lessons = (Lesson(0.6, (8, 8), 2), Lesson(0.4, (16, 8), 8))
+    monkeypatch.setitem(RECIPES, "base", replace(RECIPES["base"], lessons=lessons))
     options = {"steps": 3, "batch": 2, "pool": 8, "compiled": False, "report": lambda _: None}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, ["text", "base"], **options)
