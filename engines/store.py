@@ -156,9 +156,9 @@ class BundleWriter(Bundle):
         digest = hashlib.sha256("".join(file.sha256 for file in entry.files()).encode()).hexdigest()
         home = f"{ENGINES}/{entry.name}-{digest[:12]}"
         target = self.root / home
-        if target.exists():
-            shutil.rmtree(target)
         target.parent.mkdir(exist_ok=True)
+        if target.exists():  # made again: set aside in one move, so that it is not half removed when something fails
+            os.replace(target, folder.with_name(f"{folder.name}-replaced"))
         os.replace(folder, target)
         graphs = {
             name: replace(
