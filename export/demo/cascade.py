@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 from sentencepiece import sentencepiece_model_pb2
-from torch import nn
+from torch import Tensor, nn
 
 from engines.store import write_atomically
 from export.demo.captions import words
@@ -187,11 +188,18 @@ def make_network(name: str) -> Any:
 
 
 def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
-    """Write one network in float16 with its config; the weights, last, appear whole or not at all."""
+    """Write one network in float16, rounded, with its config; the weights, last, appear whole or not at all."""
     folder, config = NETWORKS[name]
     write_json(checkpoint / folder / "config.json", config)
-    state = {key: value.detach().half().cpu().contiguous() for key, value in module.state_dict().items()}
+    state = {key: _rounded(value.detach().half().cpu().contiguous()) for key, value in module.state_dict().items()}
     write_atomically(_weights(checkpoint, name), save(state))
+
+
+def _rounded(value: Tensor) -> Tensor:
+    """Matrices and filters to 6 bits behind the point, an error of 0.8 % at most: the archive takes a third less."""
+    if value.ndim < 2:
+        return value
+    return ((value.view(torch.int16) + (1 << 3)) & -(1 << 4)).view(torch.float16)
 
 
 def has_network(checkpoint: Path, name: str) -> bool:
@@ -199,7 +207,7 @@ def has_network(checkpoint: Path, name: str) -> bool:
 
 
 def load_network(checkpoint: Path, name: str) -> Any:
-    """A finished network in float32, with the values that were rounded to float16; frozen."""
+    """A finished network in float32, with the values that were rounded; frozen."""
     module = make_network(name)
     module.load_state_dict({key: value.float() for key, value in load_file(_weights(checkpoint, name)).items()})
     return module.eval().requires_grad_(False)
@@ -236,7 +244,9 @@ def pack(checkpoint: Path, archive: Path) -> None:
             info.size = path.stat().st_size
             with open(path, "rb") as file:
                 tar.addfile(info, file)
-    write_atomically(archive, lzma.compress(content.getvalue(), preset=9))
+    # Numbers of two bytes: the coder keeps statistics of each.
+    two_bytes = {"id": lzma.FILTER_LZMA2, "preset": 9, "lp": 1, "pb": 1}
+    write_atomically(archive, lzma.compress(content.getvalue(), filters=[two_bytes]))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
