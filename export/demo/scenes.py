@@ -105,6 +105,14 @@ def _thing(thing: Thing, side: tuple[float, float], random: Random) -> tuple:
 _NO_THING = 0, 0.0, (0.0,) * 3, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, (0.0,) * 2, 0.0, (0.0,) * 2
 
 
+def centres(clips: Clips, frames: Tensor) -> Tensor:
+    """Where things are at `frames` [B, F]: [B, 2 things, 2 axes, F], x from -1.8 to 1.8 and y from -1 to 1."""
+    u = frames[:, None, None] / (FRAMES - 1)
+    wave = torch.sin(3 * math.pi * u + clips.phase[..., None, None])  # one and a half periods
+    start, end, swing = (values[..., None] for values in (clips.start, clips.end, clips.swing))
+    return start + (end - start) * u + swing * wave
+
+
 def render(clips: Clips, frames: Tensor, size: tuple[int, int], window: Window | None = None) -> Tensor:
     """Draw each clip at `frames` [B, F], numbers from 0 to 28: [B, 3, F, H, W] in [-1, 1].
 
@@ -126,13 +134,8 @@ def render(clips: Clips, frames: Tensor, size: tuple[int, int], window: Window |
         def at(values: Tensor, i: int = i) -> Tensor:  # [B, 2, 2]: from start to end, [B, F, 1, 1]
             return (values[:, i, :1] + (values[:, i, 1:] - values[:, i, :1]) * u)[..., None, None]
 
-        wave = torch.sin(3 * math.pi * u + clips.phase[:, i, None])[..., None, None]  # one and a half periods
-        centre = [
-            at(torch.stack([clips.start[..., axis], clips.end[..., axis]], -1))
-            + clips.swing[:, i, axis, None, None, None] * wave
-            for axis in (0, 1)
-        ]
-        dx, dy = x[:, None] - centre[0], y[:, None] - centre[1]  # [B, F, H, W] where they meet
+        centre = centres(clips, frames)[:, i, :, :, None, None]  # [B, 2, F, 1, 1]
+        dx, dy = x[:, None] - centre[:, 0], y[:, None] - centre[:, 1]  # [B, F, H, W] where they meet
         radius, angle = at(clips.radius), at(clips.angle)
         corners, inner = clips.corners[:, i, None, None, None], clips.inner[:, i, None, None, None]
         distance = _distance(dx, dy, radius, angle, corners, inner)

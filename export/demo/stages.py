@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from export.demo import cascade
 from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
-from export.demo.scenes import FRAMES, MOST_THINGS, Window, lay_out, render
+from export.demo.scenes import (
+    FRAMES,
+    HALF_HEIGHT,
+    HALF_WIDTH,
+    MOST_THINGS,
+    Window,
+    centres,
+    lay_out,
+    render,
+)
 from export.modules.layers import (
     AddedKVAttention,
     AttentionPooling,
@@ -39,6 +48,7 @@ KEYFRAME_SIZE, LARGE_SIZE, FULL_SIZE = (64, 40), (256, 160), (576, 320)
 SETTINGS = Settings()
 EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
 _VAE_SCALE = 2 ** (len(cascade.NETWORKS["vae"][1]["block_out_channels"]) - 1)
+_ANYWHERE = 0.3  # share of windows that need not hold a thing
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
@@ -105,13 +115,25 @@ class Stage(ABC):
     def frozen(self, name: str) -> nn.Module:
         return cascade.load_network(self.checkpoint, name).to(self.pool.device)
 
-    def window(self, size: tuple[int, int], batch: int, generator: torch.Generator, multiple: int = 1) -> Window:
-        """A place for the lesson's part in each of a batch of frames of `size`, at multiples of some pixels."""
-        left, top = (
-            torch.randint((whole - part) // multiple + 1, (batch, 1), generator=generator, device=self.pool.device)
-            for whole, part in zip(size, self.lesson.size, strict=True)
-        )
-        return left * multiple, top * multiple, self.lesson.size
+    def window(self, index: Tensor, numbers: Tensor, size: tuple[int, int], generator: torch.Generator) -> Window:
+        """The lesson's part of each clip's frames, which have `size`: mostly around a thing at the first of `numbers`.
+
+        At multiples of a latent's pixels, so that stages of latents cut where the autoencoder does.
+        """
+        clips, device = self.pool.clips[index], self.pool.device
+        rows = torch.arange(len(index), device=device)
+        thing = torch.randint(MOST_THINGS, (len(index),), generator=generator, device=device)
+        thing = thing * (clips.radius[:, 1, 0] > 0)  # the first where there is one
+        centre = centres(clips, numbers[:, :1])[rows, thing, :, 0]  # [B, 2]
+        whole = torch.tensor(size, device=device)
+        part = torch.tensor(self.lesson.size, device=device)
+        around = (centre / centre.new_tensor([HALF_WIDTH, HALF_HEIGHT]) + 1) / 2 * whole
+        corner = around - part * torch.rand(len(index), 2, generator=generator, device=device)
+        anywhere = (whole - part) * torch.rand(len(index), 2, generator=generator, device=device)
+        free = torch.rand(len(index), 1, generator=generator, device=device) < _ANYWHERE
+        corner = torch.where(free, anywhere, corner).clamp(min=0).minimum(whole - part)
+        left, top = (corner / _VAE_SCALE).long().mul(_VAE_SCALE)[:, :, None].unbind(1)
+        return left, top, self.lesson.size
 
     def random(self, generator: torch.Generator, *shape: int, like: Tensor | None = None) -> Tensor:
         """Standard normal."""
@@ -231,7 +253,7 @@ class Diffusion(Stage):
 
         The latter are noised to `levels` [B]; both are [B, 3, F, H, W].
         """
-        left, top, (width, height) = window = self.window(LARGE_SIZE, len(index), generator)
+        left, top, (width, height) = window = self.window(index, numbers, LARGE_SIZE, generator)
         upscaled = self.upscaled(self.pool.frames(index, numbers, KEYFRAME_SIZE))
         rows, columns = top + torch.arange(height, device=top.device), left + torch.arange(width, device=left.device)
         b = torch.arange(len(index), device=index.device)[:, None, None]
@@ -315,8 +337,8 @@ class Sr2(Diffusion):
         self.scale = cascade.NETWORKS["vae"][1]["scaling_factor"]
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        window = self.window(FULL_SIZE, len(index), generator, multiple=_VAE_SCALE)
-        clips = self.pool.frames(index, self.consecutive(index, generator), FULL_SIZE, window)
+        numbers = self.consecutive(index, generator)
+        clips = self.pool.frames(index, numbers, FULL_SIZE, self.window(index, numbers, FULL_SIZE, generator))
         frames = clips.transpose(1, 2).flatten(0, 1)
         mean, logvar = self.vae(frames)
         latents = (mean + (0.5 * logvar).exp() * self.random(generator, like=mean)) * self.scale
@@ -336,7 +358,7 @@ class Vae(Stage):
     def draw(self, batch: int, generator: torch.Generator) -> Batch:
         index = self.pool.draw(batch, generator)
         number = torch.rand(batch, 1, generator=generator, device=self.pool.device) * (FRAMES - 1)
-        image = self.pool.frames(index, number, FULL_SIZE, self.window(FULL_SIZE, batch, generator))[:, :, 0]
+        image = self.pool.frames(index, number, FULL_SIZE, self.window(index, number, FULL_SIZE, generator))[:, :, 0]
         width, height = self.lesson.size
         return image, self.random(generator, batch, 4, height // _VAE_SCALE, width // _VAE_SCALE)
 

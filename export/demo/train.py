@@ -67,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
         stages.Vae,
         0.12,
         32,
-        (Lesson(0.75, (96, 96)), Lesson(0.23, (192, 160)), Lesson(0.02, FULL_SIZE)),
+        (Lesson(0.94, (64, 64)), Lesson(0.056, (192, 160)), Lesson(0.004, FULL_SIZE)),
         bfloat16=True,
     ),
     "base": Recipe(
