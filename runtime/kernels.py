@@ -4,6 +4,7 @@ The same calls serve the GPU library (device pointers) and the references (host 
 """
 
 import ctypes
+import os
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
 LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
 INVALID = 1
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "kernels"
+_SUFFIXES = (".so", ".dll", ".dylib")
 
 _COEFFICIENTS = ("alpha", "sigma", "sample_weight", "x0_weight", "previous_x0_weight", "min_log_var", "max_log_var")
 # show1_step: a row per step of the denoising loop.
@@ -73,6 +77,21 @@ def step_modes(schedule: Schedule) -> dict[str, int | float]:
     elif config.clip_sample:
         modes |= {"limit": LIMITS["clip"], "limit_max": config.clip_sample_range}
     return modes
+
+
+def find_library(name: str) -> Path:
+    """The newest build of libshow1_kernels (CUDA) or libshow1_kernels_ref below build/kernels, or SHOW1_KERNELS."""
+    folder = Path(os.environ.get("SHOW1_KERNELS") or BUILD)
+    if found := libraries(folder, name):
+        return max(found, key=lambda path: path.stat().st_mtime)
+    raise EngineError(
+        f"{folder} holds no {name}. Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build "
+        "build/kernels --config Release`, or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
+    )
+
+
+def libraries(folder: Path, name: str) -> list[Path]:
+    return [path for path in folder.rglob(f"*{name}.*") if path.suffix in _SUFFIXES]
 
 
 class Kernels:
