@@ -87,8 +87,8 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 class Engine:
     """A loaded engine: its graphs by name, float32 arrays in and out, the time spent in them.
 
-    `on_call(graph, start, seconds)`, if set, is told of every run of a graph; a step of a loop on the device counts as
-    one of its network.
+    `on_call(graph, start, seconds)`, if set, is told of every run of a graph: when the runtime turned to it, and what
+    the backend took. A step of a loop on the device counts as a run of its network.
     """
 
     def __init__(self, bundle: Bundle, entry: EngineEntry):
@@ -111,10 +111,11 @@ class Engine:
 
     def run(self, graph: str, **feeds: Array) -> dict[str, Array]:
         """Run one graph. Raises ProfileError for shapes that the engine was not built for."""
+        turned = time.perf_counter()
         spec = self.specs[graph]
         spec.check(self.name, {name: array.shape for name, array in feeds.items()})
         typed = {b.name: np.asarray(feeds[b.name], dtype=b.dtype) for b in spec.inputs}
-        with self._timed(graph):
+        with self._timed(graph, turned):
             outputs = self._runners[graph].infer(typed)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
@@ -140,7 +141,7 @@ class Engine:
         return _TimedLoop(self, loop)
 
     @contextlib.contextmanager
-    def _timed(self, graph: str | None) -> Iterator[None]:
+    def _timed(self, graph: str | None, turned: float | None = None) -> Iterator[None]:
         """Count what is done inside as a run of `graph`; None: only its time."""
         start = time.perf_counter()
         yield
@@ -149,7 +150,7 @@ class Engine:
         if graph is not None:
             self.calls += 1
             if self.on_call is not None:
-                self.on_call(graph, start, seconds)
+                self.on_call(graph, start if turned is None else turned, seconds)
 
     def close(self) -> None:
         for runner in self._runners.values():

@@ -4,8 +4,10 @@ A package holds machine code for one kind of device, and the weights. On CUDA a 
 solver, is one CUDA graph, and nothing but noise (DDPM) crosses the bus between the first step and the last.
 """
 
+import contextlib
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,16 +69,20 @@ def cpu_level() -> str:
 
 def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     """Why packages cannot run here, told from the manifest alone and with what mends it; None if they can."""
-    built_for, here = entry.targets[0], target()
-    runs = {here, f"cpu-{cpu_level()}"}
-    if entry.backend_version != torch_version():
-        return (
-            f"built by torch {entry.backend_version}, {torch_version()} is installed: "
-            f"`pip install 'torch=={entry.backend_version}'`, or {bundle.rebuild_command(entry.name)}"
-        )
-    if built_for not in runs:
-        return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
-    return None
+    (built_for,), here = entry.targets, target()
+    if built_for in (here, f"cpu-{cpu_level()}"):
+        return version_mismatch(bundle, entry)
+    return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
+
+
+def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
+    """Packages call into torch, whose insides are no two versions' the same."""
+    if entry.backend_version == torch_version():
+        return None
+    return (
+        f"built by torch {entry.backend_version}, {torch_version()} is installed: "
+        f"`pip install 'torch=={entry.backend_version}'`, or {bundle.rebuild_command(entry.name)}"
+    )
 
 
 @cache
@@ -141,7 +147,8 @@ class InductorRunner:
     def __init__(self, plan: Path):
         try:
             # On the caller's thread and stream alone: what a CUDA graph can capture.
-            self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
+            with _quiet():
+                self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
             metadata = self._package.get_metadata()
             self._inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
@@ -158,6 +165,8 @@ class InductorRunner:
         """Contiguous tensors on the device, in and out; outputs may be views."""
         try:
             outputs = self._package(*(feeds[name] for name in self._inputs))
+        except EngineError:  # of an operator of ours
+            raise
         except Exception as error:
             raise EngineError(f"inductor failed: {_first_line(error)}") from None
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
@@ -202,6 +211,18 @@ class InductorRunner:
         del self._package
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of processors that can do more than a package asks for; `why_unusable` tells of those that cannot."""
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
