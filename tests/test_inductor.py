@@ -1,5 +1,5 @@
-"""Engines of inductor, on the GPU if torch sees one, else on the CPU: packages compiled for real, with our kernel inside,
-and the loop on their device.
+"""Engines of inductor, on the GPU if torch sees one, else on the CPU: packages compiled for real, our kernel inside
+them, and the loop on their device.
 
 The UNet is the smallest that has every kind of layer: one level, from the golden interpolation's config.
 """
