@@ -22,7 +22,13 @@ from export.modules import ops
 from export.modules.layers import TemporalConv, TemporalTransformer
 from export.networks import Graph
 from export.to_onnx import dynamic_shapes
-from runtime.runner_inductor import BINDINGS, X86_LEVEL, plain_temporal_attention, temporal_attention
+from runtime.runner_inductor import (
+    BINDINGS,
+    X86_LEVEL,
+    plain_temporal_attention,
+    set_up_cuda,
+    temporal_attention,
+)
 
 # Candidates are timed at the sizes tuned for. The layout is forced: its heuristic gives up where shapes are dynamic.
 _CUDA = {"max_autotune": True, "force_layout_optimization": True}
@@ -57,6 +63,8 @@ def compile_inductor(graph: Graph, package: Path, target: str) -> None:
         },
     }
     options |= _CUDA if device == "cuda" else _X86 if target.endswith(X86_LEVEL) else {}
+    if device == "cuda":
+        set_up_cuda()
     inputs = graph.example(tuned_sizes(spec), torch.Generator().manual_seed(0))
     with (
         tempfile.TemporaryDirectory(dir=package.parent) as scratch,

@@ -67,6 +67,12 @@ def cpu_level() -> str:
     return platform.machine().lower()
 
 
+def set_up_cuda() -> None:
+    """What torch's own operators do, here and where packages are timed."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.benchmark = True  # the fastest algorithm for every shape, found at its first run
+
+
 def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     """Why packages cannot run here, told from the manifest alone and with what mends it; None if they can."""
     (built_for,), here = entry.targets, target()
@@ -158,7 +164,7 @@ class InductorRunner:
             ) from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+            set_up_cuda()
         self._loops: dict[_Layout, DeviceLoop] = {}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
