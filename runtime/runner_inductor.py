@@ -76,9 +76,20 @@ def set_up_cuda() -> None:
 def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     """Why packages cannot run here, told from the manifest alone and with what mends it; None if they can."""
     (built_for,), here = entry.targets, target()
-    if built_for in (here, f"cpu-{cpu_level()}"):
-        return version_mismatch(bundle, entry)
-    return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
+    if built_for not in (here, f"cpu-{cpu_level()}"):
+        return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
+    return version_mismatch(bundle, entry) or _no_kernels(entry)
+
+
+def _no_kernels(entry: EngineEntry) -> str | None:
+    """What denoises runs on our kernels; the rest does without."""
+    if "step" not in entry.graphs:
+        return None
+    try:
+        find_library(_library("cuda" if entry.needs_gpu else "cpu"))
+    except EngineError as error:
+        return str(error).removesuffix(".")
+    return None
 
 
 def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -91,11 +102,13 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     )
 
 
+def _library(device: str) -> str:
+    return "show1_kernels" if device == "cuda" else "show1_kernels_ref"
+
+
 @cache
 def _kernels(device: str) -> Kernels:
-    if device == "cuda":
-        return Kernels(find_library("show1_kernels"))
-    return Kernels(find_library("show1_kernels_ref"), suffix="_ref")
+    return Kernels(find_library(_library(device)), suffix="" if device == "cuda" else "_ref")
 
 
 def _stream(device: str) -> int | None:
@@ -171,8 +184,6 @@ class InductorRunner:
         """Contiguous tensors on the device, in and out; outputs may be views."""
         try:
             outputs = self._package(*(feeds[name] for name in self._inputs))
-        except EngineError:  # of an operator of ours
-            raise
         except Exception as error:
             raise EngineError(f"inductor failed: {_first_line(error)}") from None
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)

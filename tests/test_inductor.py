@@ -296,11 +296,14 @@ def test_channels_apart_are_refused() -> None:
 
 
 def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    float32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOW1_KERNELS", str(tmp_path))
-    with pytest.raises(EngineError, match=r"holds no show1_kernels_ref\. Build it .*`cmake -S \. -B build/kernels"):
+    message = r"holds no show1_kernels\w*\. Build it .*`cmake -S \. -B build/kernels"
+    with pytest.raises(EngineError, match=message):
         find_library("show1_kernels_ref")
+    with pytest.raises(BundleError, match=f"interp: .*{message}"):
+        Engine(float32, float32.engine("interp"))
 
 
 # ---- The loop on the device
