@@ -345,8 +345,10 @@ def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[An
 
 @pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> None:
-    _, guidance, clips, steps = LOOPS[case]
+    scheduler, guidance, clips, steps = LOOPS[case]
     unet, x, condition = loop_inputs(engine, guidance, clips)
+    # The same operations in the same order, but for exp()'s last bits in DDPM's noise, which the network multiplies.
+    atol = 0 if DEVICE == "cpu" and scheduler["_class_name"] != "DDPMScheduler" else 2e-4
     before = x.copy()
     expected, trajectory = run_loop(lambda sample, timestep: unet(sample, timestep), x, condition, case)
     for _ in range(2):  # the second time in the first one's buffers
@@ -354,10 +356,9 @@ def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> N
         actual, visited = run_loop(unet, x, condition, case)
         assert engine.calls - calls == len(visited) == steps
         for step, (seen, wanted) in enumerate(zip(visited, trajectory, strict=True)):
-            # exp() and the square root may differ in their last bits, which the network then multiplies.
-            np.testing.assert_allclose(seen, wanted, rtol=0, atol=2e-5, err_msg=f"step {step}")
+            np.testing.assert_allclose(seen, wanted, rtol=0, atol=atol, err_msg=f"step {step}")
         np.testing.assert_array_equal(actual, visited[-1])
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(x, before)
     assert np.abs(expected).max() > 0.5
 
