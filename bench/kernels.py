@@ -4,11 +4,8 @@ Every time is that of one call on cold caches: the L2 is swept between calls. Wh
 graph, so that no launch gap is in it. The yardstick is a copy of as many bytes, timed in the same way.
 """
 
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from bench.machine import ROOT
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
+from export.kernels import CUDA, REFERENCE, build_library
 from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.schedulers import SchedulerConfig, make_schedule
 
@@ -102,23 +100,10 @@ def torch_with_gpu() -> Any:
 
 def build_kernels(architectures: str) -> tuple[Kernels, Kernels]:
     """The CUDA library for `architectures` (CMake's words, e.g. native; "all": the fat binary) and its references."""
-    for program in ("cmake", "nvcc"):
-        if shutil.which(program) is None:
-            raise EngineError(f"{program} is not installed. The kernels are built with CMake and the CUDA toolkit.")
     folder = BUILD / architectures.replace(";", "-")
     options = [] if architectures == "all" else [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
-        ["cmake", "--build", str(folder), "--parallel", "4"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise EngineError(f"`{' '.join(command[:2])}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return Kernels(_library(folder, "show1_kernels")), Kernels(_library(folder, "show1_kernels_ref"), suffix="_ref")
-
-
-def _library(folder: Path, name: str) -> Path:
-    return next(path for path in folder.rglob(f"*{name}.*") if path.suffix in (".so", ".dll", ".dylib"))
+    cuda, references = (build_library(name, folder, *options)[0] for name in (CUDA, REFERENCE))
+    return Kernels(cuda), Kernels(references, suffix="_ref")
 
 
 def describe_gpu(torch: Any) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class GraphEntry:
 class EngineEntry:
     """One compiled network. `source` is everything it was made from: it is stale when any of it changes.
 
-    `targets` are the GPUs a plan was compiled for (TensorRT only). `cost` is what the build took: seconds of export
-    (loading, tracing), parity and compilation, peak memory of its process in bytes.
+    `targets` are the GPUs a plan was compiled for (TensorRT), or the one kind of machine (inductor: sm90,
+    cpu-x86-64-v3). `cost` is what the build took: seconds of export (loading, tracing), parity and compilation, peak
+    memory of its process in bytes.
     """
 
     name: str
@@ -57,6 +58,10 @@ class EngineEntry:
     def sealed(self) -> "EngineEntry":
         content = json.dumps(asdict(replace(self, seal="")), sort_keys=True)
         return replace(self, seal=hashlib.sha256(content.encode()).hexdigest())
+
+    @property
+    def needs_gpu(self) -> bool:
+        return any(target.startswith("sm") for target in self.targets)
 
     def files(self) -> list[FileEntry]:
         return [file for graph in self.graphs.values() for file in (graph.plan, graph.weights) if file]

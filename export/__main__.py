@@ -16,6 +16,7 @@ from engines.store import Bundle
 from export.unpack import unpack
 from runtime.cli import run_command
 from runtime.config import parse_size
+from runtime.runner import INDUCTOR
 
 CHECKPOINTS = Path("checkpoints")
 DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
@@ -26,8 +27,8 @@ def _build(arguments: argparse.Namespace) -> None:
     from export.build import Backend, build  # torch: only when something is built
 
     targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
-    if arguments.engine == "onnxruntime" and (arguments.keep_onnx or arguments.attention != "fused"):
-        raise SettingsError("--keep-onnx and --attention are for TensorRT; ONNX Runtime's plans are ONNX.")
+    if arguments.engine in ("onnxruntime", INDUCTOR) and (arguments.keep_onnx or arguments.attention != "fused"):
+        raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {arguments.engine}.")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise SettingsError(f"--jobs {arguments.jobs}; allowed: 1 or more.")
     bundle = build(
@@ -114,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> None:
         note = "; ".join(reasons) or "ok"
         if entry and entry.targets:
             details += f" {' '.join(entry.targets)}"
-            if not reasons and not find_gpus():
+            if not reasons and entry.needs_gpu and not find_gpus():
                 note = "ok (files and version; not loaded: no NVIDIA GPU here)"
         print(f"{name:12} {details:50} {note}")
     for name in ("t5", "clip"):
@@ -137,7 +138,11 @@ def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
     reasons = bundle.problems(entry)
     if entry.backend in tensorrt.FLAVOURS:
         reasons += filter(None, [tensorrt.version_mismatch(bundle, entry)])
-    if not reasons and (find_gpus() or not entry.targets):
+    if entry.backend == INDUCTOR:
+        from runtime.runner_inductor import version_mismatch
+
+        reasons += filter(None, [version_mismatch(bundle, entry)])
+    if not reasons and (find_gpus() or not entry.needs_gpu):
         try:
             Engine(bundle, entry).close()
         except Show1Error as error:
@@ -178,9 +183,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
     build.add_argument(
         "--engine",
-        choices=["onnxruntime", "tensorrt-rtx", "tensorrt", "auto"],
+        choices=["onnxruntime", "tensorrt-rtx", "tensorrt", INDUCTOR, "auto"],
         default="onnxruntime",
-        help="what runs the engines; auto: TensorRT where a card and a flavour are there (default: %(default)s)",
+        help="what runs the engines; auto: TensorRT where a card and a flavour are there, else ONNX Runtime "
+        "(default: %(default)s)",
     )
     build.add_argument(
         "--target",

@@ -31,14 +31,16 @@ from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
 from engines.store import Bundle, BundleWriter, hash_file
-from export import networks
+from export import kernels, networks
 from export.checkpoint import find_folder, read_config
-from export.networks import Graph, Source
-from export.parity import SEED, DetachedRunner, check_parity, example_sizes, in_float32
+from export.networks import Graph, LoadedNetwork, Source
+from export.parity import BF16_TOLERANCE, SEED, DetachedRunner, check_parity, example_sizes, in_float32, package_sizes
+from export.to_inductor import compile_inductor
 from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
-from runtime.runner import Runner, open_runner
+from runtime.runner import INDUCTOR, Runner, open_runner
+from runtime.runner_inductor import target, torch_version
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 _GIB = 2**30
@@ -46,9 +48,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Backend:
-    """What engines are compiled by and for: "onnxruntime", "tensorrt-rtx" or "tensorrt".
+    """What engines are compiled by and for: "onnxruntime", "tensorrt-rtx", "tensorrt" or "inductor".
 
-    `targets` and `attention` (see `compile_trt.prepare`) are TensorRT's.
+    `targets` are TensorRT's cards, or the one machine that inductor compiles for; `attention` (see
+    `compile_trt.prepare`) is TensorRT's.
     """
 
     name: str = compile_ort.BACKEND
@@ -66,8 +69,12 @@ class Backend:
         if name in tensorrt.FLAVOURS:
             tensorrt.load(name)
             return cls(name, tensorrt.check_targets(name, targets, precision), attention)
+        if name == INDUCTOR:
+            if targets:
+                raise SettingsError(f"--target {','.join(targets)}: inductor compiles for this machine; leave it out.")
+            return cls(name, (target(),))
         if name != compile_ort.BACKEND:
-            allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS)
+            allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS, INDUCTOR)
             raise SettingsError(f"engine {name!r}; allowed: {', '.join(allowed)}.")
         if targets:
             raise SettingsError(f"--target {','.join(targets)} is for tensorrt-rtx; onnxruntime has no targets.")
@@ -79,6 +86,8 @@ class Backend:
 
     @property
     def version(self) -> str:
+        if self.name == INDUCTOR:
+            return torch_version()
         return (
             version("onnxruntime") if self.name == compile_ort.BACKEND else tensorrt.installed_version(self.name) or ""
         )
@@ -107,18 +116,22 @@ class Job:
     def disk(self) -> float:
         """Bytes that its files will take, about."""
         kernels = 0 if self.backend.name == compile_ort.BACKEND else 64 * 2**20  # what plans hold beside the weights
-        return self.weight_bytes * (2 if self.keep_onnx else 1) * 1.02 + kernels
+        copies = 2 if self.keep_onnx or self.backend.name == INDUCTOR else 1  # inductor's library, then its package
+        return self.weight_bytes * copies * 1.02 + kernels
 
     @property
     def memory(self) -> float:
         """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
-        copies = 4 if self.backend.name == compile_ort.BACKEND else 2  # module, graph, file, session; builder and plan
+        # Module, graph, file, session; builder and plan; of inductor an estimate: module, constants, library, package.
+        copies = {compile_ort.BACKEND: 4, INDUCTOR: 4}.get(self.backend.name, 2)
         return 1.5 * _GIB + copies * self.weight_bytes
 
     @property
     def seconds(self) -> float:
         """About how long it will take, in seconds of two idle cores: tracing goes by layers, compilation by both."""
         layers = self.source.tensors
+        if self.backend.name == INDUCTOR:  # its compiler's time goes by layers too
+            return 5 + 0.3 * layers
         compilation = 0.0 if self.backend.name == compile_ort.BACKEND else 0.03 * layers + 4 * self.weight_bytes / _GIB
         return 2 + 0.08 * layers + compilation
 
@@ -130,15 +143,14 @@ class Job:
             "precision": self.precision,
             "size": "{}x{}".format(*self.size),
             "exporter": _exporter_hash(self.backend.name),
-            **{package: version(package) for package in ("torch", "onnxscript", "onnx-ir")},
             "backend": self.backend.name,
         }
-        if self.backend.name in tensorrt.FLAVOURS:  # ONNX Runtime reads what its older versions were given
-            made_from |= {
-                "backend version": self.backend.version,
-                "targets": " ".join(self.backend.targets),
-                "attention": self.backend.attention,
-            }
+        if self.backend.name != INDUCTOR:
+            made_from |= {package: version(package) for package in ("torch", "onnxscript", "onnx-ir")}
+        if self.backend.name != compile_ort.BACKEND:  # ONNX Runtime reads what its older versions were given
+            made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
+        if self.backend.name in tensorrt.FLAVOURS:
+            made_from["attention"] = self.backend.attention
         return made_from
 
 
@@ -147,6 +159,38 @@ def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> Eng
     start = time.perf_counter()
     report("loading")
     loaded = networks.load(job.source, job.precision, job.size, job.keep_variance)
+    build = _build_packages if job.backend.name == INDUCTOR else _build_plans
+    return build(job, loaded, folder, report, start)
+
+
+def _build_packages(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, start: float) -> EngineEntry:
+    """What inductor makes is compared itself, on the device that it is for."""
+    (target,) = job.backend.targets
+    seconds = {"export_s": time.perf_counter() - start, "compile_s": 0.0, "parity_s": 0.0}
+    entries = {}
+    for graph in loaded.graphs:
+        name, package = graph.spec.name, folder / f"{graph.spec.name}.pt2"
+        report(f"compiling {name}")
+        begun = time.perf_counter()
+        compile_inductor(graph, package, target)
+        compiled = time.perf_counter()
+        report(f"comparing {name}")
+        runner = open_runner(INDUCTOR, package)
+        try:
+            tolerance = BF16_TOLERANCE if job.precision == "bf16" else None
+            sizes = package_sizes(graph.spec)
+            parity = check_parity(graph, job.name, runner, job.precision, sizes, tolerance)
+        finally:
+            runner.close()
+        seconds["compile_s"] += compiled - begun
+        seconds["parity_s"] += time.perf_counter() - compiled
+        file = _entry(package)
+        entries[name] = GraphEntry(graph.spec, file, None, file.sha256, parity)
+    return _engine_entry(job, loaded.properties, entries, seconds)
+
+
+def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, start: float) -> EngineEntry:
+    """ONNX, for ONNX Runtime or TensorRT."""
     on_ort = job.backend.name == compile_ort.BACKEND
     graphs = loaded.graphs if on_ort else [replace(graph, spec=graph.spec.narrowed()) for graph in loaded.graphs]
     detached: dict[str, DetachedModel] = {}
@@ -196,13 +240,18 @@ def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> Eng
             lambda phase, name=spec.name: report(f"compiling {name}: {phase}"),
         )
         files[spec.name] = (_entry(plan), None)
-    cost = {
-        "parameters": job.source.parameters,
+    entries = {spec.name: GraphEntry(spec, *files[spec.name], hashes[spec.name], parity[spec.name]) for spec in specs}
+    seconds = {
         "export_s": traced - start,
         "parity_s": compared - traced,
         "compile_s": time.perf_counter() - compared,
-        "peak_bytes": _peak_memory(),
     }
+    return _engine_entry(job, properties, entries, seconds)
+
+
+def _engine_entry(
+    job: Job, properties: dict[str, Any], graphs: dict[str, GraphEntry], seconds: dict[str, float]
+) -> EngineEntry:
     return EngineEntry(
         job.name,
         job.backend.name,
@@ -211,8 +260,8 @@ def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> Eng
         job.backend.targets,
         job.made_from(),
         properties,
-        {spec.name: GraphEntry(spec, *files[spec.name], hashes[spec.name], parity[spec.name]) for spec in specs},
-        cost,
+        graphs,
+        {"parameters": job.source.parameters, **seconds, "peak_bytes": _peak_memory()},
     )
 
 
@@ -274,8 +323,11 @@ def _exporter_hash(backend: str) -> str:
     here = Path(__file__).parent
     files = [*sorted((here / "modules").glob("*.py"))]
     files += [here / name for name in ("checkpoint.py", "to_onnx.py", "networks.py")]
-    compiler = "compile_ort.py" if backend == compile_ort.BACKEND else "compile_trt.py"
-    files += [here.parent / "engines" / name for name in ("catalog.py", "passes.py", "spec.py", compiler)]
+    compilers = {compile_ort.BACKEND: ("passes.py", "spec.py", "compile_ort.py"), INDUCTOR: ("spec.py",)}
+    compiler = compilers.get(backend, ("passes.py", "spec.py", "compile_trt.py"))
+    files += [here.parent / "engines" / name for name in ("catalog.py", *compiler)]
+    if backend == INDUCTOR:
+        files.append(here / "to_inductor.py")
     return hashlib.sha256(b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in files)).hexdigest()
 
 
@@ -334,9 +386,13 @@ def build(
             if reason:
                 pending.append(job)
         _check_disk(bundle.root, pending)
+        if backend.name == INDUCTOR:  # what its engines run with
+            kernels.build_for("cpu" if backend.targets[0].startswith("cpu") else "cuda")
         for name, text in tokenizers.items():
             bundle.install_tokenizer(name, text)
-        _build_all(bundle, pending, jobs)
+        # Where kernels are chosen by timing, one engine at a time has the GPU.
+        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm")
+        _build_all(bundle, pending, 1 if timed else jobs)
         bundle.update(
             versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},
             size=size,

@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -42,11 +43,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace(module: nn.Module, spec: GraphSpec, inputs: Sequence[Tensor]) -> ir.Model:
-    """`inputs` are examples in the order of `spec.inputs`, with no dynamic axis of size 1 and no two of equal size.
-
-    Raises ParityError when tracing baked in a size that the spec calls dynamic.
-    """
+def dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, Any], ...]:
+    """The free axes of every input of a graph, in `torch.export`'s words."""
     profile = next(iter(spec.profiles.values()))
     dims = {}
     for name, axis in profile.items():
@@ -56,11 +54,18 @@ def trace(module: nn.Module, spec: GraphSpec, inputs: Sequence[Tensor]) -> ir.Mo
             least *= 2
         unit = torch.export.Dim(name, min=least, max=axis.max // axis.multiple)
         dims[name] = unit if axis.multiple == 1 else axis.multiple * unit
-    shapes = tuple(
+    return tuple(
         {i: dims[axis] for i, axis in enumerate(binding.axes) if isinstance(axis, str)} for binding in spec.inputs
     )
+
+
+def trace(module: nn.Module, spec: GraphSpec, inputs: Sequence[Tensor]) -> ir.Model:
+    """`inputs` are examples in the order of `spec.inputs`, with no dynamic axis of size 1 and no two of equal size.
+
+    Raises ParityError when tracing baked in a size that the spec calls dynamic.
+    """
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic_shapes(spec), strict=False)
         onnx_program = torch.onnx.export(
             program, (), opset_version=OPSET, dynamo=True, custom_translation_table=_TRANSLATIONS, verbose=False
         )

@@ -37,6 +37,7 @@ def diagnose() -> Diagnosis:
         result.found["GPU"] = "none that an NVIDIA driver shows"
     _onnxruntime(result, gpus)
     _tensorrt(result, gpus)
+    _inductor(result, gpus)
     return result
 
 
@@ -96,6 +97,31 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
                 result.runs.append(flavour)
     if gpus and serves(TARGETS, gpus[0].target) and not installed_version("tensorrt-rtx"):
         result.hints.append("for this card there is TensorRT-RTX: `pip install -e '.[tensorrt-rtx]'`.")
+
+
+def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
+    if find_spec("torch") is None:
+        result.found["torch"] = "none"
+        return
+    try:
+        version, target = _torch()
+    except (Show1Error, OSError) as error:  # OSError: its libraries do not load
+        result.problems.append(f"torch is not usable ({error}): install it again, `pip install -e '.[inductor]'`.")
+        return
+    on_gpu = target.startswith("sm")
+    result.found["torch"] = f"{version}, compiles for {target}"
+    result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
+    if result.builds:
+        result.builds.append(f"inductor (fp32, fp16, bf16) for {target}")
+    if gpus and not on_gpu:
+        result.hints.append("torch here leaves the GPU idle: install its CUDA build, as pytorch.org says.")
+
+
+def _torch() -> tuple[str, str]:
+    """torch's version and what it compiles for here."""
+    from runtime.runner_inductor import target, torch_version
+
+    return torch_version(), target()
 
 
 def _no_cuda_runtime() -> str | None:

@@ -4,6 +4,7 @@ The same calls serve the GPU library (device pointers) and the references (host 
 """
 
 import ctypes
+import os
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,11 @@ VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
 LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
 INVALID = 1
 
-_COEFFICIENTS = (
-    "pred_weight",
-    "divisor",
-    "sample_weight",
-    "x0_weight",
-    "previous_x0_weight",
-    "min_log_var",
-    "max_log_var",
-)
+BUILD = Path(__file__).resolve().parent.parent / "build" / "kernels"
+_SUFFIXES = (".so", ".dll", ".dylib")
+
+_WEIGHTS = ("pred_weight", "divisor", "sample_weight", "x0_weight", "previous_x0_weight")
+_COEFFICIENTS = (*_WEIGHTS, "min_log_var", "max_log_var")
 # show1_step: a row per step of the denoising loop.
 STEP = np.dtype([(name, np.float32) for name in ("timestep", "guidance_scale", *_COEFFICIENTS)])
 # show1_step_counter
@@ -81,6 +78,21 @@ def step_modes(schedule: Schedule) -> dict[str, int | float]:
     elif config.clip_sample:
         modes |= {"limit": LIMITS["clip"], "limit_max": config.clip_sample_range}
     return modes
+
+
+def find_library(name: str) -> Path:
+    """The newest build of libshow1_kernels (CUDA) or libshow1_kernels_ref below build/kernels, or SHOW1_KERNELS."""
+    folder = Path(os.environ.get("SHOW1_KERNELS") or BUILD)
+    if found := libraries(folder, name):
+        return max(found, key=lambda path: path.stat().st_mtime)
+    raise EngineError(
+        f"{folder} holds no {name}. Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build "
+        "build/kernels --config Release`, or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
+    )
+
+
+def libraries(folder: Path, name: str) -> list[Path]:
+    return [path for path in folder.rglob(f"*{name}.*") if path.suffix in _SUFFIXES]
 
 
 class Kernels:

@@ -9,14 +9,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import tensorrt
 from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
-from runtime.runner import EnginePool
+from runtime.runner import EnginePool, why_unusable
 from runtime.schedulers import make_schedule
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import FloatArray, Progress, scheduler_of
@@ -141,7 +140,7 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
         entry = bundle.engine(network.name)
         for file in entry.files():
             bundle.path(file)
-        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(bundle, entry)):
+        if reason := why_unusable(bundle, entry):
             raise BundleError(f"{entry.name}: {reason}.")
     for name in TOKENIZERS:
         bundle.tokenizer(name)

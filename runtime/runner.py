@@ -2,10 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from engines.errors import BundleError
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
 from engines.store import Bundle
+from runtime.schedulers import Schedule
 
+INDUCTOR = "inductor"
 Array = NDArray[Any]
 
 
@@ -27,6 +29,34 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+class Loop(Protocol):
+    """A denoising loop whose arrays stay where the network is. Every call of `step` is one step of its schedule."""
+
+    def step(self, noise: Array | None) -> None:
+        """Network and solver; `noise` [F, C, H, W] where the step adds some."""
+
+    def sample(self) -> Array:
+        """float32 [B, C, F, H, W] as it stands, in memory that the next step may overwrite."""
+
+
+@runtime_checkable
+class LoopRunner(Protocol):
+    """A runner of a UNet's step that can run the loop itself; meaning and arguments are those of `sampler.denoise`.
+
+    `context` has the network's inputs besides sample and timestep, in the bindings' types; `dtype` is the sample's.
+    """
+
+    def start_loop(
+        self,
+        x: Array,
+        schedule: Schedule,
+        guidance_scale: float,
+        condition: Array | None,
+        context: Mapping[str, Array],
+        dtype: str,
+    ) -> Loop: ...
+
+
 def open_runner(backend: str, plan: Path) -> Runner:
     if backend == "onnxruntime":
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
@@ -36,19 +66,39 @@ def open_runner(backend: str, plan: Path) -> Runner:
         from runtime.runner_trt import TrtRunner
 
         return TrtRunner(plan, backend)
+    if backend == INDUCTOR:
+        from runtime.runner_inductor import InductorRunner
+
+        return InductorRunner(plan)
     raise BundleError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
 
 
+def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
+    """Why an engine cannot run on this machine, told before it is opened and with what mends it; None if it can."""
+    if entry.backend in tensorrt.FLAVOURS:
+        return tensorrt.why_unusable(bundle, entry)
+    if entry.backend == INDUCTOR:
+        from runtime.runner_inductor import why_unusable
+
+        return why_unusable(bundle, entry)
+    return None
+
+
 class Engine:
-    """A loaded engine: its graphs by name, float32 arrays in and out, the time spent in them."""
+    """A loaded engine: its graphs by name, float32 arrays in and out, the time spent in them.
+
+    `on_call(graph, start, seconds)`, if set, is told of every run of a graph: when the runtime turned to it, and what
+    the backend took. A step of a loop on the device counts as a run of its network.
+    """
 
     def __init__(self, bundle: Bundle, entry: EngineEntry):
         self.name, self.properties = entry.name, entry.properties
         self.specs: dict[str, GraphSpec] = {name: graph.spec for name, graph in entry.graphs.items()}
         self.seconds = 0.0
         self.calls = 0
+        self.on_call: Callable[[str, float, float], None] | None = None
         self._runners: dict[str, Runner] = {}
-        if entry.backend in tensorrt.FLAVOURS and (reason := tensorrt.why_unusable(bundle, entry)):
+        if reason := why_unusable(bundle, entry):
             raise BundleError(f"{entry.name}: {reason}.")
         try:
             for name, graph in entry.graphs.items():
@@ -61,19 +111,66 @@ class Engine:
 
     def run(self, graph: str, **feeds: Array) -> dict[str, Array]:
         """Run one graph. Raises ProfileError for shapes that the engine was not built for."""
+        turned = time.perf_counter()
         spec = self.specs[graph]
         spec.check(self.name, {name: array.shape for name, array in feeds.items()})
         typed = {b.name: np.asarray(feeds[b.name], dtype=b.dtype) for b in spec.inputs}
-        start = time.perf_counter()
-        outputs = self._runners[graph].infer(typed)
-        self.seconds += time.perf_counter() - start
-        self.calls += 1
+        with self._timed(graph, turned):
+            outputs = self._runners[graph].infer(typed)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
+
+    def start_loop(
+        self, x: Array, schedule: Schedule, guidance_scale: float, condition: Array | None, context: Mapping[str, Array]
+    ) -> Loop | None:
+        """A denoising loop on the backend's device, or None where the sampler has to run it.
+
+        `context` has the step's inputs besides sample and timestep. Raises ProfileError as `run` does.
+        """
+        runner, spec = self._runners["step"], self.specs["step"]
+        learned = any(binding.name == "variance_frac" for binding in spec.outputs)
+        if not isinstance(runner, LoopRunner) or schedule.config.learned_variance > learned:
+            return None  # without the variance, the sampler says what is wrong
+        network_batch = len(x) * (2 if guidance_scale > 1 else 1)
+        channels = x.shape[1] + (0 if condition is None else condition.shape[1])
+        shapes = {name: array.shape for name, array in context.items()}
+        shapes |= {"sample": (network_batch, channels, *x.shape[2:]), "timestep": (network_batch,)}
+        spec.check(self.name, shapes)
+        dtypes = {binding.name: binding.dtype for binding in spec.inputs}
+        typed = {name: np.asarray(array, dtype=dtypes[name]) for name, array in context.items()}
+        loop = runner.start_loop(x, schedule, guidance_scale, condition, typed, dtypes["sample"])
+        return _TimedLoop(self, loop)
+
+    @contextlib.contextmanager
+    def _timed(self, graph: str | None, turned: float | None = None) -> Iterator[None]:
+        """Count what is done inside as a run of `graph`; None: only its time."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if graph is not None:
+            self.calls += 1
+            if self.on_call is not None:
+                self.on_call(graph, start if turned is None else turned, seconds)
 
     def close(self) -> None:
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
+
+
+class _TimedLoop:
+    """A device works while its steps are queued: the time that is left is that of waiting for the sample."""
+
+    def __init__(self, engine: Engine, loop: Loop):
+        self._engine, self._loop = engine, loop
+
+    def step(self, noise: Array | None) -> None:
+        with self._engine._timed("step"):
+            self._loop.step(noise)
+
+    def sample(self) -> Array:
+        with self._engine._timed(None):
+            return self._loop.sample()
 
 
 class EnginePool:

@@ -1,15 +1,28 @@
 """The denoising loop, the same for all five stages: network, guidance, estimate of the clean sample, solver step."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from engines.errors import BundleError
 from runtime.noise import NoiseStream
+from runtime.runner import Loop
 from runtime.schedulers import FloatArray, Schedule, advance, limit_x0, noise_std, predict_x0
 
 # (sample [G*B, C+K, F, H, W], timestep) -> (noise_pred, variance_frac), each [G*B, C, F, H, W]
 Unet = Callable[[FloatArray, int], tuple[FloatArray, FloatArray | None]]
+
+OnStep = Callable[[int, int, FloatArray], None]  # (index, steps, x)
+
+
+@runtime_checkable
+class LoopingUnet(Protocol):
+    """A Unet that may be able to run the loop where it is itself; None where it is not."""
+
+    def start_loop(
+        self, x: FloatArray, schedule: Schedule, guidance_scale: float, condition: FloatArray | None
+    ) -> Loop | None: ...
 
 
 def denoise(
@@ -20,7 +33,7 @@ def denoise(
     guidance_scale: float,
     noise: NoiseStream | None = None,
     condition: FloatArray | None = None,
-    on_step: Callable[[int, int, FloatArray], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> FloatArray:
     """Take x, float32 [B, C, F, H, W], through all steps of the schedule and return the result in a new array.
 
@@ -30,6 +43,8 @@ def denoise(
     """
     if noise is None and schedule.adds_noise(0):
         raise ValueError("a DDPM schedule adds noise in its steps: pass a NoiseStream")
+    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance_scale, condition)):
+        return _denoise_on_device(loop, schedule, noise, x.shape, on_step)
     batch, channels, frames, height, width = x.shape
     guided = guidance_scale > 1
     # What is as large as x is allocated here once; the steps only overwrite it.
@@ -53,13 +68,31 @@ def denoise(
         if noise is not None and schedule.adds_noise(index):
             # The guided variance is the prompt's, the last B of the network's batch.
             std = noise_std(schedule, index, None if variance_frac is None else variance_frac[-batch:])
-            # The reference draws with frames as the batch. It runs one clip at a time, always from the same seed:
-            # clips batched here share each draw.
-            x += std * noise.normal((frames, channels, height, width)).swapaxes(0, 1)
+            x += std * _draw(noise, x.shape).swapaxes(0, 1)
         x0, previous_x0 = previous_x0, x0
         if on_step is not None:
             on_step(index, len(schedule), x)
     return x
+
+
+def _denoise_on_device(
+    loop: Loop, schedule: Schedule, noise: NoiseStream | None, shape: tuple[int, ...], on_step: OnStep | None
+) -> FloatArray:
+    for index in range(len(schedule)):
+        loop.step(_draw(noise, shape) if noise is not None and schedule.adds_noise(index) else None)
+        if on_step is not None:
+            on_step(index, len(schedule), loop.sample())
+    return loop.sample().copy()
+
+
+def _draw(noise: NoiseStream, shape: tuple[int, ...]) -> FloatArray:
+    """Noise for a step of a sample [B, C, F, H, W]: [F, C, H, W].
+
+    The reference draws with frames as the batch. It runs one clip at a time, always from the same seed: clips batched
+    here share each draw.
+    """
+    _, channels, frames, height, width = shape
+    return noise.normal((frames, channels, height, width))
 
 
 def _guide(negative: FloatArray, positive: FloatArray, guidance_scale: float, out: FloatArray) -> FloatArray:

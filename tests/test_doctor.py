@@ -34,6 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
         monkeypatch.setattr(doctor, "load", lambda flavour: ModuleType(flavour))
         monkeypatch.setattr(doctor, "find_spec", lambda name: name in packages or None)
         monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+        monkeypatch.setattr(doctor, "_torch", lambda: (packages["torch"], gpus[0].target if gpus else "cpu-x86-64-v3"))
         return doctor.diagnose()
 
     return describe
@@ -51,20 +52,22 @@ def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_cpu_machine_runs_and_builds_with_onnx_runtime(machine) -> None:
     found = machine([], {"onnxruntime": "1.31", **EXPORT})
-    assert found.runs == ["onnxruntime (CPU)"] and found.builds == ["onnxruntime (fp32, fp16)"]
+    assert found.runs == ["onnxruntime (CPU)", "inductor (CPU)"]
+    assert found.builds == ["onnxruntime (fp32, fp16)", "inductor (fp32, fp16, bf16) for cpu-x86-64-v3"]
     assert not found.problems and not found.hints
 
 
 def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(machine) -> None:
     found = machine([], {"onnxruntime": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT})
     assert any(built.startswith("tensorrt-rtx") and "sm89" in built for built in found.builds)
-    assert found.runs == ["onnxruntime (CPU)"]
+    assert found.runs == ["onnxruntime (CPU)", "inductor (CPU)"]
 
 
 def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
     packages = {"onnxruntime-gpu": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT}
     found = machine([ADA], packages, ("CUDA", "CPU"))
-    assert found.runs == ["onnxruntime (CUDA)", "tensorrt-rtx"]
+    assert found.runs == ["onnxruntime (CUDA)", "tensorrt-rtx", "inductor (CUDA)"]
+    assert found.builds[-1] == "inductor (fp32, fp16, bf16) for sm89"
     assert "RTX 4090, sm89, 24 GiB" in found.found["GPU 0"]
     assert not found.problems and not found.hints
 
@@ -101,6 +104,16 @@ def test_an_old_driver_and_a_missing_polygraphy_are_problems(machine) -> None:
     assert any("install a newer NVIDIA driver" in line for line in machine([old], packages).hints)
     del packages["polygraphy"]
     assert any("polygraphy" in line for line in machine([ADA], packages).problems)
+
+
+def test_a_torch_that_cannot_see_the_card_is_told(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_cuda() -> tuple[str, str]:
+        return "2.13.0", "cpu-x86-64-v3"
+
+    machine([ADA], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
+    monkeypatch.setattr(doctor, "_torch", without_cuda)
+    found = doctor.diagnose()
+    assert "inductor (CPU)" in found.runs and any("torch here leaves the GPU idle" in hint for hint in found.hints)
 
 
 def test_nothing_that_runs_is_an_error(machine) -> None:

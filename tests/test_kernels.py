@@ -6,9 +6,7 @@ gpu        the CUDA library on a GPU
 """
 
 import ctypes
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,50 +15,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from filelock import FileLock
 from test_schedulers import PUBLISHED
 
 from engines.errors import EngineError
-from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
+from export.kernels import build_library, missing_programs
+from runtime.kernels import BUILD, COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.sampler import denoise
 from runtime.schedulers import SchedulerConfig, dynamic_threshold, make_schedule
 
-BUILD = ROOT / "build" / "kernels"
-COMPILERS = ("c++", "g++", "clang++")
 GUARD = 64  # elements before and after every tensor
 HALVES = ("float16", "bfloat16")
 
 
-def _program(name: str) -> str | None:
-    """From this Python's environment, where pip may have put it, or from PATH."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
-def _build(folder: Path, *options: str, target: str) -> str:
-    """What compiling the target printed; with nothing changed since the last time it is nothing."""
-    cmake = _program("cmake")
-    if cmake is None or not any(map(shutil.which, COMPILERS)):
-        pytest.skip("needs a C++ compiler and CMake (`pip install cmake`)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    printed = ""
-    with FileLock(f"{folder}.lock"):
-        for command in (
-            [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
-            [cmake, "--build", str(folder), "--target", target, "--parallel", "2"],
-        ):
-            process = subprocess.run(command, capture_output=True, text=True)
-            printed = process.stdout + process.stderr
-            assert process.returncode == 0, printed
-    return printed
+def _build(folder: Path, *options: str, target: str) -> tuple[Path, str]:
+    """The library, and what compiling it printed."""
+    if missing := missing_programs(target):
+        pytest.skip(f"needs {' and '.join(missing)}")
+    return build_library(target, folder, *options)
 
 
 def _library(name: str, *options: str) -> Path:
-    folder = BUILD / name
-    _build(folder, *options, target=name)
-    return next(folder.glob(f"**/*{name}.*"))
+    return _build(BUILD / name, *options, target=name)[0]
 
 
 def _reference() -> Kernels:
@@ -74,8 +51,6 @@ def _on_cpu() -> Kernels:
 
 
 def _gpu() -> Kernels:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
     return Kernels(_library("show1_kernels", "-DCMAKE_CUDA_ARCHITECTURES=native"))
 
 
@@ -661,10 +636,10 @@ def test_frames_refuse_what_they_cannot_do(implementation: Implementation, wrong
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_cuda_sources_compile_for_all_architectures_without_spills(tmp_path: Path) -> None:
-    printed = _build(tmp_path / "build", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v", target="show1_kernels")
+    library, printed = _build(tmp_path / "build", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v", target="show1_kernels")
     for architecture in (75, 80, 86, 89, 90, 120):
         assert f"'sm_{architecture}'" in printed
     spills = [line for line in printed.splitlines() if "bytes spill stores" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
     assert "warning" not in printed
-    ctypes.CDLL(str(next((tmp_path / "build").glob("libshow1_kernels.*"))))
+    ctypes.CDLL(str(library))

@@ -24,6 +24,9 @@ ARROWS = {
 # Compilers lie beside the catalog whose graphs they compile, and are imported by the exporter alone.
 COMPILERS = ("engines.compile_", "engines.passes")
 
+# The one module of the runtime that may import torch: it is imported when an engine of inductor is asked for.
+ON_TORCH = "runtime.runner_inductor"
+
 BLOCK = f"""
 import sys
 
@@ -65,7 +68,7 @@ def imports(path: Path) -> set[str]:
 
 def test_engines_and_runtime_import_without_what_only_the_exporter_needs() -> None:
     names = [name for package in ("engines", "runtime") for name, _ in modules(package)]
-    names = [name for name in names if not name.startswith(COMPILERS)]
+    names = [name for name in names if not name.startswith((*COMPILERS, ON_TORCH))]
     assert {"engines.store", "runtime.pipeline", "runtime.runner_ort", "runtime.stages.sr2"} <= set(names)
     in_fresh_interpreter(BLOCK + "".join(f"import {name}\n" for name in names))
 
@@ -104,7 +107,21 @@ def test_engines_and_runtime_never_name_an_exporter_library(package: str) -> Non
         for name in imports(path)
         if name.partition(".")[0] in EXPORT_ONLY and not module.startswith(COMPILERS)
     ]
-    assert not wrong
+    assert all(line in (f"{ON_TORCH} imports torch", f"{ON_TORCH} imports torch.Tensor") for line in wrong)
+
+
+def test_no_module_of_the_runtime_imports_torch_before_an_engine_asks_for_it() -> None:
+    """Inside functions alone: `runtime.runner` and `runtime.doctor` name the module that has torch."""
+    for module, path in modules("runtime"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_import = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert ON_TORCH not in at_import, module
+
+
+def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
+    code = "from pathlib import Path\nfrom runtime.runner import open_runner\nopen_runner('inductor', Path('x.pt2'))\n"
+    process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)
+    assert "EngineError: torch is not installed" in process.stderr and "pip install -e '.[inductor]'" in process.stderr
 
 
 def test_the_runtime_imports_no_compiler() -> None:

@@ -1,6 +1,6 @@
 """What the diffusion stages share: an engine with its prompt as a function that the sampler can call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError
 from engines.store import Bundle
-from runtime.runner import Engine
-from runtime.sampler import Unet
-from runtime.schedulers import SchedulerConfig
+from runtime.runner import Engine, Loop
+from runtime.sampler import OnStep
+from runtime.schedulers import Schedule, SchedulerConfig
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
-OnStep = Callable[[int, int, FloatArray], None]  # the sampler's: (index, steps of this loop, x)
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,27 @@ def scheduler_of(bundle: Bundle, name: str) -> SchedulerConfig:
     return SchedulerConfig.from_dict(bundle.manifest.schedulers[name], f"{bundle.root}: scheduler of {name}")
 
 
+@dataclass(frozen=True)
+class PromptedUnet:
+    """A UNet with its prompt: a `sampler.Unet`, and where the backend can, a loop on its device."""
+
+    engine: Engine
+    context: Mapping[str, FloatArray]  # [G * clips, ...]
+
+    def __call__(self, sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
+        timesteps = np.full(len(sample), timestep, np.float32)
+        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **self.context)
+        return outputs["noise_pred"], outputs.get("variance_frac")
+
+    def start_loop(
+        self, x: FloatArray, schedule: Schedule, guidance_scale: float, condition: FloatArray | None
+    ) -> Loop | None:
+        return self.engine.start_loop(x, schedule, guidance_scale, condition, self.context)
+
+
 def prompted(
     engine: Engine, text: PromptEmbeds, guidance_scale: float, clips: int = 1, noise_level: int | None = None
-) -> Unet:
+) -> PromptedUnet:
     """The engine with one prompt, for `clips` clips side by side; the prompt's part is computed here, once.
 
     `noise_level` is the training timestep that super-resolution networks are told their condition was noised to.
@@ -45,12 +62,7 @@ def prompted(
         feeds["noise_level"] = np.full(len(embeds), noise_level or 0, np.float32)
     # Negative and prompt once per clip, in the sampler's order: [negative] * clips + [prompt] * clips.
     context = {name: np.repeat(value, clips, axis=0) for name, value in engine.run("context", **feeds).items()}
-
-    def unet(sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
-        outputs = engine.run("step", sample=sample, timestep=np.full(len(sample), timestep, np.float32), **context)
-        return outputs["noise_pred"], outputs.get("variance_frac")
-
-    return unet
+    return PromptedUnet(engine, context)
 
 
 def step_counter(progress: Progress | None, stage: str, part: int = 0, parts: int = 1) -> OnStep | None:

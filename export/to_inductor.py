@@ -1,0 +1,151 @@
+"""AOTInductor's compiler: a torch module and its contract become a package of machine code and weights.
+
+In half precision attention over frames is our own kernel, which reads frames where the convolutions have them: nothing
+is permuted around it. Convolutions run channels-last; on CUDA they and the matrix products are chosen by timing.
+"""
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.decomposition import register_decomposition
+from torch._inductor.package import package_aoti
+
+from engines.errors import EngineError
+from engines.spec import GraphSpec
+from export.modules import ops
+from export.modules.layers import TemporalConv, TemporalTransformer
+from export.networks import Graph
+from export.to_onnx import dynamic_shapes
+from runtime.runner_inductor import (
+    BINDINGS,
+    X86_LEVEL,
+    plain_temporal_attention,
+    set_up_cuda,
+    temporal_attention,
+)
+
+# Candidates are timed at the sizes tuned for. The layout is forced: its heuristic gives up where shapes are dynamic.
+_CUDA = {"max_autotune": True, "force_layout_optimization": True}
+# Vector code of one width for all processors of the level, whatever this one can do besides.
+_X86 = {"cpp.simdlen": 256, "cpp.march": X86_LEVEL}
+
+
+@register_decomposition(torch.ops.show1.attention.default)
+def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return ops._attention(q, k, v, num_heads)
+
+
+@register_decomposition(torch.ops.show1.temporal_attention.default)
+def _temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """[B, F, P, C], see `_frames_in_place`. The kernel takes half precision only."""
+    attention = plain_temporal_attention if q.dtype == torch.float32 else temporal_attention
+    return attention(q, k, v, num_heads)
+
+
+def compile_inductor(graph: Graph, package: Path, target: str) -> None:
+    """Write `package` (.pt2) for `target`, which is this machine's (`runtime.runner_inductor.target`).
+
+    The module is on the CPU before and afterwards, its filters then in another layout. Raises EngineError with the
+    compiler's words.
+    """
+    spec, device = graph.spec, "cpu" if target.startswith("cpu") else "cuda"
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.metadata": {
+            key: " ".join(binding.name for binding in bindings)
+            for key, bindings in zip(BINDINGS, (spec.inputs, spec.outputs), strict=True)
+        },
+    }
+    options |= _CUDA if device == "cuda" else _X86 if target.endswith(X86_LEVEL) else {}
+    if device == "cuda":
+        set_up_cuda()
+    inputs = graph.example(tuned_sizes(spec), torch.Generator().manual_seed(0))
+    with (
+        tempfile.TemporaryDirectory(dir=package.parent) as scratch,
+        torch.no_grad(),
+        _quiet(),
+        _on(device, graph.module),
+        _frames_in_place(),
+    ):
+        _filters_channels_last(graph.module)
+        try:
+            program = torch.export.export(
+                graph.module,
+                tuple(x.to(device) for x in inputs),
+                dynamic_shapes=dynamic_shapes(spec),
+                strict=False,
+            )
+            # The weights pass through here, on the bundle's disk; kernels are cached where torch keeps its caches.
+            options["aot_inductor.output_path"] = f"{scratch}/{spec.name}"
+            files = torch._inductor.aot_compile(
+                program.module(check_guards=False), *program.example_inputs, options=options
+            )
+            package_aoti(str(package), files)
+        except Exception as error:  # its exceptions share no base class
+            raise EngineError(f"inductor could not build {spec.name} ({type(error).__name__}: {error}).") from error
+
+
+def tuned_sizes(spec: GraphSpec) -> dict[str, int]:
+    """What a profile is tuned for, with no axis of size 1 and no two of equal size, lest tracing takes one for another.
+
+    Pixels are two at least at the coarsest level: one would be a graph of its own.
+    """
+    sizes: dict[str, int] = {}
+    for axis, limits in next(iter(spec.profiles.values())).items():
+        size = max(limits.opt, 2 * limits.min if axis in ("height", "width") else 2)
+        while size in sizes.values():
+            size += limits.multiple
+        sizes[axis] = size
+    return sizes
+
+
+@contextlib.contextmanager
+def _on(device: str, module: nn.Module) -> Iterator[None]:
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
+def _filters_channels_last(module: nn.Module) -> None:
+    """As convolutions read them: a filter in another layout would be copied in every call."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+        elif isinstance(layer, TemporalConv):  # runs in two dimensions
+            filters = layer.weight.data.squeeze(-1)
+            layer.weight.data = filters.to(memory_format=torch.channels_last).unsqueeze(-1)
+
+
+@contextlib.contextmanager
+def _frames_in_place() -> Iterator[None]:
+    """`TemporalTransformer`s leave frames before pixels, where channels-last activations have them."""
+    forward = TemporalTransformer.forward
+    TemporalTransformer.forward = _temporal_transformer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TemporalTransformer.forward = forward  # type: ignore[method-assign]
+
+
+def _temporal_transformer(self: TemporalTransformer, x: Tensor, frames: int) -> Tensor:
+    bf, c, h, w = x.shape
+    y = x.reshape(-1, frames, c, h * w).transpose(1, 2)  # [B, C, F, H*W]
+    y = self.proj_in(self.norm(y).permute(0, 2, 3, 1))  # [B, F, H*W, C]: the attention alone looks at the axes
+    y = self.proj_out(self.transformer_blocks[0](y))
+    return x + y.transpose(2, 3).reshape(bf, c, h, w)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,386 @@
+"""Packages of AOTInductor on torch, and the denoising loop on their device. The one module of the runtime with torch.
+
+A package holds machine code for one kind of device, and the weights. On CUDA a whole denoising step, network and
+solver, is one CUDA graph, and nothing but noise (DDPM) crosses the bus between the first step and the last.
+"""
+
+import contextlib
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from engines.errors import BundleError, EngineError
+from engines.manifest import EngineEntry
+from engines.store import Bundle
+from runtime.kernels import (
+    COUNTER,
+    DTYPES,
+    STEP,
+    DenoiseArgs,
+    Heads,
+    Kernels,
+    Planes,
+    find_library,
+    step_modes,
+    step_table,
+)
+from runtime.runner import Array
+from runtime.schedulers import Schedule
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError:
+    raise EngineError(
+        "torch is not installed, and engines of inductor run on it: `pip install -e '.[inductor]'`."
+    ) from None
+
+# What the kernels take; beyond it attention over frames is torch's own.
+_MAX_FRAMES, _MAX_HEAD_DIM = 64, 128
+BINDINGS = ("show1_inputs", "show1_outputs")  # keys of a package's metadata: the bindings' names, in order
+_WARM_UPS = 3  # runs before a CUDA graph is captured: libraries allocate and choose in their first ones
+X86_LEVEL = "x86-64-v3"  # AVX2; the heavy operators are oneDNN's, which looks at the processor when it runs
+
+
+def torch_version() -> str:
+    """Without the suffix that says what it was built for: packages for the CPU run on either build."""
+    return torch.__version__.partition("+")[0]
+
+
+def target() -> str:
+    """What packages are compiled for on this machine: sm90 for a GPU, else cpu- and the least its processor must do."""
+    if torch.cuda.is_available():
+        return "sm{}{}".format(*torch.cuda.get_device_capability())
+    return f"cpu-{cpu_level()}"
+
+
+def cpu_level() -> str:
+    """An x86-64 level where the processor has AVX2; elsewhere only its family can be named."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX"):
+        return X86_LEVEL
+    return platform.machine().lower()
+
+
+def set_up_cuda() -> None:
+    """What torch's own operators do, here and where packages are timed."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.benchmark = True  # the fastest algorithm for every shape, found at its first run
+
+
+def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
+    """Why packages cannot run here, told from the manifest alone and with what mends it; None if they can."""
+    (built_for,), here = entry.targets, target()
+    if built_for not in (here, f"cpu-{cpu_level()}"):
+        return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
+    return version_mismatch(bundle, entry) or _no_kernels(entry)
+
+
+def _no_kernels(entry: EngineEntry) -> str | None:
+    """What denoises runs on our kernels; the rest does without."""
+    if "step" not in entry.graphs:
+        return None
+    try:
+        find_library(_library("cuda" if entry.needs_gpu else "cpu"))
+    except EngineError as error:
+        return str(error).removesuffix(".")
+    return None
+
+
+def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
+    """Packages call into torch, whose insides are no two versions' the same."""
+    if entry.backend_version == torch_version():
+        return None
+    return (
+        f"built by torch {entry.backend_version}, {torch_version()} is installed: "
+        f"`pip install 'torch=={entry.backend_version}'`, or {bundle.rebuild_command(entry.name)}"
+    )
+
+
+def _library(device: str) -> str:
+    return "show1_kernels" if device == "cuda" else "show1_kernels_ref"
+
+
+@cache
+def _kernels(device: str) -> Kernels:
+    return Kernels(find_library(_library(device)), suffix="" if device == "cuda" else "_ref")
+
+
+def _stream(device: str) -> int | None:
+    return torch.cuda.current_stream().cuda_stream if device == "cuda" else None
+
+
+@torch.library.custom_op("show1_kernels::temporal_attention", mutates_args=())
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Attention of each pixel over the frames, by our kernel (kernels/include/show1/temporal_attention.h).
+
+    q, k and v [B, F, P, heads * d], float16 or bfloat16, each with strides of its own -> the same shape, contiguous.
+    """
+    batch, frames, pixels, channels = q.shape
+    head_dim = channels // num_heads
+    if frames > _MAX_FRAMES or head_dim > _MAX_HEAD_DIM:
+        return plain_temporal_attention(q, k, v, num_heads).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    heads = [_heads(x, head_dim) for x in (q, k, v, out)]
+    device = q.device.type
+    _kernels(device).temporal_attention(
+        str(q.dtype).removeprefix("torch."),
+        *heads,
+        batch=batch,
+        frames=frames,
+        pixels=pixels,
+        heads=num_heads,
+        head_dim=head_dim,
+        stream=_stream(device),
+    )
+    return out
+
+
+@temporal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _heads(x: Tensor, head_dim: int) -> Heads:
+    batch, frame, pixel, channel = x.stride()
+    if channel != 1 and x.shape[-1] > 1:
+        raise EngineError(f"temporal attention: channels {channel} elements apart; wanted side by side.")
+    return Heads(x.data_ptr(), batch, frame, pixel, head_dim)
+
+
+def plain_temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """The same in any precision, by matrix products: fused kernels have room for 65,535 rows, here one per pixel."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v))  # [B, P, heads, F, d]
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+class InductorRunner:
+    """One package. `infer` takes and gives NumPy arrays; on the CPU they are not copied."""
+
+    def __init__(self, plan: Path):
+        try:
+            # On the caller's thread and stream alone: what a CUDA graph can capture.
+            with _quiet():
+                self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
+            metadata = self._package.get_metadata()
+            self._inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
+        except Exception as error:  # its exceptions share no base class
+            raise BundleError(
+                f"{plan}: torch {torch.__version__} cannot load it ({_first_line(error)}). "
+                "Build it again with `python -m export build --engine inductor --force`."
+            ) from None
+        self.device = metadata["AOTI_DEVICE_KEY"]
+        if self.device == "cuda":
+            set_up_cuda()
+        self._loops: dict[_Layout, DeviceLoop] = {}
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Contiguous tensors on the device, in and out; outputs may be views."""
+        try:
+            outputs = self._package(*(feeds[name] for name in self._inputs))
+        except Exception as error:
+            raise EngineError(f"inductor failed: {_first_line(error)}") from None
+        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = self.run({name: _from_numpy(array).to(self.device) for name, array in feeds.items()})
+        return {name: x.cpu().numpy() for name, x in outputs.items()}
+
+    def start_loop(
+        self,
+        x: Array,
+        schedule: Schedule,
+        guidance_scale: float,
+        condition: Array | None,
+        context: Mapping[str, Array],
+        dtype: str,
+    ) -> "DeviceLoop":
+        """A loop at its first step: see `runtime.runner.Loop`. `dtype` is the network's input's.
+
+        A loop's buffers, and on CUDA its graph, serve every later one of the same shapes.
+        """
+        modes = step_modes(schedule)
+        layout = _Layout(
+            shape=x.shape,
+            dtype=dtype,
+            condition_channels=0 if condition is None else condition.shape[1],
+            guided=guidance_scale > 1,
+            adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
+            modes=tuple(modes.items()),
+            steps=schedule.config.num_train_timesteps,
+            context=tuple((name, array.shape, array.dtype.name) for name, array in context.items()),
+        )
+        loop = self._loops.get(layout)
+        if loop is None:
+            self._loops[layout] = loop = DeviceLoop(self, layout)
+        loop.start(x, step_table(schedule, guidance_scale), condition, context)
+        return loop
+
+    def close(self) -> None:
+        self._loops.clear()
+        del self._package
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of processors that can do more than a package asks for; `why_unusable` tells of those that cannot."""
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _from_numpy(array: Array) -> Tensor:
+    """The array's own memory where torch can share it: packages take contiguous inputs."""
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a loop's buffers and its CUDA graph are made for."""
+
+    shape: tuple[int, ...]  # of the sample, [B, C, F, H, W]
+    dtype: str  # of the network's input
+    condition_channels: int
+    guided: bool
+    adds_noise: bool
+    modes: tuple[tuple[str, int | float], ...]
+    steps: int  # at most
+    context: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, NumPy's dtype
+
+
+class DeviceLoop:
+    """The denoising loop where the network is: sample, x0, the network's input and the prompt stay there.
+
+    The solver's step is the kernel `denoise_step`, or on the CPU its reference: the meaning is that of
+    `runtime.sampler`. It reads the step's coefficients from a table by a counter that it advances itself, so that on
+    CUDA network and solver are captured once and replayed for every step of every run.
+    """
+
+    def __init__(self, runner: InductorRunner, layout: _Layout):
+        self._runner, self._layout = runner, layout
+        self._kernels = _kernels(runner.device)
+        batch, channels, frames, height, width = layout.shape
+        network_batch = batch * (2 if layout.guided else 1)
+        network_input = (network_batch, channels + layout.condition_channels, frames, height, width)
+        self._table = self._bytes(STEP.itemsize * layout.steps)
+        self._counter = self._bytes(COUNTER.itemsize)
+        self._sample = self._zeros(layout.shape)
+        self._x0 = self._zeros(layout.shape)
+        # The reference draws with frames as the batch; clips share each draw.
+        self._noise = self._zeros((frames, channels, height, width)) if layout.adds_noise else None
+        self._feeds = {
+            "sample": self._zeros(network_input, layout.dtype),
+            "timestep": self._zeros((network_batch,)),
+            **{name: self._zeros(shape, dtype) for name, shape, dtype in layout.context},
+        }
+        self._args = DenoiseArgs(
+            dtype=DTYPES[layout.dtype],
+            batch=batch,
+            channels=channels,
+            frames=frames,
+            pixels=height * width,
+            guided=layout.guided,
+            table=self._table.data_ptr(),
+            counter=self._counter.data_ptr(),
+            sample=self._sample.data_ptr(),
+            x0=self._x0.data_ptr(),
+            network_input=_planes(self._feeds["sample"]),
+            timesteps=self._feeds["timestep"].data_ptr(),
+            **dict(layout.modes),
+        )
+        if self._noise is not None:
+            frame, channel, _, _ = self._noise.stride()
+            self._args.noise = Planes(self._noise.data_ptr(), 0, channel, frame)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._host = self._sample  # where `sample` shows the result
+        if runner.device == "cuda":
+            self._host = torch.empty(layout.shape, pin_memory=True)
+
+    def _zeros(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._runner.device)
+
+    def _bytes(self, count: int) -> Tensor:
+        return self._zeros((count,), "uint8")
+
+    def start(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
+        """Load sample [B, C, F, H, W], schedule, condition [B, K, F, H, W] and prompt, and go to the first step."""
+        if self._runner.device == "cuda" and self._graph is None:
+            self._load(x, table, condition, context)
+            self._capture()
+        self._load(x, table, condition, context)
+
+    def _load(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
+        counter = np.array([(0, len(table), 0)], COUNTER)
+        for buffer, array in ((self._table, table), (self._counter, counter)):
+            raw = array.view(np.uint8)
+            buffer[: raw.size].copy_(torch.from_numpy(raw))
+        self._sample.copy_(_from_numpy(x))
+        halves = self._feeds["sample"].unflatten(0, (-1, len(x)))  # [1 or 2, B, C + K, F, H, W]
+        halves[:, :, : x.shape[1]] = self._sample
+        if condition is not None:
+            halves[:, :, x.shape[1] :] = _from_numpy(condition).to(halves.device)
+        self._feeds["timestep"].fill_(float(table["timestep"][0]))
+        for name, array in context.items():
+            self._feeds[name].copy_(_from_numpy(array))
+
+    def _capture(self) -> None:
+        """The buffers are spoilt afterwards."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._enqueue()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = self._enqueue()  # the graph writes where they are
+
+    def _enqueue(self) -> dict[str, Tensor]:
+        """Network and solver, once."""
+        outputs = {name: _with_planes(x) for name, x in self._runner.run(self._feeds).items()}
+        self._args.noise_pred = _planes(outputs["noise_pred"])
+        if self._args.variance:
+            # The guided variance is the prompt's, the last B of the network's batch.
+            self._args.variance_frac = _planes(outputs["variance_frac"][-len(self._sample) :])
+        self._kernels.denoise_step(self._args, _stream(self._runner.device))
+        return outputs
+
+    def step(self, noise: Array | None) -> None:
+        if noise is not None and self._noise is not None:
+            self._noise.copy_(torch.from_numpy(noise))
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._graph.replay()
+
+    def sample(self) -> Array:
+        if self._host is not self._sample:
+            self._host.copy_(self._sample)
+        return self._host.numpy()
+
+
+def _with_planes(x: Tensor) -> Tensor:
+    """[B, C, F, H, W] with the pixels of a plane side by side: as it is, or a copy."""
+    return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+
+
+def _planes(x: Tensor) -> Planes:
+    return Planes(x.data_ptr(), *x.stride()[:3])

@@ -1,0 +1,404 @@
+"""Engines of inductor, on the GPU if torch sees one, else on the CPU: packages compiled for real, our kernel inside
+them, and the loop on their device.
+
+The UNet is the smallest that has every kind of layer: one level, from the golden interpolation's config.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from safetensors.torch import save_file
+from test_schedulers import PUBLISHED
+
+from engines.catalog import CATALOG
+from engines.errors import BundleError, EngineError, ParityError, SettingsError
+from engines.store import Bundle
+from export import kernels, networks
+from export.__main__ import main
+from export.build import Backend, Job, build_engine, why_stale
+from export.modules.unet import UNetConfig, VideoUNet
+from export.networks import Source
+from export.parity import check_parity, package_sizes
+from export.to_inductor import tuned_sizes
+from export.verify import verify
+from runtime import runner_inductor
+from runtime.kernels import find_library
+from runtime.noise import NoiseStream
+from runtime.runner import INDUCTOR, Engine, EnginePool
+from runtime.runner_inductor import InductorRunner, plain_temporal_attention, temporal_attention
+from runtime.sampler import denoise
+from runtime.schedulers import SchedulerConfig, make_schedule
+from runtime.stages.diffusion import PromptEmbeds, prompted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MISSING = kernels.missing_programs(kernels.CUDA if DEVICE == "cuda" else kernels.REFERENCE)
+
+pytestmark = [pytest.mark.torch, pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")]
+
+SIZE = (576, 320)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpolation network cut down to one level, random weights."""
+    home, small = golden / "models" / "interpolation", tmp_path_factory.mktemp("small")
+    config = json.loads((home / "unet" / "config.json").read_text(encoding="utf-8")) | {
+        "block_out_channels": [64],
+        "down_block_types": ["SimpleCrossAttnDownBlock3D"],
+        "up_block_types": ["SimpleCrossAttnUpBlock3D"],
+    }
+    torch.manual_seed(0)
+    unet = VideoUNet(UNetConfig.from_dict(config, "config.json"))
+    for parameter in unet.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    folder = small / "interpolation" / "unet"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(home / "scheduler", small / "interpolation" / "scheduler")
+    return small
+
+
+def job(checkpoint: Path, precision: str, keep_variance: bool = False, name: str = "interp") -> Job:
+    source = Source.find(CATALOG[name], checkpoint, precision)
+    return Job(source, precision, SIZE, Backend.choose(INDUCTOR, precision), keep_variance)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernels, for operator and loop."""
+    return kernels.build_for(DEVICE)
+
+
+def built(checkpoint: Path, out: Path, precision: str) -> Bundle:
+    """A bundle of the small network; in float32 with the variance that its scheduler does not read."""
+    with Bundle.writer(out) as bundle, bundle.scratch() as scratch:
+        folder = scratch / "interp"
+        folder.mkdir()
+        bundle.install(folder, build_engine(job(checkpoint, precision, precision == "fp32"), folder))
+        return Bundle(bundle.root, bundle.manifest)
+
+
+@pytest.fixture(scope="module")
+def float32(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return built(checkpoint, tmp_path_factory.mktemp("float32") / "bundle", "fp32")
+
+
+@pytest.fixture(scope="module")
+def float16(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return built(checkpoint, tmp_path_factory.mktemp("float16") / "bundle", "fp16")
+
+
+@pytest.fixture(scope="module")
+def engine(float32: Bundle) -> Iterator[Engine]:
+    with EnginePool(float32) as pool, pool.use("interp") as engine:
+        yield engine
+
+
+# ---- Packages
+
+
+@pytest.mark.parametrize("bundle_of", ["float32", "float16"])
+def test_a_package_was_compared_at_every_batch_before_it_was_installed(
+    bundle_of: str, request: pytest.FixtureRequest
+) -> None:
+    entry = request.getfixturevalue(bundle_of).engine("interp")
+    rows = entry.graphs["step"].parity
+    assert {(row["batch"], row["frames"]) for row in rows} == {(b, f) for b in (1, 2, 14) for f in (2, 5)}
+    assert all(row["max_error"] <= row["tolerance"] for row in rows)
+    assert entry.targets == (runner_inductor.target(),) and entry.backend_version == runner_inductor.torch_version()
+
+
+def test_half_precision_attends_over_frames_with_our_kernel_and_float32_without(
+    float32: Bundle, float16: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calls(bundle: Bundle) -> int:
+        count = 0
+        kernels_of = runner_inductor._kernels
+
+        class Counting:
+            def temporal_attention(self, *arguments: Any, **sizes: Any) -> None:
+                nonlocal count
+                count += 1
+                kernels_of(DEVICE).temporal_attention(*arguments, **sizes)
+
+        with monkeypatch.context() as patch, EnginePool(bundle) as pool, pool.use("interp") as engine:
+            patch.setattr(runner_inductor, "_kernels", lambda device: Counting())
+            run_step(engine, batch=1)
+        return count
+
+    assert calls(float32) == 0
+    assert calls(float16) == 2 * 4  # two in each transformer: one on the way down, one in the middle, two on the way up
+
+
+def run_step(engine: Engine, batch: int) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    text = random.standard_normal((batch, 7, engine.properties["text_dim"]), np.float32)
+    sample = random.standard_normal((batch, 7, 3, 2, 4), np.float32)
+    context = engine.run("context", prompt_embeds=text)
+    return engine.run("step", sample=sample, timestep=np.full(batch, 500), **context)
+
+
+def test_what_is_wrong_at_one_batch_size_alone_is_not_installed(golden: Path) -> None:
+    (graph,) = networks.load(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", SIZE).graphs
+
+    class WrongAlone:
+        def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            with torch.no_grad():
+                embeds = graph.module(torch.from_numpy(feeds["input_ids"])).numpy()
+            return {"prompt_embeds": embeds + (len(embeds) == 1)}
+
+        def close(self) -> None:
+            pass
+
+    with pytest.raises(ParityError, match=r"clip/encode: .* differs .* by 1 .*'batch': 1.* It was not installed"):
+        check_parity(graph, "clip", WrongAlone(), "fp32", package_sizes(graph.spec))
+
+
+@pytest.mark.parametrize("name", ["t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder"])
+def test_sizes_to_trace_and_to_compare_at_suit_every_network(golden: Path, name: str) -> None:
+    for graph in networks.load(Source.find(CATALOG[name], golden / "models", "fp32"), "fp32", SIZE).graphs:
+        (profile,) = graph.spec.profiles.values()
+        traced = tuned_sizes(graph.spec)
+        assert len(set(traced.values())) == len(traced) and 1 not in traced.values()
+        assert all(size in profile[axis] for axis, size in traced.items())
+        batch = "batch" if "batch" in profile else "frames"
+        rows = package_sizes(graph.spec)
+        assert {row[batch] for row in rows} == {1, 2, min(14, profile[batch].max)}
+        assert all(row[axis] in profile[axis] for row in rows for axis in row)
+        if {"batch", "frames"} <= profile.keys():
+            assert len({row["frames"] for row in rows}) == 2
+
+
+def test_an_encoder_is_built_listed_checked_and_found_up_to_date(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    command = ["build", "--stage", "text", "--checkpoint", str(golden / "models"), "--out", str(out)]
+    for said in ("t5: not built yet", "t5: up to date"):
+        assert main([*command, "--engine", "inductor"]) == 0
+        assert said in capsys.readouterr().err
+    assert main(["list", str(out)]) == 0
+    assert f"| t5 | inductor {runner_inductor.torch_version()} | fp32 |" in capsys.readouterr().out
+    assert main(["check", str(out)]) == 1  # the other stages are not there
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("t5 "))
+    assert line.split()[1] == "inductor" and line.endswith(" ok")
+    rows = Bundle.open(out).engine("t5").graphs["encode"].parity
+    assert {row["batch"] for row in rows} == {1, 2, 8}
+
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for file in ("meta.json", "text_t5.npz"):
+        shutil.copyfile(golden / file, reference / file)
+    assert all(row.ok for row in verify(Bundle.open(out), reference))
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "key"), [("target", "sm53", "targets"), ("torch_version", "9.9", "backend version")]
+)
+def test_another_machine_or_torch_makes_an_engine_stale(
+    float32: Bundle, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, function: str, value: str, key: str
+) -> None:
+    current = job(checkpoint, "fp32")
+    assert why_stale(float32, current) is None
+    monkeypatch.setattr(f"export.build.{function}", lambda: value)
+    assert why_stale(float32, job(checkpoint, "fp32")) == f"changed: {key}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("sm53",)}, r"interp: built for sm53, this machine is (cpu-|sm).*--engine inductor"),
+        ({"targets": ("cpu-riscv64",)}, r"interp: built for cpu-riscv64, this machine is (cpu-|sm)"),
+        (
+            {"backend_version": "2.12.0"},
+            r"interp: built by torch 2\.12\.0, .* is installed: `pip install 'torch==2\.12",
+        ),
+    ],
+    ids=["GPU", "processor", "torch"],
+)
+def test_packages_for_another_machine_are_refused_before_they_are_opened(
+    float32: Bundle, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        Engine(float32, replace(float32.engine("interp"), **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "not an archive", "missing"])
+def test_a_package_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path, content: bytes | None) -> None:
+    package = tmp_path / "step.pt2"
+    if content is not None:
+        package.write_bytes(content)
+    with pytest.raises(BundleError, match=r"step\.pt2: torch \d.* cannot load it .*--engine inductor --force"):
+        InductorRunner(package)
+
+
+def test_settings_that_mean_nothing_to_inductor_are_refused(
+    tmp_path: Path, golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SettingsError, match=r"--target sm89: inductor compiles for this machine"):
+        Backend.choose(INDUCTOR, "fp16", ["sm89"])
+    command = ["build", "--checkpoint", str(golden / "models"), "--out", str(tmp_path / "out"), "--engine", "inductor"]
+    assert main([*command, "--keep-onnx"]) == 1
+    assert "for TensorRT; this is for inductor" in capsys.readouterr().err
+
+
+# ---- Attention over frames
+
+
+def some_heads(dtype: torch.dtype, packed: bool, shape: tuple[int, int, int, int, int]) -> list[torch.Tensor]:
+    """q, k and v [B, F, P, heads * d]: parts of one tensor, or of pixels-first ones."""
+    batch, frames, pixels, heads, head_dim = shape
+    torch.manual_seed(0)
+    if packed:
+        return list(torch.randn(batch, frames, pixels, 3 * heads * head_dim).to(DEVICE, dtype).chunk(3, dim=-1))
+    return [torch.randn(batch, pixels, frames, heads * head_dim).to(DEVICE, dtype).transpose(1, 2) for _ in range(3)]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "pixels first"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 6, 4, 10), (1, 1, 1, 1, 1), (1, 29, 2, 2, 64), (1, 65, 2, 2, 8)], ids=str)
+@pytest.mark.usefixtures("library")
+def test_the_operator_reads_heads_where_projections_left_them(
+    dtype: torch.dtype, packed: bool, shape: tuple[int, int, int, int, int]
+) -> None:
+    q, k, v = some_heads(dtype, packed, shape)
+    exact = plain_temporal_attention(q.double(), k.double(), v.double(), shape[3])
+    out = temporal_attention(q, k, v, shape[3])
+    assert out.is_contiguous() and out.dtype == dtype and out.shape == q.shape
+    eps = torch.finfo(dtype).eps
+    # The reference rounds its result alone; the CUDA kernel, and beyond 64 frames plain arithmetic, the weights too.
+    rtol, atol = (0.51 * eps, 1e-7) if DEVICE == "cpu" and shape[1] <= 64 else (0, 4 * eps)
+    torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.usefixtures("library")
+def test_the_operator_is_what_torch_expects_of_one() -> None:
+    q, k, v = some_heads(torch.float16, packed=True, shape=(1, 3, 4, 2, 8))
+    torch.library.opcheck(temporal_attention, (q, k, v, 2), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("library")
+def test_channels_apart_are_refused() -> None:
+    wrong = torch.zeros(1, 2, 8, 3, dtype=torch.float16, device=DEVICE).transpose(2, 3)
+    with pytest.raises(EngineError, match="channels 3 elements apart"):
+        temporal_attention(wrong, wrong, wrong, 2)
+
+
+def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
+    float32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOW1_KERNELS", str(tmp_path))
+    message = r"holds no show1_kernels\w*\. Build it .*`cmake -S \. -B build/kernels"
+    with pytest.raises(EngineError, match=message):
+        find_library("show1_kernels_ref")
+    with pytest.raises(BundleError, match=f"interp: .*{message}"):
+        Engine(float32, float32.engine("interp"))
+
+
+# ---- The loop on the device
+
+LOOPS: dict[str, tuple[dict[str, Any], float, int, int]] = {  # scheduler, guidance, clips, steps
+    "interp": (PUBLISHED["base"], 4.0, 3, 6),
+    "sr1, unguided": (PUBLISHED["sr1"], 1.0, 1, 4),
+    "latents": (PUBLISHED["sr2"], 15.0, 2, 5),
+    "learned variance": (PUBLISHED["if2"], 4.0, 1, 4),
+    "learned variance, unguided": (PUBLISHED["if1"], 1.0, 2, 3),
+    "fixed variance": ({**PUBLISHED["noising"], "clip_sample_range": 1.25}, 2.0, 1, 4),
+}
+
+
+def loop_inputs(engine: Engine, guidance: float, clips: int) -> tuple[Any, Any, Any]:
+    """UNet with its prompt, sample, condition."""
+    random = np.random.default_rng(0)
+    text = PromptEmbeds(*random.standard_normal((2, 1, 7, engine.properties["text_dim"]), np.float32))
+    x = random.standard_normal((clips, 3, 4, 4, 6), np.float32)
+    condition = random.standard_normal((clips, 4, 4, 4, 6), np.float32)
+    return prompted(engine, text, guidance, clips), x, condition
+
+
+def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[Any]]:
+    """Result, and x after every step."""
+    scheduler, guidance, _, steps = LOOPS[case]
+    visited: list[Any] = []
+    result = denoise(
+        unet,
+        x,
+        make_schedule(SchedulerConfig.from_dict(scheduler, case), steps),
+        guidance_scale=guidance,
+        noise=NoiseStream(7),
+        condition=condition,
+        on_step=lambda index, total, x: visited.append(x.copy()),
+    )
+    return result, visited
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> None:
+    scheduler, guidance, clips, steps = LOOPS[case]
+    unet, x, condition = loop_inputs(engine, guidance, clips)
+    # The same operations in the same order, but for exp()'s last bits in DDPM's noise, which the network multiplies.
+    atol = 0 if DEVICE == "cpu" and scheduler["_class_name"] != "DDPMScheduler" else 2e-4
+    before = x.copy()
+    expected, trajectory = run_loop(lambda sample, timestep: unet(sample, timestep), x, condition, case)
+    for _ in range(2):  # the second time in the first one's buffers
+        calls = engine.calls
+        actual, visited = run_loop(unet, x, condition, case)
+        assert engine.calls - calls == len(visited) == steps
+        for step, (seen, wanted) in enumerate(zip(visited, trajectory, strict=True)):
+            np.testing.assert_allclose(seen, wanted, rtol=0, atol=atol, err_msg=f"step {step}")
+        np.testing.assert_array_equal(actual, visited[-1])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+    np.testing.assert_array_equal(x, before)
+    assert np.abs(expected).max() > 0.5
+
+
+def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine: Engine) -> None:
+    loops = engine._runners["step"]._loops
+    loops.clear()
+    unet, x, condition = loop_inputs(engine, 4.0, 3)
+    for steps in (2, 5):
+        schedule = make_schedule(SchedulerConfig.from_dict(PUBLISHED["base"], "base"), steps)
+        denoise(unet, x, schedule, guidance_scale=4.0, condition=condition)
+    assert len(loops) == 1
+    denoise(unet, x, schedule, guidance_scale=9.0, condition=condition)
+    assert len(loops) == 1
+
+
+def test_a_loop_in_half_precision_equals_the_sampler(float16: Bundle) -> None:
+    with EnginePool(float16) as pool, pool.use("interp") as engine:
+        unet, x, condition = loop_inputs(engine, 4.0, 1)
+        expected, _ = run_loop(lambda sample, timestep: unet(sample, timestep), x, condition, "interp")
+        actual, _ = run_loop(unet, x, condition, "interp")
+    # No exp() in this solver and the same network inputs; a GPU's sums need not have the same order twice.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 1e-2)
+
+
+def test_a_network_without_the_variance_that_a_scheduler_reads_is_refused(float16: Bundle) -> None:
+    with EnginePool(float16) as pool, pool.use("interp") as engine:
+        unet, x, condition = loop_inputs(engine, 4.0, 1)
+        with pytest.raises(BundleError, match="no variance_frac"):
+            run_loop(unet, x, condition, "learned variance")
+
+
+# ---- Everything
+
+
+@pytest.mark.slow
+def test_all_golden_cases_hold_with_all_nine_engines(golden: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert main(["build", "--engine", "inductor", "--checkpoint", str(golden / "models"), "--out", str(out)]) == 0
+    rows = verify(Bundle.open(out), golden)
+    misses = [row for row in rows if not row.ok]
+    assert not misses, "\n".join(map(str, misses))
+    assert len(rows) >= 73
