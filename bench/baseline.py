@@ -1,0 +1,325 @@
+"""The reference as its users run it: networks of diffusers' own layers in eager torch, and torch.compile of the same.
+
+The published pipelines fold frames into the batch, project the text anew in every step and for every frame, take one
+interpolation gap at a time and guidance as a batch of two. So does this. The UNets are assembled here because diffusers
+has neither Show-1's pixel blocks nor its reading of `attention_head_dim`; layers, attention processors, schedulers and
+autoencoder are diffusers', the text encoders transformers'.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.errors import CheckpointError, EngineError, SettingsError
+
+try:
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers.models.activations import get_activation
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
+    from diffusers.models.embeddings import TextTimeEmbedding, TimestepEmbedding, Timesteps
+    from diffusers.models.resnet import Downsample2D, ResnetBlock2D, TemporalConvLayer, Upsample2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+    from torch import Tensor, nn
+except ImportError as error:
+    raise EngineError(
+        f"{error.name} is not installed. The baselines are torch with diffusers' layers: "
+        "`pip install -e '.[export,bench]'`, or measure without them: --baseline none."
+    ) from None
+
+from bench.work import Calls
+from export.checkpoint import load_weights
+from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
+
+BASELINES = ("eager", "xformers", "compile")  # eager: with scaled_dot_product_attention
+
+
+class Layers(nn.Module):
+    """One block's layers: resnet, then temporal convolution, attention, temporal attention where it has them."""
+
+    def __init__(self, config: UNetConfig, level: int, io: list[tuple[int, int]], attention: str | None, mid: bool):
+        super().__init__()
+        channels, groups, temporal = io[0][1], config.norm_num_groups, config.temporal
+        self.temporal = temporal
+        self.resnets = nn.ModuleList(_resnet(config, i, o, mid=mid) for i, o in io)
+        if temporal:
+            self.temp_convs = nn.ModuleList(
+                TemporalConvLayer(channels, channels, dropout=0.1, norm_num_groups=groups) for _ in io
+            )
+        if attention:
+            count, heads = 1 if mid else len(io), config.attention_head_dim[level]
+            self.attentions = nn.ModuleList(_attention(config, channels, heads, attention) for _ in range(count))
+            if temporal:
+                self.temp_attentions = nn.ModuleList(
+                    TransformerTemporalModel(heads, channels // heads, in_channels=channels, norm_num_groups=groups)
+                    for _ in range(count)
+                )
+
+    def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor, frames: int) -> Tensor:
+        """x [B*F, C, H, W], emb [B*F, T], text [B*F, L, D]."""
+        x = self.resnets[i](x, emb)
+        if self.temporal:
+            x = self.temp_convs[i](x, num_frames=frames)
+        if hasattr(self, "attentions") and i < len(self.attentions):
+            attention = self.attentions[i]
+            x = attention(x, encoder_hidden_states=text)
+            x = x if isinstance(attention, Attention) else x.sample
+            if self.temporal:
+                x = self.temp_attentions[i](x, num_frames=frames).sample
+        return x
+
+
+def _resnet(config: UNetConfig, i: int, o: int, mid: bool = False, **resample: bool) -> nn.Module:
+    return ResnetBlock2D(
+        in_channels=i,
+        out_channels=o,
+        temb_channels=config.time_embedding_dim,
+        eps=config.norm_eps,
+        groups=config.norm_num_groups,
+        non_linearity=config.act_fn,
+        time_embedding_norm=config.resnet_time_scale_shift,
+        skip_time_act=config.resnet_skip_time_act,
+        output_scale_factor=config.mid_block_scale_factor if mid else config.resnet_out_scale_factor,
+        **resample,
+    )
+
+
+def _attention(config: UNetConfig, channels: int, heads: int, kind: str) -> nn.Module:
+    """`heads` is channels per head with added keys, the number of heads with cross-attention."""
+    groups, text_dim = config.norm_num_groups, config.cross_attention_dim
+    if kind == ADDED_KV:
+        return Attention(
+            query_dim=channels,
+            cross_attention_dim=channels,
+            heads=channels // heads,
+            dim_head=heads,
+            added_kv_proj_dim=text_dim,
+            norm_num_groups=groups,
+            eps=config.norm_eps,
+            bias=True,
+            upcast_softmax=True,
+            cross_attention_norm="group_norm",
+            processor=AttnAddedKVProcessor2_0(),
+        )
+    return Transformer2DModel(
+        heads,
+        channels // heads,
+        in_channels=channels,
+        cross_attention_dim=text_dim,
+        norm_num_groups=groups,
+        use_linear_projection=config.use_linear_projection,
+    )
+
+
+class ReferenceUNet(nn.Module):
+    """Any UNet of the cascade, under its published parameter names."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, emb = config.block_out_channels, config.time_embedding_dim
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        if config.transformer_in:
+            self.transformer_in = TransformerTemporalModel(
+                8, 64, in_channels=channels[0], norm_num_groups=config.norm_num_groups
+            )
+        self.time_proj = Timesteps(channels[0], config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimestepEmbedding(channels[0], emb, config.act_fn)
+        if config.class_embed_type:
+            self.class_embedding = TimestepEmbedding(channels[0], emb, config.act_fn)
+        if config.addition_embed_type:
+            self.add_embedding = TextTimeEmbedding(config.text_dim, emb, config.addition_embed_type_num_heads)
+        if config.encoder_hid_dim:
+            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
+        levels = range(len(channels))
+        self.down_blocks = nn.ModuleList(self._down(level) for level in levels)
+        mid = (channels[-1], channels[-1])
+        self.mid_block = Layers(config, -1, [mid, mid], MID_BLOCKS[config.mid_block_type][0], mid=True)
+        self.up_blocks = nn.ModuleList(self._up(index) for index in levels)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_act = get_activation(config.act_fn)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.time_act = get_activation(config.time_embedding_act_fn) if config.time_embedding_act_fn else nn.Identity()
+
+    def _down(self, level: int) -> Layers:
+        config, channels = self.config, self.config.block_out_channels
+        out, before = channels[level], channels[max(level - 1, 0)]
+        attention, by_resnet = BLOCKS[config.down_block_types[level][:-2]]
+        io = [(out if i else before, out) for i in range(config.layers_per_block[level])]
+        block = Layers(config, level, io, attention, mid=False)
+        if level < len(channels) - 1:
+            sampler = (
+                _resnet(config, out, out, down=True)
+                if by_resnet
+                else Downsample2D(out, use_conv=True, out_channels=out, padding=config.downsample_padding, name="op")
+            )
+            block.downsamplers = nn.ModuleList([sampler])
+        return block
+
+    def _up(self, index: int) -> Layers:
+        config, channels = self.config, self.config.block_out_channels
+        level = len(channels) - 1 - index
+        out, below = channels[level], channels[level + 1] if index else channels[-1]
+        count = config.layers_per_block[level] + 1
+        skips = [out] * (count - 1) + [channels[max(level - 1, 0)]]
+        attention, by_resnet = BLOCKS[config.up_block_types[index][:-2]]
+        io = [((out if i else below) + skip, out) for i, skip in enumerate(skips)]
+        # A list of head sizes is read finest first on this way too: the reference's quirk.
+        block = Layers(config, index if attention == ADDED_KV else level, io, attention, mid=False)
+        if level:
+            sampler = (
+                _resnet(config, out, out, up=True) if by_resnet else Upsample2D(out, use_conv=True, out_channels=out)
+            )
+            block.upsamplers = nn.ModuleList([sampler])
+        return block
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """sample [B, C, F, H, W], timestep [B], text [B, L, D], noise_level [B] -> [B, out_channels, F, H, W]."""
+        batch, channels, frames, height, width = sample.shape
+        emb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+        if noise_level is not None:
+            emb = emb + self.class_embedding(self.time_proj(noise_level).to(sample.dtype))
+        if hasattr(self, "add_embedding"):
+            emb = emb + self.add_embedding(text)
+        emb = self.time_act(emb)
+        if hasattr(self, "encoder_hid_proj"):
+            text = self.encoder_hid_proj(text)
+        emb, text = emb.repeat_interleave(frames, dim=0), text.repeat_interleave(frames, dim=0)
+
+        x = self.conv_in(sample.permute(0, 2, 1, 3, 4).reshape(batch * frames, channels, height, width))
+        if hasattr(self, "transformer_in"):
+            x = self.transformer_in(x, num_frames=frames).sample
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, emb, text, frames)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                sampler = block.downsamplers[0]
+                x = sampler(x, emb) if isinstance(sampler, ResnetBlock2D) else sampler(x)
+                skips.append(x)
+        for i in range(len(self.mid_block.resnets)):
+            x = self.mid_block.layer(i, x, emb, text, frames)
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), emb, text, frames)
+            if hasattr(block, "upsamplers"):
+                sampler = block.upsamplers[0]
+                x = sampler(x, emb) if isinstance(sampler, ResnetBlock2D) else sampler(x, skips[-1].shape[-2:])
+        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        return x.reshape(batch, frames, -1, height, width).permute(0, 2, 1, 3, 4)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the baselines run, and in what: ("cuda", "float16") as their users do, ("cpu", "float32")."""
+
+    device: str
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_unet(config: Mapping[str, Any], where: str) -> ReferenceUNet:
+    """On the meta device: to be filled by `fill`."""
+    with torch.device("meta"):
+        return ReferenceUNet(UNetConfig.from_dict(config, where)).eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, place: Place, files: list[Path], where: str) -> Any:
+    """Weights from a checkpoint's files, under its names, or random ones where there are no files."""
+    if files:
+        load_weights(module, files, place.torch_dtype, where)
+        return module.to(place.device)
+    module.to(place.torch_dtype).to_empty(device=place.device)
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
+        else:
+            parameter.zero_()
+    for child in module.modules():
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm):
+            child.weight.fill_(1)
+    return module
+
+
+def use_xformers(module: nn.Module) -> None:
+    """Raises SettingsError where xformers is not installed."""
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError:
+        raise SettingsError("--baseline xformers: xformers is not installed. `pip install xformers`.") from None
+    for child in module.modules():
+        if isinstance(child, Attention):
+            child.set_use_memory_efficient_attention_xformers(True)
+
+
+def make_scheduler(config: Mapping[str, Any]) -> Any:
+    """The published scheduler in diffusers 0.42, with the last step as it was in 0.19 (down to t = 0)."""
+    if config["_class_name"] == "DDPMScheduler":
+        return DDPMScheduler.from_config(dict(config))
+    known = {key: float(value) if key == "lambda_min_clipped" else value for key, value in config.items()}
+    return DPMSolverMultistepScheduler.from_config({**known, "final_sigmas_type": "sigma_min"})
+
+
+class ReferenceLoop:
+    """One denoising loop of a published pipeline: guidance as a batch of two, frames as the scheduler's batch.
+
+    `calls` gives the shape of the network's input; channels beyond those of the noise are a condition.
+    """
+
+    def __init__(self, unet: Callable[..., Tensor], config: UNetConfig, scheduler: Any, calls: Calls, place: Place):
+        self.unet, self.scheduler, self.place = unet, scheduler, place
+        batch, channels, *rest = calls.shape
+        noise_channels = 4 if calls.network == "sr2" else 3
+        random = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random).to(place.device, place.torch_dtype)
+
+        self.noise_channels = noise_channels
+        self.x = draw(1, noise_channels, *rest)
+        self.condition = draw(1, channels - noise_channels, *rest) if channels > noise_channels else None
+        self.text = draw(batch, 77, config.text_dim)
+        self.noise_level = (
+            torch.full((batch,), 150 if calls.network == "if2" else 250, device=place.device)
+            if config.class_embed_type
+            else None
+        )
+
+    def predict(self, timestep: Tensor) -> Tensor:
+        x = self.x if self.condition is None else torch.cat([self.x, self.condition], dim=1)
+        x = torch.cat([x, x])
+        more = () if self.noise_level is None else (self.noise_level,)
+        return self.unet(x, timestep.to(x.device).expand(len(x)), self.text, *more)
+
+    def step(self, timestep: Tensor, guidance_scale: float = 7.0) -> None:
+        """Guidance and the scheduler's step as the published pipelines have them; x changes."""
+        prediction = self.predict(timestep)
+        noise, variance = prediction.split(self.noise_channels, dim=1) if self.learned(prediction) else (prediction, None)
+        negative, positive = noise.chunk(2)
+        guided = negative + guidance_scale * (positive - negative)
+        if variance is not None and self.scheduler.config.variance_type in ("learned", "learned_range"):
+            guided = torch.cat([guided, variance.chunk(2)[1]], dim=1)
+        folded = (t.permute(0, 2, 1, 3, 4).flatten(0, 1) for t in (guided, self.x))
+        by_frame, x = folded
+        x = self.scheduler.step(by_frame, timestep, x).prev_sample
+        self.x = x[None].permute(0, 2, 1, 3, 4).to(self.x.dtype)
+
+    def learned(self, prediction: Tensor) -> bool:
+        return prediction.shape[1] == 2 * self.noise_channels
+
+    def steps(self, count: int) -> Iterator[Callable[[], None]]:
+        """`count` consecutive steps of a loop that is as long, to be called one after the other."""
+        self.scheduler.set_timesteps(max(count, 20))
+        for timestep in self.scheduler.timesteps[:count]:
+            yield lambda timestep=timestep: self.step(timestep)
