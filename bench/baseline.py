@@ -6,12 +6,16 @@ has neither Show-1's pixel blocks nor its reading of `attention_head_dim`; layer
 autoencoder are diffusers', the text encoders transformers'.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines.errors import CheckpointError, EngineError, SettingsError
+from engines.errors import EngineError, SettingsError
 
 try:
     import torch
@@ -23,17 +27,22 @@ try:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
     from torch import Tensor, nn
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 except ImportError as error:
     raise EngineError(
         f"{error.name} is not installed. The baselines are torch with diffusers' layers: "
-        "`pip install -e '.[export,bench]'`, or measure without them: --baseline none."
+        "`pip install -e '.[export,bench]'`."
     ) from None
 
-from bench.work import Calls
+from bench.timing import Summary, summarize
+from bench.work import Calls, count_flop
 from export.checkpoint import load_weights
 from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
 
-BASELINES = ("eager", "xformers", "compile")  # eager: with scaled_dot_product_attention
+warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
+COMPILE_MODE = {"cuda": "reduce-overhead"}  # with CUDA graphs, as diffusers' documentation advises
 
 
 class Layers(nn.Module):
@@ -219,6 +228,10 @@ class Place:
     device: str
     dtype: str
 
+    @classmethod
+    def here(cls) -> "Place":
+        return cls("cuda", "float16") if torch.cuda.is_available() else cls("cpu", "float32")
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -228,98 +241,193 @@ class Place:
             torch.cuda.synchronize()
 
 
-def make_unet(config: Mapping[str, Any], where: str) -> ReferenceUNet:
-    """On the meta device: to be filled by `fill`."""
+@dataclass(frozen=True)
+class Source:
+    """A network's published config and the files of its weights; without files it gets random ones."""
+
+    network: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...] = ()
+
+
+def make_network(source: Source, place: Place) -> Any:
+    """The network in eval mode. Text encoders always have random weights: nothing is compared with them."""
+    make: dict[str, Callable[[], nn.Module]] = {
+        "t5": lambda: T5EncoderModel(T5Config(**source.config)),
+        "clip": lambda: CLIPTextModel(CLIPTextConfig(**source.config)),
+        "vae_encoder": lambda: AutoencoderKL.from_config(dict(source.config)),
+        "vae_decoder": lambda: AutoencoderKL.from_config(dict(source.config)),
+    }
+    if source.network in ("t5", "clip"):  # they hold buffers that the meta device would lose
+        with torch.device(place.device), _default_dtype(place.torch_dtype):
+            return make[source.network]().eval().requires_grad_(False)
     with torch.device("meta"):
-        return ReferenceUNet(UNetConfig.from_dict(config, where)).eval().requires_grad_(False)
-
-
-def fill(module: nn.Module, place: Place, files: list[Path], where: str) -> Any:
-    """Weights from a checkpoint's files, under its names, or random ones where there are no files."""
-    if files:
-        load_weights(module, files, place.torch_dtype, where)
+        unet = lambda: ReferenceUNet(UNetConfig.from_dict(source.config, source.network))  # noqa: E731
+        module = make.get(source.network, unet)().eval().requires_grad_(False)
+    if place.device == "meta":
+        return module
+    if source.files:
+        load_weights(module, source.files, place.torch_dtype, source.network)
         return module.to(place.device)
-    module.to(place.torch_dtype).to_empty(device=place.device)
+    nn.Module.to(module, place.torch_dtype).to_empty(device=place.device)
     torch.manual_seed(0)
+    # None is left at zero, as some of diffusers' are: products with zeros take less power and so less time.
     for parameter in module.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
-        else:
-            parameter.zero_()
+        parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5) if parameter.ndim > 1 else parameter.zero_()
     for child in module.modules():
         if isinstance(child, nn.GroupNorm | nn.LayerNorm):
             child.weight.fill_(1)
     return module
 
 
-def use_xformers(module: nn.Module) -> None:
-    """Raises SettingsError where xformers is not installed."""
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        import xformers.ops  # noqa: F401
-    except ImportError:
-        raise SettingsError("--baseline xformers: xformers is not installed. `pip install xformers`.") from None
-    for child in module.modules():
-        if isinstance(child, Attention):
-            child.set_use_memory_efficient_attention_xformers(True)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_scheduler(config: Mapping[str, Any]) -> Any:
-    """The published scheduler in diffusers 0.42, with the last step as it was in 0.19 (down to t = 0)."""
+    """A published scheduler, its last step as diffusers 0.19 has it: to t = 0, not to no noise at all."""
     if config["_class_name"] == "DDPMScheduler":
         return DDPMScheduler.from_config(dict(config))
-    known = {key: float(value) if key == "lambda_min_clipped" else value for key, value in config.items()}
-    return DPMSolverMultistepScheduler.from_config({**known, "final_sigmas_type": "sigma_min"})
+    return DPMSolverMultistepScheduler.from_config({**config, "final_sigmas_type": "sigma_min"})
 
 
-class ReferenceLoop:
-    """One denoising loop of a published pipeline: guidance as a batch of two, frames as the scheduler's batch.
+class DenoisingLoop:
+    """Steps of a published pipeline on random inputs: the network on a batch of two, guidance, the scheduler's step."""
 
-    `calls` gives the shape of the network's input; channels beyond those of the noise are a condition.
-    """
-
-    def __init__(self, unet: Callable[..., Tensor], config: UNetConfig, scheduler: Any, calls: Calls, place: Place):
-        self.unet, self.scheduler, self.place = unet, scheduler, place
+    def __init__(self, unet: ReferenceUNet, scheduler: Mapping[str, Any], calls: Calls, place: Place):
+        self.call: Callable[..., Tensor] = unet  # or what torch.compile made of it
+        self.scheduler = make_scheduler(scheduler)
         batch, channels, *rest = calls.shape
-        noise_channels = 4 if calls.network == "sr2" else 3
+        self.noise_channels = 4 if calls.network == "sr2" else 3
         random = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=random).to(place.device, place.torch_dtype)
 
-        self.noise_channels = noise_channels
-        self.x = draw(1, noise_channels, *rest)
-        self.condition = draw(1, channels - noise_channels, *rest) if channels > noise_channels else None
-        self.text = draw(batch, 77, config.text_dim)
-        self.noise_level = (
-            torch.full((batch,), 150 if calls.network == "if2" else 250, device=place.device)
-            if config.class_embed_type
-            else None
-        )
+        self.x = draw(1, self.noise_channels, *rest)
+        self.condition = draw(1, channels - self.noise_channels, *rest)
+        self.text = draw(batch, calls.tokens, unet.config.text_dim)
+        level = {"if2": 150, "sr1": 250}.get(calls.network, 0)
+        self.more = (torch.full((batch,), level, device=place.device),) if unet.config.class_embed_type else ()
 
     def predict(self, timestep: Tensor) -> Tensor:
-        x = self.x if self.condition is None else torch.cat([self.x, self.condition], dim=1)
-        x = torch.cat([x, x])
-        more = () if self.noise_level is None else (self.noise_level,)
-        return self.unet(x, timestep.to(x.device).expand(len(x)), self.text, *more)
+        """[2, out_channels, F, H, W] for the negative prompt and the prompt."""
+        x = torch.cat([torch.cat([self.x, self.condition], dim=1)] * 2)
+        return self.call(x, timestep.to(x.device).expand(len(x)), self.text, *self.more)
 
     def step(self, timestep: Tensor, guidance_scale: float = 7.0) -> None:
-        """Guidance and the scheduler's step as the published pipelines have them; x changes."""
-        prediction = self.predict(timestep)
-        noise, variance = prediction.split(self.noise_channels, dim=1) if self.learned(prediction) else (prediction, None)
-        negative, positive = noise.chunk(2)
-        guided = negative + guidance_scale * (positive - negative)
-        if variance is not None and self.scheduler.config.variance_type in ("learned", "learned_range"):
-            guided = torch.cat([guided, variance.chunk(2)[1]], dim=1)
-        folded = (t.permute(0, 2, 1, 3, 4).flatten(0, 1) for t in (guided, self.x))
-        by_frame, x = folded
-        x = self.scheduler.step(by_frame, timestep, x).prev_sample
-        self.x = x[None].permute(0, 2, 1, 3, 4).to(self.x.dtype)
+        torch.compiler.cudagraph_mark_step_begin()
+        negative, positive = self.predict(timestep).chunk(2)
+        noise_pred, *variance = positive.split(self.noise_channels, dim=1)
+        negative = negative[:, : self.noise_channels]
+        noise_pred = negative + guidance_scale * (noise_pred - negative)
+        if self.scheduler.config.variance_type in ("learned", "learned_range"):
+            noise_pred = torch.cat([noise_pred, *variance], dim=1)
+        # The scheduler sees frames as its batch, so that each is thresholded on its own.
+        by_frame = [t.transpose(1, 2).flatten(0, 1) for t in (noise_pred, self.x)]
+        x = self.scheduler.step(by_frame[0], timestep, by_frame[1]).prev_sample
+        self.x = x.unflatten(0, (1, -1)).transpose(1, 2).to(self.x.dtype)
 
-    def learned(self, prediction: Tensor) -> bool:
-        return prediction.shape[1] == 2 * self.noise_channels
+    def steps(self, count: int) -> Iterator[Tensor]:
+        """Timesteps of a loop; `step` takes them one after the other."""
+        self.scheduler.set_timesteps(max(count, 50))
+        yield from self.scheduler.timesteps[:count]
 
-    def steps(self, count: int) -> Iterator[Callable[[], None]]:
-        """`count` consecutive steps of a loop that is as long, to be called one after the other."""
-        self.scheduler.set_timesteps(max(count, 20))
-        for timestep in self.scheduler.timesteps[:count]:
-            yield lambda timestep=timestep: self.step(timestep)
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one reference call; of a UNet's: of one denoising step, with guidance and scheduler.
+
+    `first` is the first call, which compiles where that is asked for. None where the card's memory did not suffice.
+    """
+
+    call: Summary | None
+    first: float
+
+
+def measure_network(
+    source: Source,
+    scheduler: Mapping[str, Any] | None,
+    calls: Calls,
+    place: Place,
+    kinds: Sequence[str],
+    repeats: int,
+    on_network: Callable[[str, Any], None] = lambda *_: None,
+) -> dict[str, Measured]:
+    """Time the network as each of `kinds`. Text encoders and autoencoder stay eager throughout, as their users have it.
+
+    `on_network` gets the eager network before it is measured. Raises SettingsError where xformers is asked for and not
+    installed.
+    """
+    results: dict[str, Measured] = {}
+    with torch.no_grad():
+        module = make_network(source, place)
+        on_network(source.network, module)
+        for kind in sorted(kinds, key=BASELINES.index):
+            if not isinstance(module, ReferenceUNet):
+                call = _plain_call(module, calls, place)
+                results[kind] = next(iter(results.values()), None) or _measure([call] * (repeats + 1), place)
+                continue
+            assert scheduler is not None
+            loop = DenoisingLoop(module, scheduler, calls, place)
+            if kind == "compile":
+                torch._dynamo.reset()
+                loop.call = torch.compile(module, dynamic=False, mode=COMPILE_MODE.get(place.device))
+            elif kind == "xformers":
+                use_xformers(module)
+            steps = [partial(loop.step, t) for t in loop.steps(repeats + 2)]
+            results[kind] = _measure(steps, place, warmup=2)
+            torch._dynamo.reset()
+    return results
+
+
+def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int = 1) -> Measured:
+    times = []
+    try:
+        for call in calls:
+            place.synchronize()
+            start = time.perf_counter()
+            call()
+            place.synchronize()
+            times.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return Measured(None, times[0] if times else 0.0)
+    return Measured(summarize(times[warmup:]), times[0])
+
+
+def _plain_call(module: Any, calls: Calls, place: Place) -> Callable[[], Any]:
+    if calls.network in ("t5", "clip"):
+        ids = torch.ones(calls.shape, dtype=torch.int64, device=place.device)
+        return lambda: module(input_ids=ids)
+    x = torch.randn(calls.shape, generator=torch.Generator().manual_seed(0)).to(place.device, place.torch_dtype)
+    return lambda: module.encode(x) if calls.network == "vae_encoder" else module.decode(x)
+
+
+def use_xformers(module: nn.Module) -> None:
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError:
+        raise SettingsError("--baseline xformers: not installed. `pip install xformers`, or leave it out.") from None
+    for child in module.modules():
+        if isinstance(child, Attention):
+            child.set_use_memory_efficient_attention_xformers(True)
+
+
+def network_flop(source: Source, calls: Calls) -> int:
+    """FLOP of one reference call, counted on the meta device."""
+    meta = Place("meta", "float32")
+    with torch.no_grad():
+        module = make_network(source, meta)
+        if isinstance(module, ReferenceUNet):
+            loop = DenoisingLoop(module, _ANY_SCHEDULER, calls, meta)
+            return count_flop(lambda: loop.predict(torch.zeros((), device="meta")))
+        return count_flop(_plain_call(module, calls, meta))
+
+
+_ANY_SCHEDULER = {"_class_name": "DDPMScheduler"}

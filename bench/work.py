@@ -25,6 +25,7 @@ class Calls:
     network: str
     count: int
     shape: tuple[int, ...]
+    tokens: int = 77
 
     @property
     def stage(self) -> str:
