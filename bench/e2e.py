@@ -320,10 +320,10 @@ class Result:
             times = [c.total(stages) for c in self.contenders]
             ratios = [_ratio(time, times[0]) for time in times[1:]] + [_ratio(times[0], floor)]
             rows.append([name, number(total / 1e12), number(floor), *map(number, times), *ratios])
-        full = all(t.full for t in first.stages.values() if t)
-        how = "a whole video ran" if full else "fewer steps ran, seconds are for all"
-        others = "; the others' calls were timed and counted" if others else ""
-        return Table(f"A reference video of {self.video}. {first.name}: {how}{others}", headers, rows)
+        full = [c.name for c in self.contenders if c.stages and all(t and t.full for t in c.stages.values())]
+        how = f"{' and '.join(full)} ran in full, " if full else ""
+        title = f"A reference video of {self.video}; {how}other seconds are of timed steps or calls, times their number"
+        return Table(title, headers, rows)
 
     def _calls(self) -> Table:
         """One call of the reference, guidance and scheduler included: rates of useful work."""
