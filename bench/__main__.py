@@ -93,48 +93,46 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 
 def _e2e(arguments: argparse.Namespace) -> None:
-    from bench import e2e
-    from bench.machine import describe_bundle, describe_host, describe_torch
+    from bench.machine import describe_host, describe_torch
     from bench.report import Report
 
     _check_counts(arguments)
-    stages = _choices("stages", arguments.stages, e2e.STAGES)
-    kinds = _choices("baseline", arguments.baseline, e2e.BASELINES)
-    if "all" in arguments.baseline:
-        kinds = [kind for kind in kinds if e2e.is_installed(kind)]
+    stages, kinds = _stages_and_baselines(arguments)
+    from bench import e2e  # says what to install where the baselines' libraries are missing
+
+    bundles = _opened(arguments.bundle or [_network_bundle(arguments.size)])
     checkpoint = arguments.checkpoint
     if checkpoint is None and arguments.size == "golden":
         checkpoint = _network_checkpoint("golden")
-    bundles = _bundles(arguments)
-    defaults = bundles[0].manifest.defaults if bundles else {}
-    settings = _settings(defaults, arguments, guided=True)
-    comparison = e2e.Setup(
-        arguments.size, checkpoint, bundles, settings, stages, kinds, arguments.seed, arguments.repeats
-    )
-    asked = {
-        "networks": arguments.size,
-        "baselines_in": comparison.place.dtype,
-        "preset": arguments.preset,
-        "repeats": arguments.repeats,
-        "baselines": kinds,
-        "stages": stages,
-        **settings.to_dict(),
-    }
-    conditions = {
-        "machine": describe_host(),
-        "torch": describe_torch(),
-        **{f"bundle {index}": describe_bundle(bundle) for index, bundle in enumerate(bundles, 1)},
-        "run": asked,
-    }
-    out = _out(arguments, "e2e", comparison.place.device, arguments.size, _size(settings), arguments.preset)
+    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
+    setup = e2e.Setup(arguments.size, checkpoint, bundles, settings, stages, kinds, arguments.seed, arguments.repeats)
+    asked = {"networks": arguments.size, "preset": arguments.preset, "repeats": arguments.repeats, "stages": stages}
+    asked |= {"baselines": kinds, "baselines_in": setup.place.dtype, **settings.to_dict()}
+    conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(bundles), "run": asked}
+    out = _out(arguments, "e2e", setup.place.device, arguments.size, _size(settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
     def said(what: str, result: e2e.Result) -> None:
         print(what, file=sys.stderr, flush=True)
         report.save(result.to_json(), result.tables(), result.plots())
 
-    result = e2e.run_e2e(comparison, said)
+    result = e2e.run_e2e(setup, said)
     report.finish(result.to_json(), result.tables(), result.plots())
+
+
+def _stages_and_baselines(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    from bench.latency import STAGES
+    from bench.work import BASELINES, is_installed
+
+    stages = _choices("stages", arguments.stages, STAGES)
+    kinds = _choices("baseline", arguments.baseline, BASELINES)
+    return stages, [kind for kind in kinds if arguments.baseline != "all" or is_installed(kind)]
+
+
+def _described(bundles: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    from bench.machine import describe_bundle
+
+    return {f"bundle {index}": describe_bundle(bundle) for index, bundle in enumerate(bundles, 1)}
 
 
 def _gpu(arguments: argparse.Namespace) -> None:
@@ -143,17 +141,19 @@ def _gpu(arguments: argparse.Namespace) -> None:
     from bench.report import Report
 
     if arguments.minutes <= 0:
-        raise SettingsError(f"--minutes {arguments.minutes}; allowed: above 0.")
-    torch = kernels.torch_with_gpu()
-    card = kernels.describe_gpu(torch)
-    asked = {"minutes": arguments.minutes, "parts": _choices("parts", arguments.parts, gpu.PARTS)}
-    asked |= {"size": arguments.size, "preset": arguments.preset, "steps": arguments.steps}
-    out = _out(arguments, "gpu", kernels.card_name(card))
-    report = Report("gpu", out, {"machine": describe_host(), "gpu": card, "run": asked}, arguments.markdown)
-    bundles = _bundles(arguments) if arguments.bundle else []
-    plan = gpu.Plan(asked["parts"], arguments.minutes, arguments.size, bundles, arguments.checkpoint)
-    plan.settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
-    gpu.run_parts(gpu.make_parts(plan), plan.minutes, report)
+        raise SettingsError(f"--minutes {arguments.minutes:g}; allowed: above 0.")
+    parts = _choices("parts", arguments.parts, gpu.PARTS)
+    card = kernels.describe_gpu(kernels.torch_with_gpu())
+    clock = gpu.Clock(arguments.minutes)
+    stages, kinds = _stages_and_baselines(arguments)
+    bundles = _opened(arguments.bundle or [])
+    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
+    plan = gpu.Plan(parts, arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed)
+    asked = {"minutes": arguments.minutes, "parts": parts, "networks": arguments.size, "preset": arguments.preset}
+    asked |= {"stages": stages, "baselines": kinds, **settings.to_dict()}
+    conditions = {"machine": describe_host(), "gpu": card, **_described(bundles), "run": asked}
+    report = Report("gpu", _out(arguments, "gpu", kernels.card_name(card)), conditions, arguments.markdown)
+    gpu.run_parts(gpu.make_parts(plan), clock, report)
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
@@ -243,11 +243,11 @@ def _network_bundle(size: str, *options: str, name: str = "bench") -> Path:
     return bundle
 
 
-def _bundles(arguments: argparse.Namespace) -> list[Any]:
+def _opened(paths: Sequence[Path]) -> list[Any]:
+    """Bundles; `none` stands for none."""
     from engines.store import Bundle
 
-    given = arguments.bundle or [_network_bundle(arguments.size)]
-    return [Bundle.open(path) for path in given if str(path) != "none"]
+    return [Bundle.open(path) for path in paths if str(path) != "none"]
 
 
 def _run_export(*options: str) -> None:
@@ -285,6 +285,13 @@ def _parser() -> argparse.ArgumentParser:
         add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
         add("--seed", type=int, default=SEED, help="default: %(default)s")
 
+    def add_baselines(add: Any) -> None:
+        add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+        kinds = "of eager, compile, xformers; or none (default: all that are installed)"
+        add("--baseline", default="all", metavar="KIND,...", help=kinds)
+        what = "that the bundle was made from: baselines take its weights, results are checked"
+        add("--checkpoint", type=Path, metavar="FOLDER", help=what)
+
     add = command("latency", _latency, "time of every stage and step of the cascade, in and outside engines")
     add_video(add, "draft")
     add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
@@ -301,27 +308,14 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("e2e", _e2e, "a whole video against the reference in eager and compiled torch")
     add_video(add, "reference", several_bundles=True)
-    add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
-    add(
-        "--baseline",
-        default="all",
-        metavar="KIND,...",
-        help="of eager, compile, xformers; or none (default: all that are installed)",
-    )
-    add(
-        "--checkpoint",
-        type=Path,
-        help="that the bundle was made from: baselines take its weights, results are compared",
-    )
-    add(
-        "--repeats", type=int, default=5, metavar="N", help="measured calls of every network of a baseline (default: 5)"
-    )
+    add_baselines(add)
+    add("--repeats", type=int, default=5, metavar="N", help="measured calls of every baseline's networks (default: 5)")
 
     add = command("gpu", _gpu, "everything that an NVIDIA card can show: checks, then measurements")
     add_video(add, "reference", several_bundles=True)
-    add("--parts", default="all", metavar="PART,...", help="of rates, kernels, engines, graphs, e2e, memory")
-    add("--minutes", type=float, default=9, help="parts that do not fit are left out (default: %(default)g)")
-    add("--checkpoint", type=Path, help="as of e2e")
+    add_baselines(add)
+    add("--parts", default="all", metavar="PART,...", help="of rates, kernels, engines, e2e, memory (default: all)")
+    add("--minutes", type=float, default=9, metavar="N", help="after them nothing more is begun (default: %(default)g)")
 
     quality = commands.add_parser("quality", help="do videos show what held-out prompts ask for? (the demo checkpoint)")
     quality.set_defaults(run=_quality)

@@ -35,13 +35,12 @@ except ImportError as error:
     ) from None
 
 from bench.timing import Summary, summarize
-from bench.work import Calls, count_flop
+from bench.work import BASELINES, Calls, count_flop
 from export.checkpoint import load_weights
 from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
-BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
 COMPILE_MODE = {"cuda": "reduce-overhead"}  # with CUDA graphs, as diffusers' documentation advises
 
 

@@ -5,7 +5,6 @@ every network is timed on a few calls and counted as often as the reference call
 size it would take most of an hour. Results say which is which.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench import baseline
-from bench.baseline import BASELINES, Measured, Place, Source
+from bench.baseline import Measured, Place, Source
 from bench.kernels import STEP_SHAPES
 from bench.latency import STAGES, StageResult, loop_lengths, run_latency
 from bench.plots import Bars
@@ -30,10 +29,6 @@ from runtime.config import Settings
 from runtime.runner import Engine
 
 REFERENCE_STEPS = {stage: getattr(Settings(), stage).num_inference_steps for stage in UNETS}
-
-
-def is_installed(kind: str) -> bool:
-    return kind in BASELINES and (kind != "xformers" or importlib.util.find_spec("xformers") is not None)
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,10 @@ class Contender:
         return None if None in times else sum(time.seconds for time in times if time)
 
 
-def sources(size: str, checkpoint: Path | None) -> dict[str, Source]:
-    """Configs of the networks, and their weights where there is a checkpoint."""
+def sources(size: str, checkpoint: Path | None, precision: str) -> dict[str, Source]:
+    """Configs of the networks, and where there is a checkpoint, the weights that a bundle of `precision` is made of."""
     if checkpoint:
-        found = {n: networks.Source.find(CATALOG[n], checkpoint, "fp16") for n in CATALOG}
+        found = {n: networks.Source.find(CATALOG[n], checkpoint, precision) for n in CATALOG}
         return {name: Source(name, source.config, tuple(source.weights)) for name, source in found.items()}
     return {n: Source(n, CONFIGS[size][f"{net.folders[0]}/{net.subfolder}"]) for n, net in CATALOG.items()}
 
@@ -227,7 +222,8 @@ class Setup:
 
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
     """Measure; `said(what, result so far)` after every part. Raises SettingsError for a bundle of other networks."""
-    found = sources(setup.size, setup.checkpoint)
+    precisions = [entry.precision for bundle in setup.bundles for entry in bundle.manifest.engines.values()]
+    found = sources(setup.size, setup.checkpoint, precisions[0] if precisions else "fp16")
     for bundle in setup.bundles:
         _check_networks(bundle, found, setup.stages)
     lengths = setup.lengths()

@@ -1,108 +1,131 @@
 """Everything that an NVIDIA card can show, in parts that fit a time: checks first, then measurements.
 
-A part that fails or does not fit says so in the result and the next one runs; the result is written after every part.
+A part that fails or does not fit says so in the result and the next one runs. The result is written again and again:
+an interrupted run keeps what it has.
 """
 
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.machine import ROOT
+from bench.machine import ROOT, package_version
 from bench.report import NOTHING, Plot, Report, Table, median, number
-from bench.timing import Summary, summarize
+from bench.timing import Summary, measure, summarize
 from engines import tensorrt
 from engines.errors import EngineError, Show1Error
-from engines.manifest import EngineEntry, GraphEntry
+from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
-from runtime.runner import Array, Runner, open_runner
+from runtime.noise import NoiseStream
+from runtime.runner import Array, EnginePool, open_runner
+from runtime.sampler import denoise
+from runtime.schedulers import make_schedule
+from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
-PARTS = ("rates", "kernels", "engines", "graphs", "e2e", "memory")
-GRAPH_SWITCH = "use_cuda_graph"  # what a runner that can do both lets itself be told
-Parts = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]
+PARTS = ("rates", "kernels", "engines", "e2e", "memory")
+Content = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]  # numbers, tables, plots
+
+
+class TimeIsUp(EngineError):
+    """A part met the end of the run's time; what it had saved stays."""
+
+
+class Clock:
+    """The time of the whole run."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def check(self) -> None:
+        if self.left() <= 0:
+            raise TimeIsUp("the time was up: --minutes N gives more, --parts and --stages ask for less.")
 
 
 @dataclass(frozen=True)
 class Part:
-    """`minutes` is how long it may need: with less left it is not begun."""
+    """`run(clock, save)` measures; it may save what it has before it returns the whole."""
 
     name: str
-    minutes: float
-    run: Callable[[], Parts]
+    run: Callable[[Clock, Callable[[Content], None]], Content]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What `python -m bench gpu` was asked for. Without bundles, e2e measures the baselines alone."""
+    """What `python -m bench gpu` was asked for. Without bundles, e2e measures the baselines alone, memory nothing."""
 
     parts: Sequence[str]
-    minutes: float
     size: str
-    bundles: Sequence[Bundle]
     checkpoint: Path | None
-    settings: Settings = field(default_factory=Settings)
+    bundles: Sequence[Bundle]
+    settings: Settings
+    stages: Sequence[str]
+    baselines: Sequence[str]
+    seed: int
 
 
-def run_parts(parts: Sequence[Part], minutes: float, report: Report) -> None:
-    """Run what fits into `minutes`; the report is saved after every part and printed at the end."""
-    end = time.monotonic() + 60 * minutes
-    numbers: dict[str, Any] = {}
-    tables: list[Table] = []
-    plots: dict[str, Plot] = {}
+def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
+    """One after the other, as long as there is time; prints and writes the report."""
+    done: dict[str, Content] = {}
+    state: dict[str, str] = {}
+
+    def content() -> Content:
+        rows = [[name, what] for name, what in state.items()]
+        nothing: Content = ({}, (), {})
+        numbers = {name: {**done.get(name, nothing)[0], "state": what} for name, what in state.items()}
+        tables = [table for _, tables, _ in done.values() for table in tables]
+        plots = {f"{part}-{name}": plot for part, (_, _, plots) in done.items() for name, plot in plots.items()}
+        return numbers, [Table("Parts", ["part", ""], rows), *tables], plots
+
+    def save(name: str, new: Content) -> None:
+        done[name] = new
+        report.save(*content())
+
     for part in parts:
-        left = (end - time.monotonic()) / 60
-        if left < part.minutes:
-            numbers[part.name] = {"left_out": f"{left:.1f} minutes left, may need {part.minutes:g}"}
-        else:
+        state[part.name] = "begun"
+        start = time.monotonic()
+        try:
+            clock.check()
             print(f"{part.name} ...", file=sys.stderr, flush=True)
-            start = time.monotonic()
-            try:
-                result, new_tables, new_plots = part.run()
-                numbers[part.name] = {**result, "seconds": round(time.monotonic() - start, 1)}
-                tables += new_tables
-                plots |= new_plots
-            except Show1Error as error:
-                numbers[part.name] = {"error": str(error)}
-                print(f"{part.name}: {error}", file=sys.stderr, flush=True)
-        report.save(numbers, [*tables, _summary(numbers)], plots)
-    report.finish(numbers, [*tables, _summary(numbers)], plots)
-
-
-def _summary(numbers: Mapping[str, Mapping[str, Any]]) -> Table:
-    def state(part: Mapping[str, Any]) -> str:
-        return f"failed: {part['error']}" if "error" in part else part.get("left_out") or f"done in {part['seconds']} s"
-
-    return Table("Parts", ["part", ""], [[name, state(part)] for name, part in numbers.items()])
+            done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
+            state[part.name] = f"done in {number(time.monotonic() - start)} s"
+        except Show1Error as error:
+            state[part.name] = f"not done: {error}"
+            print(f"{part.name}: {error}", file=sys.stderr, flush=True)
+        report.save(*content())
+    report.finish(*content())
 
 
 def make_parts(plan: Plan) -> list[Part]:
-    parts = [
-        Part("rates", 0.2, rates),
-        Part("kernels", 3, kernels),
-        Part("engines", 3, engines),
-        Part("graphs", 1, graphs),
-        Part("e2e", 3, lambda: e2e(plan)),
-        Part("memory", 1, lambda: memory(plan)),
-    ]
+    parts = (
+        Part("rates", rates),
+        Part("kernels", kernels),
+        Part("engines", engines),
+        Part("e2e", lambda clock, save: e2e(plan, clock, save)),
+        Part("memory", lambda clock, save: memory(plan)),
+    )
     return [part for part in parts if part.name in plan.parts]
 
 
-def rates() -> Parts:
-    """What the card gives today: matrix products and a large copy."""
+def rates(clock: Clock, save: Any) -> Content:
+    """What the card gives today in matrix products."""
     from bench.work import matrix_rate
 
-    found = {f"{dtype}_flop_per_s": round(matrix_rate("cuda", dtype)) for dtype in ("float16", "bfloat16")}
-    rows = [[name.partition("_")[0], number(rate / 1e12)] for name, rate in found.items()]
-    return found, [Table("Matrix rate", ["type", "TFLOP/s"], rows)], {}
+    found = {dtype: matrix_rate("cuda", dtype) for dtype in ("float16", "bfloat16")}
+    rows = [[dtype, number(rate / 1e12)] for dtype, rate in found.items()]
+    return {"matrix_rate_flop_per_s": found}, [Table("Matrix rate", ["type", "TFLOP/s"], rows)], {}
 
 
-def kernels() -> Parts:
+def kernels(clock: Clock, save: Any) -> Content:
     from bench import kernels
 
     return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50)
@@ -113,76 +136,84 @@ def kernels() -> Parts:
 
 @dataclass(frozen=True)
 class Check:
-    """One graph of one engine: largest difference from the CPU's result over the latter's largest value."""
+    """Two ways to one result: their largest difference over the result's largest value."""
 
-    graph: str
-    backend: str
+    what: str
     difference: float
     tolerance: float
-    call: Summary | None
+    seconds: Summary | None
+    other_seconds: Summary | None
 
     @property
     def passed(self) -> bool:
         return self.difference <= self.tolerance  # NaN fails
 
 
-def engines() -> Parts:
-    """Golden-size engines of every backend that works here against ONNX Runtime on the CPU in float32."""
+def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
+    """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
     from export.parity import TOLERANCE
 
     checkpoint = ROOT / "build" / "random-golden"
     if not checkpoint.is_dir():
-        _export("random-checkpoint", "--size", "golden", "--out", str(checkpoint))
-    reference = Bundle.open(_golden_bundle(checkpoint, "onnxruntime", "fp32"))
+        _export(clock, "random-checkpoint", "--size", "golden", "--out", str(checkpoint))
+    reference = Bundle.open(_golden_bundle(clock, checkpoint, "onnxruntime", "fp32"))
     checks: list[Check] = []
-    failed: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for backend in backends():
         try:
-            bundle = Bundle.open(_golden_bundle(checkpoint, backend, "fp16"))
+            bundle = Bundle.open(_golden_bundle(clock, checkpoint, backend, "fp16"))
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
+            checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
+        except TimeIsUp:
+            raise
         except Show1Error as error:
-            failed[backend] = str(error)
-    rows = [
-        [f"{c.backend} {c.graph}", f"{c.difference:.1e}", f"{c.tolerance:.1e}", _yes(c.passed), median(c.call, 1e3)]
-        for c in checks
-    ]
-    rows += [[backend, NOTHING, NOTHING, reason, NOTHING] for backend, reason in failed.items()]
-    numbers = {"checks": [{**vars(c), "call": vars(c.call) if c.call else None} for c in checks], "not_run": failed}
-    headers = ["graph", "difference", "allowed", "passed", "ms"]
-    return numbers, [Table("Golden engines in fp16 against ONNX Runtime on the CPU", headers, rows)], {}
+            missing[backend] = str(error)
+        save(_engines_content(checks, missing))
+    return _engines_content(checks, missing)
 
 
-def _yes(passed: bool) -> str:
-    return "yes" if passed else "NO"
+def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Content:
+    def row(check: Check) -> list[str]:
+        passed = "yes" if check.passed else "NO"
+        times = [median(check.seconds, 1e3), median(check.other_seconds, 1e3)]
+        return [check.what, f"{check.difference:.1e}", f"{check.tolerance:.1e}", passed, *times]
+
+    rows = [row(check) for check in checks]
+    rows += [[backend, NOTHING, NOTHING, f"not run: {why}", NOTHING, NOTHING] for backend, why in missing.items()]
+    headers = ["what", "difference", "allowed", "passed", "ms", "other ms"]
+    title = "Golden engines in fp16: graphs against ONNX Runtime on the CPU in fp32, loops on the device against none"
+    numbers = {"checks": [{**asdict(check), "passed": check.passed} for check in checks], "not_run": dict(missing)}
+    return numbers, [Table(title, headers, rows)], {}
 
 
 def backends() -> list[str]:
     """That may run on the card here; building says why one does not."""
-    import importlib.util
-
-    found = []
-    if importlib.util.find_spec("runtime.runner_inductor"):
-        found.append("inductor")
+    found = ["inductor"] if package_version("torch") else []
     try:
         import onnxruntime
 
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            found.append("onnxruntime")
+        found += ["onnxruntime"] if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
     except ImportError:
         pass
-    return [*found, *(flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour))]
+    return found + [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
 
 
-def _golden_bundle(checkpoint: Path, backend: str, precision: str) -> Path:
+def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str) -> Path:
     out = ROOT / "build" / f"gpu-{backend}-{precision}"
     options = ("--engine", backend, "--precision", precision, "--out", str(out))
-    _export("build", "--checkpoint", str(checkpoint), *options)
+    _export(clock, "build", "--checkpoint", str(checkpoint), *options)
     return out
 
 
-def _export(*options: str) -> None:
+def _export(clock: Clock, *options: str) -> None:
     """In a process of its own, which takes its memory on the card along."""
-    done = subprocess.run([sys.executable, "-m", "export", *options], cwd=ROOT, capture_output=True, text=True)
+    clock.check()
+    command = [sys.executable, "-m", "export", *options]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left())
+    except subprocess.TimeoutExpired:
+        clock.check()
+        raise
     if done.returncode:
         raise EngineError(done.stderr.strip().rpartition("\n")[2] or f"`python -m export {options[0]}` failed.")
 
@@ -193,52 +224,27 @@ def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list
     for name, entry in bundle.manifest.engines.items():
         expected = reference.engine(name)
         context: dict[str, Array] = {}
-        for graph in ("encode", "decode", "context", "step"):
-            if graph not in entry.graphs:
-                continue
+        for graph in sorted(entry.graphs):  # a context before its step, which takes its results
             feeds = {**_inputs(expected, graph), **context}
-            with _cpu_runner(reference, expected.graphs[graph]) as session:
-                wanted = session(feeds)
+            wanted, cpu = _on_cpu(reference, expected, graph, feeds)
             context = wanted if graph == "context" else {}
-            checks.append(_check(bundle, entry, graph, feeds, wanted, tolerance))
+            given, seconds = _on_backend(bundle, entry, graph, feeds)
+            difference = max(
+                float(np.abs(given[key].astype(np.float32) - value).max() / max(np.abs(value).max(), 1e-6))
+                for key, value in wanted.items()
+                if key in given
+            )
+            checks.append(Check(f"{entry.backend} {name}/{graph}", difference, tolerance, seconds, cpu))
     return checks
 
 
-def _check(
-    bundle: Bundle,
-    entry: EngineEntry,
-    graph: str,
-    feeds: Mapping[str, Array],
-    wanted: Mapping[str, Array],
-    tolerance: float,
-) -> Check:
-    compiled = entry.graphs[graph]
-    runner = open_runner(entry.backend, bundle.path(compiled.plan))
-    try:
-        typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
-        given = runner.infer(typed)
-        pairs = [(given[name].astype(np.float32), wanted[name]) for name in given]
-        difference = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)) for a, b in pairs)
-        return Check(f"{entry.name}/{graph}", entry.backend, difference, tolerance, _time(lambda: runner.infer(typed)))
-    finally:
-        runner.close()
-
-
-def _time(call: Callable[[], Any], repeats: int = 5) -> Summary | None:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return summarize(times)
-
-
 def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
-    """Seeded inputs of two clips of three frames; context outputs are the caller's."""
+    """Seeded inputs of a small size: two texts of 7 tokens, three frames."""
     spec = entry.graphs[graph].spec
-    profile = spec.profiles["default"]
-    sizes = {name: {"batch": 2, "tokens": 7, "frames": 3}.get(name, 2 * axis.min) for name, axis in profile.items()}
-    sizes = {name: min(max(size, profile[name].min), profile[name].max) for name, size in sizes.items()}
+    wanted = {"batch": 2, "tokens": 7, "frames": 3}
+    sizes = {}
+    for name, axis in spec.profiles["default"].items():
+        sizes[name] = min(max(wanted.get(name, 2 * axis.min), axis.min), axis.max)
     random = np.random.default_rng(0)
     made: dict[str, Array] = {}
     for binding in spec.inputs:
@@ -248,127 +254,90 @@ def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
         elif binding.name in ("timestep", "noise_level"):
             made[binding.name] = np.linspace(20, 900, shape[0], dtype=np.float32)
         else:
-            made[binding.name] = random.standard_normal(shape, np.float32).astype(binding.dtype)
+            made[binding.name] = random.standard_normal(shape, np.float32)
     return made
 
 
-class _cpu_runner:
-    """A graph on ONNX Runtime's CPU, whatever other providers are there: `with _cpu_runner(...) as run: run(feeds)`."""
+def _on_cpu(
+    bundle: Bundle, entry: EngineEntry, graph: str, feeds: Mapping[str, Array]
+) -> tuple[dict[str, Array], Summary | None]:
+    """Whatever other providers are there."""
+    from runtime.runner_ort import ort
 
-    def __init__(self, bundle: Bundle, graph: GraphEntry):
-        from runtime.runner_ort import ort
-
-        self._session = ort.InferenceSession(str(bundle.path(graph.plan)), providers=["CPUExecutionProvider"])
-        self._spec = graph.spec
-
-    def __enter__(self) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        names = [output.name for output in self._spec.outputs]
-
-        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in self._spec.inputs}
-            return dict(zip(names, self._session.run(names, typed), strict=True))
-
-        return run
-
-    def __exit__(self, *_: object) -> None:
-        del self._session
+    compiled = entry.graphs[graph]
+    session = ort.InferenceSession(str(bundle.path(compiled.plan)), providers=["CPUExecutionProvider"])
+    names = [binding.name for binding in compiled.spec.outputs]
+    typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
+    return _timed(lambda: dict(zip(names, session.run(names, typed), strict=True)))
 
 
-# ---- Graph against no graph
-
-
-def graphs(device: str = "cuda", networks: Sequence[str] = ("base", "sr1", "sr2")) -> Parts:
-    """Steps of our own torch modules at golden size, launched one by one and replayed as one CUDA graph."""
-    import torch
-
-    from bench.timing import measure_gpu
-    from engines.catalog import CATALOG
-    from export import networks as loading
-    from export.random_checkpoint import random_checkpoint
-
-    checkpoint = ROOT / "build" / "random-golden"
-    if not checkpoint.is_dir():
-        random_checkpoint(checkpoint)
-    rows, numbers = [], {}
-    for name in networks:
-        source = loading.Source.find(CATALOG[name], checkpoint, "fp16")
-        step = loading.load(source, "fp16" if device == "cuda" else "fp32", (576, 320)).graphs[1]
-        profile = step.spec.profiles["default"]
-        sizes = {axis: limits.opt for axis, limits in profile.items()}
-        if device == "cpu":
-            sizes |= {"frames": 2, "height": profile["height"].min, "width": profile["width"].min}
-        inputs = [x.to(device) for x in step.example(sizes, torch.Generator().manual_seed(0))]
-        module = step.module.to(device)
-        with torch.no_grad():
-            row = compare_graph(lambda module=module, inputs=inputs: module(*inputs), device, measure_gpu)
-        numbers[name] = row
-        rows.append([name, f"{row['difference']:.1e}", number(1e3 * row["plain_s"]), number(1e3 * row["graph_s"])])
-        rows[-1].append(number(row["plain_s"] / row["graph_s"]))
-        if not row["difference"] == 0:  # NaN fails too
-            raise EngineError(f"{name}: a replayed graph differs by {row['difference']:.3g} from the same launches.")
-    headers = ["step of", "difference", "launched ms", "graph ms", "launched / graph"]
-    return numbers, [Table("Graph against no graph: torch modules, golden size", headers, rows)], {}
-
-
-def compare_graph(
-    call: Callable[[], Sequence[Any]], device: str, measure: Callable[..., list[float]]
-) -> dict[str, float]:
-    """Largest difference between plain launches and a replay, and the median seconds of both."""
-    import torch
-
-    plain = [output.clone() for output in call()]
-    if device == "cuda":
-        captured = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            call()  # allocations of a first call do not belong into a graph
-        torch.cuda.synchronize()
-        with torch.cuda.graph(captured):
-            outputs = call()
-        captured.replay()
-        torch.cuda.synchronize()
-    else:
-        outputs = call()
-    difference = max(float((a.float() - b.float()).abs().max()) for a, b in zip(plain, outputs, strict=True))
-    times = {f"{kind}_s": summarize(measure(call, 3, 10, graph=kind == "graph")) for kind in ("plain", "graph")}
-    return {"difference": difference, **{name: summary.median for name, summary in times.items() if summary}}
-
-
-def compare_runner_graph(runner: Runner, feeds: Mapping[str, Array]) -> dict[str, float] | None:
-    """The same of a backend's runner, if it lets itself be switched; else None."""
-    if not hasattr(runner, GRAPH_SWITCH):
-        return None
-    results: dict[bool, tuple[dict[str, Array], Summary | None]] = {}
-    before = getattr(runner, GRAPH_SWITCH)
+def _on_backend(
+    bundle: Bundle, entry: EngineEntry, graph: str, feeds: Mapping[str, Array]
+) -> tuple[dict[str, Array], Summary | None]:
+    compiled = entry.graphs[graph]
+    runner = open_runner(entry.backend, bundle.path(compiled.plan))
     try:
-        for switched in (False, True):
-            setattr(runner, GRAPH_SWITCH, switched)
-            outputs = {name: array.copy() for name, array in runner.infer(feeds).items()}
-            results[switched] = (outputs, _time(lambda: runner.infer(feeds)))
+        typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
+        return _timed(lambda: {name: array.copy() for name, array in runner.infer(typed).items()})
     finally:
-        setattr(runner, GRAPH_SWITCH, before)
-    plain, graph = results[False], results[True]
-    assert plain[1] and graph[1]
-    difference = max(float(np.abs(plain[0][name] - graph[0][name]).max()) for name in plain[0])
-    return {"difference": difference, "plain_s": plain[1].median, "graph_s": graph[1].median}
+        runner.close()
+
+
+def _timed(call: Callable[[], Any], repeats: int = 5) -> tuple[Any, Summary | None]:
+    timed = measure(call, 1, repeats)
+    return timed[-1].result, summarize([one.end - one.start for one in timed])
+
+
+def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) -> Check | None:
+    """A denoising loop on the device, one CUDA graph per step, against the sampler's own over single calls.
+
+    None where the backend offers no such loop. base and sr2: the stages without a condition.
+    """
+    spec = bundle.engine(stage).graphs["step"].spec
+    profile = spec.profiles["default"]
+    channels = spec.outputs[0].axes[1]
+    assert isinstance(channels, int)
+    schedule = make_schedule(scheduler_of(bundle, stage), steps)
+    noise = NoiseStream(0)
+    x = noise.normal((1, channels, 3, 2 * profile["height"].min, 2 * profile["width"].min))
+    text = np.random.default_rng(0).standard_normal((2, 1, 77, bundle.engine(stage).properties["text_dim"]), np.float32)
+    with EnginePool(bundle) as pool, pool.use(stage) as engine:
+        unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
+        if not hasattr(unet, "start_loop"):
+            return None
+        ways = (unet, lambda sample, timestep: unet(sample, timestep))  # a plain function has no loop of its own
+        (given, seconds), (wanted, other) = (
+            _timed(lambda way=way: denoise(way, x, schedule, guidance_scale=4, noise=NoiseStream(0)).copy())
+            for way in ways
+        )
+    difference = float(np.abs(given - wanted).max() / np.abs(wanted).max())
+    what = f"{bundle.engine(stage).backend} {stage}: loop of {steps} steps"
+    return Check(what, difference, tolerance, seconds, other)
 
 
 # ---- Whole videos
 
 
-def e2e(plan: Plan) -> Parts:
+def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
     from bench import e2e
 
-    kinds = [kind for kind in e2e.BASELINES if e2e.is_installed(kind)]
-    setup = e2e.Setup(plan.size, plan.checkpoint, plan.bundles, plan.settings, e2e.STAGES, kinds, seed=345, repeats=3)
-    result = e2e.run_e2e(setup, lambda what, _: print(what, file=sys.stderr, flush=True))
+    setup = e2e.Setup(
+        plan.size, plan.checkpoint, plan.bundles, plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
+    )
+
+    def said(what: str, result: e2e.Result) -> None:
+        print(what, file=sys.stderr, flush=True)
+        save((result.to_json(), result.tables(), result.plots()))
+        clock.check()
+
+    result = e2e.run_e2e(setup, said)
     return result.to_json(), result.tables(), result.plots()
 
 
-def memory(plan: Plan) -> Parts:
+def memory(plan: Plan) -> Content:
     from bench import memory
 
     if not plan.bundles:
-        raise EngineError("no bundle to make a video with: give --bundle.")
-    result = memory.run_memory(plan.bundles[0], plan.settings, seed=345)
-    return result.to_json(), [result.table()], {"memory": result.plot()}
+        raise EngineError("there is no bundle to make a video with: give --bundle.")
+    result = memory.run_memory(plan.bundles[0], plan.settings, plan.seed)
+    return result.to_json(), [result.table()], {"time": result.plot()}

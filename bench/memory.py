@@ -98,7 +98,7 @@ class Result:
 
     samples: Sequence[Sample]
     ends: dict[str, float]
-    peak: int  # of the process, by the system's own count
+    peak: int  # of the process by the system's own count, which may lag by some pages
 
     def of(self, stage: str) -> list[Sample]:
         stages = list(self.ends)
@@ -146,7 +146,7 @@ class Result:
         """Seconds and MiB: of every few samples the largest."""
         return {
             "stage_ends_s": {stage: round(end, 3) for stage, end in self.ends.items()},
-            "peak_resident_bytes": self.peak,
+            "peak_resident_bytes": max(self.peak, *(s.resident for s in self.samples)),
             "stage_peak_resident_bytes": {stage: max(s.resident for s in self.of(stage)) for stage in self.ends},
             "stage_peak_device_bytes": {
                 stage: max((s.device for s in self.of(stage) if s.device is not None), default=None)

@@ -5,8 +5,9 @@ reference's own networks on the meta device, so nothing is computed). Rates of o
 FLOP per second too: work that they save shows as speed.
 """
 
+import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime.config import INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
 
 NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
 STAGE_OF = {"t5": "text", "clip": "text", "vae_encoder": "sr2", "vae_decoder": "sr2"}  # others are stages themselves
+BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
 GUIDED = 2  # every call of a UNet sees the negative prompt and the prompt
 MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square product that gives the matrix rate
 
@@ -59,6 +61,11 @@ def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, 
     return {row.network: row for row in rows}
 
 
+def is_installed(baseline: str) -> bool:
+    """Whether what the baseline needs beyond the others' libraries is there."""
+    return baseline != "xformers" or importlib.util.find_spec("xformers") is not None
+
+
 def matrix_rate(device: str, dtype: str, repeats: int = 10) -> float:
     """FLOP/s of a large square matrix product on random data: what the card or processor gives today."""
     import torch
@@ -81,7 +88,7 @@ def matrix_rate(device: str, dtype: str, repeats: int = 10) -> float:
     return 2 * size**3 / summary.median
 
 
-def count_flop(call: Any) -> int:
+def count_flop(call: Callable[[], Any]) -> int:
     """FLOP of the torch operations that `call()` makes."""
     from torch.utils.flop_counter import FlopCounterMode
 
