@@ -7,6 +7,7 @@ autoencoder are diffusers', the text encoders transformers'.
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -343,11 +344,12 @@ class DenoisingLoop:
 class Measured:
     """Seconds of one reference call; of a UNet's: of one denoising step, with guidance and scheduler.
 
-    `first` is the first call, which compiles where that is asked for. None where the card's memory did not suffice.
+    `first` is the first call, which compiles where that is asked for. Without `call`, `failure` says why.
     """
 
     call: Summary | None
-    first: float
+    first: float | None
+    failure: str | None = None
 
 
 def measure_network(
@@ -368,26 +370,31 @@ def measure_network(
     with torch.no_grad():
         module = make_network(source, place)
         on_network(source.network, module)
+        if not isinstance(module, ReferenceUNet):
+            results = dict.fromkeys(
+                kinds, _measure([_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1)
+            )
+            kinds = ()
         for kind in sorted(kinds, key=BASELINES.index):
-            if not isinstance(module, ReferenceUNet):
-                call = _plain_call(module, calls, place)
-                results[kind] = next(iter(results.values()), None) or _measure([call] * (repeats + 1), place)
-                continue
             assert scheduler is not None
             loop = DenoisingLoop(module, scheduler, calls, place)
             if kind == "compile":
-                torch._dynamo.reset()
                 loop.call = torch.compile(module, dynamic=False, mode=COMPILE_MODE.get(place.device))
             elif kind == "xformers":
                 use_xformers(module)
-            steps = [partial(loop.step, t) for t in loop.steps(repeats + 2)]
+            steps = [partial(loop.step, timestep) for timestep in loop.steps(repeats + 2)]
             results[kind] = _measure(steps, place, warmup=2)
+            del loop, steps
             torch._dynamo.reset()
+    del module
+    gc.collect()
+    if place.device == "cuda":
+        torch.cuda.empty_cache()
     return results
 
 
-def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int = 1) -> Measured:
-    times = []
+def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int) -> Measured:
+    times: list[float] = []
     try:
         for call in calls:
             place.synchronize()
@@ -395,8 +402,8 @@ def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int = 1) 
             call()
             place.synchronize()
             times.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        return Measured(None, times[0] if times else 0.0)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # too little memory; a shape that xformers refuses
+        return Measured(None, times[0] if times else None, f"{type(error).__name__}: {error}".partition("\n")[0])
     return Measured(summarize(times[warmup:]), times[0])
 
 

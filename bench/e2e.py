@@ -62,7 +62,7 @@ class Contender:
     """A way to make the video: a bundle through the runtime, or a baseline."""
 
     name: str
-    stages: dict[str, StageTime | None] = field(default_factory=dict)  # None: memory did not suffice
+    stages: dict[str, StageTime | None] = field(default_factory=dict)  # None: it failed, `details` say why
     details: dict[str, Any] = field(default_factory=dict)
 
     def total(self, stages: Iterable[str]) -> float | None:
@@ -145,10 +145,13 @@ def run_baselines(
                 on_network,
             )
         for kind, contender in contenders.items():
-            contender.stages[stage] = _stage_time(stage, {n: m[kind] for n, m in measured.items()}, work)
-            if stage in UNETS:
-                first = contender.details.setdefault("first_call_s", {})
-                first[stage] = round(measured[stage][kind].first, 3)
+            results = {name: by_kind[kind] for name, by_kind in measured.items()}
+            contender.stages[stage] = _stage_time(stage, results, work)
+            for name, result in results.items():
+                if result.failure:
+                    contender.details.setdefault("failures", {})[name] = result.failure
+                elif name in UNETS and result.first:
+                    contender.details.setdefault("first_call_s", {})[name] = round(result.first, 3)
         on_stage(stage, list(contenders.values()))
     return list(contenders.values())
 

@@ -28,6 +28,7 @@ from runtime.sampler import denoise
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
+CHECKPOINT = ROOT / "build" / "random-golden"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
 Content = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]  # numbers, tables, plots
 
@@ -61,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `python -m bench gpu` was asked for. Without bundles, e2e measures the baselines alone, memory nothing."""
+    """What `python -m bench gpu` was asked for."""
 
     parts: Sequence[str]
     size: str
@@ -71,6 +72,13 @@ class Plan:
     stages: Sequence[str]
     baselines: Sequence[str]
     seed: int
+
+    def videos_by(self) -> list[Bundle]:
+        """The bundles that make videos: as asked for, else of golden size those that the engines' part has built."""
+        if self.bundles or self.size != "golden":
+            return list(self.bundles)
+        built = (_golden_folder(backend, "fp16") for backend in backends())
+        return [Bundle.open(folder) for folder in built if folder.is_dir()]
 
 
 def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
@@ -153,15 +161,14 @@ def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
     """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
     from export.parity import TOLERANCE
 
-    checkpoint = ROOT / "build" / "random-golden"
-    if not checkpoint.is_dir():
-        _export(clock, "random-checkpoint", "--size", "golden", "--out", str(checkpoint))
-    reference = Bundle.open(_golden_bundle(clock, checkpoint, "onnxruntime", "fp32"))
+    if not CHECKPOINT.is_dir():
+        _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT))
+    reference = _golden_bundle(clock, "onnxruntime", "fp32")
     checks: list[Check] = []
     missing: dict[str, str] = {}
     for backend in backends():
         try:
-            bundle = Bundle.open(_golden_bundle(clock, checkpoint, backend, "fp16"))
+            bundle = _golden_bundle(clock, backend, "fp16")
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
             checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
         except TimeIsUp:
@@ -198,11 +205,15 @@ def backends() -> list[str]:
     return found + [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
 
 
-def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str) -> Path:
-    out = ROOT / "build" / f"gpu-{backend}-{precision}"
+def _golden_folder(backend: str, precision: str) -> Path:
+    return ROOT / "build" / f"gpu-{backend}-{precision}"
+
+
+def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
+    out = _golden_folder(backend, precision)
     options = ("--engine", backend, "--precision", precision, "--out", str(out))
-    _export(clock, "build", "--checkpoint", str(checkpoint), *options)
-    return out
+    _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options)
+    return Bundle.open(out)
 
 
 def _export(clock: Clock, *options: str) -> None:
@@ -321,8 +332,9 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
 def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
     from bench import e2e
 
+    checkpoint = plan.checkpoint or (CHECKPOINT if plan.size == "golden" and CHECKPOINT.is_dir() else None)
     setup = e2e.Setup(
-        plan.size, plan.checkpoint, plan.bundles, plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
+        plan.size, checkpoint, plan.videos_by(), plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
     )
 
     def said(what: str, result: e2e.Result) -> None:
@@ -337,7 +349,8 @@ def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
 def memory(plan: Plan) -> Content:
     from bench import memory
 
-    if not plan.bundles:
-        raise EngineError("there is no bundle to make a video with: give --bundle.")
-    result = memory.run_memory(plan.bundles[0], plan.settings, plan.seed)
+    bundles = plan.videos_by()
+    if not bundles:
+        raise EngineError("there is no bundle to make a video with: give --bundle, or --parts engines,memory.")
+    result = memory.run_memory(bundles[0], plan.settings, plan.seed)
     return result.to_json(), [result.table()], {"time": result.plot()}

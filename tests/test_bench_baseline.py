@@ -128,3 +128,14 @@ def test_xformers_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> N
             ["xformers"],
             1,
         )
+
+
+def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("too little memory\nsecond line")
+
+    monkeypatch.setattr(DenoisingLoop, "step", fail)
+    small = calls("base", Settings(size=(64, 64), keyframes=2))
+    base = Source("base", CONFIGS["golden"]["base/unet"])
+    result = measure_network(base, {"_class_name": "DDPMScheduler"}, small, CPU, ["eager"], 1)["eager"]
+    assert result.call is None and result.failure == "OutOfMemoryError: too little memory"

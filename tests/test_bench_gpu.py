@@ -16,6 +16,7 @@ from bench.report import Report, Table
 from engines.errors import EngineError
 from engines.gpu import find_gpus
 from engines.store import Bundle
+from runtime.config import Settings
 
 
 @pytest.fixture
@@ -112,10 +113,41 @@ def test_wrong_requests_are_one_line(capsys: pytest.CaptureFixture[str], argumen
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_memory_needs_a_bundle() -> None:
-    from runtime.config import Settings
+def a_plan(size: str, bundles: list[Bundle]) -> gpu.Plan:
+    fast = Settings(size=(64, 64), keyframes=2).with_steps({"base": 2, "interp": 1, "if2": 1, "sr1": 1, "sr2": 2})
+    return gpu.Plan(["e2e", "memory"], size, None, bundles, fast, ["base"], [], 1)
 
-    plan = gpu.Plan(["memory"], "golden", None, [], Settings(), [], [], 1)
-    (part,) = gpu.make_parts(plan)
+
+def test_memory_needs_a_bundle() -> None:
+    _, part = gpu.make_parts(a_plan("published", []))
     with pytest.raises(EngineError, match="give --bundle"):
         part.run(gpu.Clock(1), lambda content: None)
+
+
+def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "backends", lambda: ["inductor", "onnxruntime"])
+    monkeypatch.setattr(
+        gpu, "_golden_folder", lambda backend, _: bundle if backend == "onnxruntime" else tmp_path / "no"
+    )
+    assert [opened.root for opened in a_plan("golden", []).videos_by()] == [bundle]
+    assert a_plan("published", []).videos_by() == []
+
+
+@pytest.mark.torch
+def test_the_end_of_the_time_keeps_what_was_measured(bundle: Path, report: Report) -> None:
+    pytest.importorskip("diffusers", reason="needs the bench extra")
+
+    class Late(gpu.Clock):
+        """The time ends while the first video is made."""
+
+        def check(self) -> None:
+            if report.out.is_file():
+                super().check()
+
+    parts = gpu.make_parts(a_plan("golden", [Bundle.open(bundle)]))[:1]
+    gpu.run_parts(parts, Late(0), report)
+    result = saved(report)["e2e"]
+    assert "the time was up" in result["state"]
+    assert result["contenders"]["onnxruntime"]["stages"]["base"]["seconds"] > 0
