@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError, SettingsError
+from engines.gpu import find_gpus
 from runtime.cli import run_command
 from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings, parse_size, parse_stage_values
 
@@ -18,12 +19,16 @@ RESULTS = ROOT / "bench" / "results"
 NETWORK_SIZES = ("golden", "published")
 
 
-def _choices(option: str, text: str, allowed: Sequence[str]) -> list[str]:
-    """ "a,b" in the order of `allowed`, whatever the order asked for; "all" and "none" are words for what they say."""
+def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> list[str]:
+    """ "a,b" in the order of `allowed`, whatever the order asked for; "all" is a word for them all.
+
+    `others` are words that choose nothing.
+    """
     wanted = {part.strip() for part in text.split(",")}
-    unknown = wanted - {"all", "none", *allowed}
+    unknown = wanted - {"all", *others, *allowed}
     if unknown:
-        raise SettingsError(f"--{option} {', '.join(sorted(unknown))}; allowed: all, {', '.join(allowed)}.")
+        names = ", ".join(("all", *others, *allowed))
+        raise SettingsError(f"--{option} {', '.join(sorted(unknown))}; allowed: {names}.")
     return [name for name in allowed if "all" in wanted or name in wanted]
 
 
@@ -125,7 +130,7 @@ def _stages_and_baselines(arguments: argparse.Namespace) -> tuple[list[str], lis
     from bench.work import BASELINES, is_installed
 
     stages = _choices("stages", arguments.stages, STAGES)
-    kinds = _choices("baseline", arguments.baseline, BASELINES)
+    kinds = _choices("baseline", arguments.baseline, BASELINES, "none")
     return stages, [kind for kind in kinds if arguments.baseline != "all" or is_installed(kind)]
 
 
@@ -232,14 +237,16 @@ def _network_checkpoint(size: str) -> Path:
     """Random weights of networks of this size, made where they are not there yet."""
     folder = ROOT / "build" / f"random-{size}"
     if not folder.is_dir():
-        _run_export("random-checkpoint", "--size", size, "--out", str(folder))
+        _run_export("random-checkpoint", "--size", size, "--out", folder)
     return folder
 
 
-def _network_bundle(size: str, *options: str, name: str = "bench") -> Path:
-    """A bundle of random networks of this size, built or brought up to date; in processes of its own, torch with it."""
-    bundle = ROOT / "build" / f"{name}-{size}"
-    _run_export("build", "--checkpoint", str(_network_checkpoint(size)), "--out", str(bundle), *options)
+def _network_bundle(size: str) -> Path:
+    """A bundle of random networks of this size by what runs best here, built or brought up to date."""
+    bundle = ROOT / "build" / f"bench-{size}"
+    precision = "fp16" if size == "published" or find_gpus() else "fp32"
+    checkpoint = _network_checkpoint(size)
+    _run_export("build", "--checkpoint", checkpoint, "--engine", "auto", "--precision", precision, "--out", bundle)
     return bundle
 
 
@@ -250,9 +257,11 @@ def _opened(paths: Sequence[Path]) -> list[Any]:
     return [Bundle.open(path) for path in paths if str(path) != "none"]
 
 
-def _run_export(*options: str) -> None:
-    if subprocess.run([sys.executable, "-m", "export", *options], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-        raise OutputError(f"`python -m export {' '.join(options)}` failed; see above.")
+def _run_export(*words: str | Path) -> None:
+    """In a process of its own: what measures shall not hold the exporter's libraries and memory."""
+    command = [sys.executable, "-m", "export", *map(str, words)]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise OutputError(f"`python -m export {words[0]}` failed; see above.")
 
 
 def _parser() -> argparse.ArgumentParser:

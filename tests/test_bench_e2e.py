@@ -80,7 +80,7 @@ def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--baseline", "jax"], "--baseline jax; allowed: all, eager, compile, xformers."),
+        (["--baseline", "jax"], "--baseline jax; allowed: all, none, eager, compile, xformers."),
         (["--stages", "base", "--size", "published"], "{bundle}: base reads text of 64 channels, the networks to"),
     ],
 )
