@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engines.catalog import UNETS
 from engines.errors import EngineError, SettingsError
 
 try:
@@ -37,7 +38,7 @@ except ImportError as error:
 
 from bench.timing import Summary, summarize
 from bench.work import BASELINES, Calls, count_flop
-from export.checkpoint import load_weights
+from export.checkpoint import load_vae, load_weights
 from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
@@ -253,6 +254,7 @@ class Source:
 def make_network(source: Source, place: Place) -> Any:
     """The network in eval mode. Text encoders always have random weights: nothing is compared with them."""
     make: dict[str, Callable[[], nn.Module]] = {
+        **dict.fromkeys(UNETS, lambda: ReferenceUNet(UNetConfig.from_dict(source.config, source.network))),
         "t5": lambda: T5EncoderModel(T5Config(**source.config)),
         "clip": lambda: CLIPTextModel(CLIPTextConfig(**source.config)),
         "vae_encoder": lambda: AutoencoderKL.from_config(dict(source.config)),
@@ -262,12 +264,12 @@ def make_network(source: Source, place: Place) -> Any:
         with torch.device(place.device), _default_dtype(place.torch_dtype):
             return make[source.network]().eval().requires_grad_(False)
     with torch.device("meta"):
-        unet = lambda: ReferenceUNet(UNetConfig.from_dict(source.config, source.network))  # noqa: E731
-        module = make.get(source.network, unet)().eval().requires_grad_(False)
+        module = make[source.network]().eval().requires_grad_(False)
     if place.device == "meta":
         return module
     if source.files:
-        load_weights(module, source.files, place.torch_dtype, source.network)
+        load = load_vae if source.network.startswith("vae") else load_weights
+        load(module, source.files, place.torch_dtype, source.network)
         return module.to(place.device)
     nn.Module.to(module, place.torch_dtype).to_empty(device=place.device)
     torch.manual_seed(0)

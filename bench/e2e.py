@@ -1,8 +1,8 @@
 """A whole video through the runtime against the reference as its users run it, stage by stage in the same run.
 
 The runtime really makes the video, or, with fewer steps than a reference video has, as many as asked for. Of a baseline
-every network is timed on a few calls and counted as often as the reference calls it: for a whole video of published
-size it would take most of an hour. Results say which is which.
+every network is timed on a few calls and counted as often as the reference calls it: that fits a run of minutes.
+Results say which is which.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from bench.kernels import STEP_SHAPES
 from bench.latency import STAGES, StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
+from bench.timing import summarize
 from bench.work import Calls, matrix_rate, reference_calls
 from engines.catalog import CATALOG, UNETS
 from engines.errors import SettingsError
@@ -47,8 +48,8 @@ class Work:
 class StageTime:
     """Seconds that one contender takes for a stage of the reference video.
 
-    `full` says that a whole video's stage ran; else `seconds` is calls measured, times calls needed. `call` is one
-    reference call of the stage's UNet, guidance and scheduler included; None in the text stage.
+    `full` says that a whole video's stage ran; else `seconds` is calls measured, times calls needed. `call` is the
+    median of a reference call of the stage's UNet, guidance and scheduler included; None in the text stage.
     """
 
     seconds: float
@@ -103,9 +104,10 @@ def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> 
     full = run.loop == length
     seconds = run.wall if full else run.set_up() + loops * length * step + run.finish()
     per_step = work[result.stage].calls.count / (loops * length)  # reference calls: 7 gaps go through one step
-    walls = [s.engine + s.outside for s in run.steps()]
-    low, high = np.percentile(walls, [10, 90]).tolist() if len(walls) > 1 else (step, step)
-    return StageTime(seconds, full, step / per_step, (low / per_step, high / per_step))
+    steps = summarize([(s.engine + s.outside) / per_step for s in run.steps()])
+    if steps is None:  # a loop of a single step
+        return StageTime(seconds, full, step / per_step)
+    return StageTime(seconds, full, steps.median, (steps.p10, steps.p90))
 
 
 def run_bundle(
@@ -341,9 +343,9 @@ class Result:
                 if time is None or time.call is None:
                     row += [NOTHING] * 4
                     continue
-                low, high = (number(1e3 * value) for value in time.spread or (0, 0))
+                low_high = "-".join(number(1e3 * value) for value in time.spread) if time.spread else NOTHING
                 rate = work.flop / time.call
-                row += [number(1e3 * time.call), f"{low}-{high}", number(rate / 1e12), share(rate, self.rate)]
+                row += [number(1e3 * time.call), low_high, number(rate / 1e12), share(rate, self.rate)]
             if compared:
                 difference = self.differences.get(stage)
                 row.append(NOTHING if difference is None else f"{difference:.1e}")

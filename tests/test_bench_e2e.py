@@ -37,6 +37,8 @@ def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
     time = from_latency(interp_run(3), 7, INTERP)
     assert time.full is False
     assert time.seconds == pytest.approx(1 + 7 * 2 + 0.5)
+    single = from_latency(interp_run(1), 7, INTERP)
+    assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
 
 
 def test_ratios_and_rates_are_of_useful_work() -> None:
