@@ -181,7 +181,8 @@ def difference_of(bundle: Bundle, source: Source, unet: Any, place: Place) -> fl
     engine = Engine(bundle, entry)
     try:
         profile = engine.specs["step"].profiles["default"]
-        height, width = profile["height"].min, 2 * profile["width"].min
+        # Not the least: norms over one pixel or two at the coarsest level magnify every rounding.
+        height, width = 4 * profile["height"].min, 4 * profile["width"].min
         channels = engine.specs["step"].inputs[0].axes[1]
         random = np.random.default_rng(0)
         sample = random.standard_normal((2, channels, 1 if name == "if2" else 3, height, width), np.float32)

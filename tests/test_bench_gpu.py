@@ -124,6 +124,22 @@ def test_memory_needs_a_bundle() -> None:
         part.run(gpu.Clock(1), lambda content: None)
 
 
+def test_the_command_writes_what_its_parts_measured(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
+    monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {"name": "NVIDIA Test"})
+    out = tmp_path / "gpu.json"
+    options = ["--video", "64x64", "--keyframes", "2", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2"]
+    assert main(["gpu", "--parts", "memory", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["gpu"] == {"name": "NVIDIA Test"} and result["run"]["parts"] == ["memory"]
+    assert result["memory"]["state"].startswith("done in ") and result["memory"]["samples"]
+    assert (tmp_path / "gpu-memory-time.svg").is_file()
+    assert "| memory | done in " in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "peak GiB" in capsys.readouterr().out
+
+
 def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
