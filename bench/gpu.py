@@ -23,7 +23,7 @@ from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
 from runtime.noise import NoiseStream
-from runtime.runner import Array, EnginePool, open_runner
+from runtime.runner import Array, Engine, EnginePool
 from runtime.sampler import denoise
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
@@ -232,21 +232,25 @@ def _export(clock: Clock, *options: str) -> None:
 def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list[Check]:
     """Every graph of `bundle` on seeded inputs against the same graph of `reference` on ONNX Runtime's CPU."""
     checks = []
-    for name, entry in bundle.manifest.engines.items():
-        expected = reference.engine(name)
-        context: dict[str, Array] = {}
-        for graph in sorted(entry.graphs):  # a context before its step, which takes its results
-            feeds = {**_inputs(expected, graph), **context}
-            wanted, cpu = _on_cpu(reference, expected, graph, feeds)
-            context = wanted if graph == "context" else {}
-            given, seconds = _on_backend(bundle, entry, graph, feeds)
-            difference = max(
-                float(np.abs(given[key].astype(np.float32) - value).max() / max(np.abs(value).max(), 1e-6))
-                for key, value in wanted.items()
-                if key in given
-            )
-            checks.append(Check(f"{entry.backend} {name}/{graph}", difference, tolerance, seconds, cpu))
+    with EnginePool(bundle) as pool:
+        for name, entry in bundle.manifest.engines.items():
+            expected = reference.engine(name)
+            context: dict[str, Array] = {}
+            with pool.use(name) as engine:
+                for graph in sorted(entry.graphs):  # a context before its step, which takes its results
+                    feeds = {**_inputs(expected, graph), **context}
+                    wanted, cpu = _on_cpu(reference, expected, graph, feeds)
+                    given, seconds = _on_backend(engine, graph, feeds)
+                    what = f"{entry.backend} {name}/{graph}"
+                    checks.append(Check(what, _difference(given, wanted), tolerance, seconds, cpu))
+                    context = wanted if graph == "context" else {}
     return checks
+
+
+def _difference(given: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
+    """The largest over the largest value; NaN where either is."""
+    pairs = [(given[name], wanted[name]) for name in given]
+    return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs]))
 
 
 def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
@@ -282,16 +286,8 @@ def _on_cpu(
     return _timed(lambda: dict(zip(names, session.run(names, typed), strict=True)))
 
 
-def _on_backend(
-    bundle: Bundle, entry: EngineEntry, graph: str, feeds: Mapping[str, Array]
-) -> tuple[dict[str, Array], Summary | None]:
-    compiled = entry.graphs[graph]
-    runner = open_runner(entry.backend, bundle.path(compiled.plan))
-    try:
-        typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
-        return _timed(lambda: {name: array.copy() for name, array in runner.infer(typed).items()})
-    finally:
-        runner.close()
+def _on_backend(engine: Engine, graph: str, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], Summary | None]:
+    return _timed(lambda: {name: array.copy() for name, array in engine.run(graph, **feeds).items()})
 
 
 def _timed(call: Callable[[], Any], repeats: int = 5) -> tuple[Any, Summary | None]:
@@ -314,14 +310,14 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     text = np.random.default_rng(0).standard_normal((2, 1, 77, bundle.engine(stage).properties["text_dim"]), np.float32)
     with EnginePool(bundle) as pool, pool.use(stage) as engine:
         unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
-        if not hasattr(unet, "start_loop"):
+        if not hasattr(unet, "start_loop") or unet.start_loop(x, schedule, 4, None) is None:
             return None
         ways = (unet, lambda sample, timestep: unet(sample, timestep))  # a plain function has no loop of its own
         (given, seconds), (wanted, other) = (
             _timed(lambda way=way: denoise(way, x, schedule, guidance_scale=4, noise=NoiseStream(0)).copy())
             for way in ways
         )
-    difference = float(np.abs(given - wanted).max() / np.abs(wanted).max())
+    difference = _difference({"x": given}, {"x": wanted})
     what = f"{bundle.engine(stage).backend} {stage}: loop of {steps} steps"
     return Check(what, difference, tolerance, seconds, other)
 

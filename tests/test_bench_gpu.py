@@ -83,10 +83,13 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         """Has a loop of its own, as far as can be seen, and computes what the engine computes, doubled in `factor`."""
 
         factor = 1.0
-        start_loop = None
+        loop: Any = None
 
         def __init__(self, *arguments: Any, **keywords: Any):
             self.unet, self.calls = plain(*arguments, **keywords), 0
+
+        def start_loop(self, *_: Any) -> Any:
+            return self.loop
 
         def __call__(self, sample: Any, timestep: int) -> Any:
             noise_pred, variance = self.unet(sample, timestep)
@@ -94,6 +97,8 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
             return noise_pred * (self.factor if self.calls <= 12 else 1.0), variance
 
     monkeypatch.setattr(gpu, "prompted", Looping)
+    assert gpu.compare_loops(opened, "base", 1e-6, steps=2) is None, "asked, it has none"
+    monkeypatch.setattr(Looping, "loop", "a loop")
     same = gpu.compare_loops(opened, "base", 1e-6, steps=2)
     assert same is not None and same.passed and same.what == "onnxruntime base: loop of 2 steps"
     monkeypatch.setattr(Looping, "factor", 1.5)  # in the first of the two ways: six runs of two steps
