@@ -1,98 +1,184 @@
 """`python -m bench`: measure a bundle, or the CUDA kernels, on this machine. Alone it lists the benchmarks."""
 
 import argparse
-import json
-import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from engines.errors import OutputError, SettingsError
+from engines.gpu import find_gpus
 from runtime.cli import run_command
-from runtime.config import PRESETS, SEED, parse_size, parse_stage_values
+from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings, parse_size, parse_stage_values
 
-RESULTS = Path(__file__).parent / "results"
-FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+NETWORK_SIZES = ("golden", "published")
 
 
-def _stages(text: str) -> list[str]:
-    """In the cascade's order, whatever the order asked for."""
-    from bench.latency import STAGES
+def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> list[str]:
+    """ "a,b" in the order of `allowed`, whatever the order asked for; "all" is a word for them all.
 
+    `others` are words that choose nothing.
+    """
     wanted = {part.strip() for part in text.split(",")}
-    unknown = wanted - {"all", *STAGES}
+    unknown = wanted - {"all", *others, *allowed}
     if unknown:
-        raise SettingsError(f"--stages {', '.join(sorted(unknown))}; allowed: all, {', '.join(STAGES)}.")
-    return [stage for stage in STAGES if "all" in wanted or stage in wanted]
+        names = ", ".join(("all", *others, *allowed))
+        raise SettingsError(f"--{option} {', '.join(sorted(unknown))}; allowed: {names}.")
+    return [name for name in allowed if "all" in wanted or name in wanted]
+
+
+def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
+    """Of a bundle and as asked for; `guided` as the reference, although random networks recommend no guidance."""
+    settings = Settings.from_dict(defaults).with_preset(arguments.preset)
+    if guided:
+        settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
+    if arguments.steps is not None:
+        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
+    if arguments.video:
+        settings = replace(settings, size=parse_size(arguments.video))
+    if arguments.keyframes is not None:
+        settings = replace(settings, keyframes=arguments.keyframes)
+    return settings
+
+
+def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
+    return arguments.out or RESULTS / "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}.json"])
+
+
+def _size(settings: Settings) -> str:
+    return "{}x{}".format(*settings.size)
 
 
 def _latency(arguments: argparse.Namespace) -> None:
     # Heavy imports wait until arguments have been read: the list and --help answer at once.
-    from bench import latency, report
+    from bench import latency
     from bench.machine import describe_bundle, describe_machine, device
+    from bench.report import Report, number
     from engines.store import Bundle
-    from runtime.config import Settings
 
     _check_counts(arguments)
-    stages = _stages(arguments.stages)
-    bundle = Bundle.open(arguments.bundle)
-    settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
-    if arguments.steps is not None:
-        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
-    if arguments.size:
-        settings = replace(settings, size=parse_size(arguments.size))
-    if arguments.keyframes is not None:
-        settings = replace(settings, keyframes=arguments.keyframes)
-
-    machine, engines = describe_machine(), describe_bundle(bundle)
-    size, day = "{}x{}".format(*settings.size), machine["date"].split()[0]
-    out = arguments.out or RESULTS / f"latency-{device(machine)}-{size}-{arguments.preset}-{day}.json"
-    _check_output(out)
+    stages = _choices("stages", arguments.stages, latency.STAGES)
+    bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
+    settings = _settings(bundle.manifest.defaults, arguments)
+    machine = describe_machine()
     counts = (arguments.seed, arguments.warmup, arguments.repeats)
     asked = latency.describe_run(settings, stages, arguments.preset, *counts)
-    for name, values in (("machine", machine), ("bundle", engines), ("run", asked)):
-        print(f"{name}\n\n{report.facts(values)}\n", flush=True)
+    out = _out(arguments, "latency", device(machine), _size(settings), arguments.preset)
+    conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
+    report = Report("latency", out, conditions, arguments.markdown)
 
     def said(result: latency.StageResult) -> None:
-        times = ", ".join(report.number(run.wall) for run in result.runs)
+        times = ", ".join(number(run.wall) for run in result.runs)
         print(f"{result.stage}: {times} s", file=sys.stderr, flush=True)
 
     results = latency.run_latency(bundle, settings, stages, *counts, on_stage=said)
-    for table in latency.tables(results):
-        print((table.as_markdown() if arguments.markdown else table.as_text()) + "\n")
-    facts = {"machine": machine, "bundle": engines, "run": asked}
-    _write(out, {"format": FORMAT, "benchmark": "latency", **facts, **latency.to_json(results)})
-    print(f"written to {arguments.out or f'bench/results/{out.name}'}")
+    report.finish(latency.to_json(results), latency.tables(results), {"stages": latency.plot(results)})
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from bench import memory
+    from bench.machine import describe_bundle, describe_machine, device
+    from bench.report import Report
+    from engines.store import Bundle
+
+    bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
+    settings = _settings(bundle.manifest.defaults, arguments, guided=True)
+    machine = describe_machine()
+    asked = {"preset": arguments.preset, "seed": arguments.seed, "interval_s": memory.INTERVAL, **settings.to_dict()}
+    out = _out(arguments, "memory", device(machine), _size(settings), arguments.preset)
+    conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
+    report = Report("memory", out, conditions, arguments.markdown)
+    result = memory.run_memory(bundle, settings, arguments.seed)
+    report.finish(result.to_json(), [result.table()], {"time": result.plot()})
+
+
+def _e2e(arguments: argparse.Namespace) -> None:
+    from bench.machine import describe_host, describe_torch
+    from bench.report import Report
+
+    _check_counts(arguments)
+    stages, kinds = _stages_and_baselines(arguments)
+    from bench import e2e  # says what to install where the baselines' libraries are missing
+
+    bundles = _opened(arguments.bundle or [_network_bundle(arguments.size)])
+    checkpoint = arguments.checkpoint
+    if checkpoint is None and arguments.size == "golden":
+        checkpoint = _network_checkpoint("golden")
+    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
+    setup = e2e.Setup(arguments.size, checkpoint, bundles, settings, stages, kinds, arguments.seed, arguments.repeats)
+    asked = {"networks": arguments.size, "preset": arguments.preset, "repeats": arguments.repeats, "stages": stages}
+    asked |= {"baselines": kinds, "baselines_in": setup.place.dtype, **settings.to_dict()}
+    conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(bundles), "run": asked}
+    out = _out(arguments, "e2e", setup.place.device, arguments.size, _size(settings), arguments.preset)
+    report = Report("e2e", out, conditions, arguments.markdown)
+
+    def said(what: str, result: e2e.Result) -> None:
+        print(what, file=sys.stderr, flush=True)
+        report.save(result.to_json(), result.tables(), result.plots())
+
+    result = e2e.run_e2e(setup, said)
+    report.finish(result.to_json(), result.tables(), result.plots())
+
+
+def _stages_and_baselines(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    from bench.latency import STAGES
+    from bench.work import BASELINES, is_installed
+
+    stages = _choices("stages", arguments.stages, STAGES)
+    kinds = _choices("baseline", arguments.baseline, BASELINES, "none")
+    return stages, [kind for kind in kinds if arguments.baseline != "all" or is_installed(kind)]
+
+
+def _described(bundles: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    from bench.machine import describe_bundle
+
+    return {f"bundle {index}": describe_bundle(bundle) for index, bundle in enumerate(bundles, 1)}
+
+
+def _gpu(arguments: argparse.Namespace) -> None:
+    from bench import gpu, kernels
+    from bench.machine import describe_host
+    from bench.report import Report
+
+    if arguments.minutes <= 0:
+        raise SettingsError(f"--minutes {arguments.minutes:g}; allowed: above 0.")
+    parts = _choices("parts", arguments.parts, gpu.PARTS)
+    card = kernels.describe_gpu(kernels.torch_with_gpu())
+    clock = gpu.Clock(arguments.minutes)
+    stages, kinds = _stages_and_baselines(arguments)
+    bundles = _opened(arguments.bundle or [])
+    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
+    plan = gpu.Plan(parts, arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed)
+    asked = {"minutes": arguments.minutes, "parts": parts, "networks": arguments.size, "preset": arguments.preset}
+    asked |= {"stages": stages, "baselines": kinds, **settings.to_dict()}
+    conditions = {"machine": describe_host(), "gpu": card, **_described(bundles), "run": asked}
+    report = Report("gpu", _out(arguments, "gpu", kernels.card_name(card)), conditions, arguments.markdown)
+    gpu.run_parts(gpu.make_parts(plan), clock, report)
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
-    from bench import kernels, report
+    from bench import kernels
     from bench.machine import describe_host
+    from bench.report import Report
 
     _check_counts(arguments)
     torch = kernels.torch_with_gpu()
-    machine, gpu = describe_host(), kernels.describe_gpu(torch)
-    card = "-".join(re.findall(r"[a-z0-9]+", gpu["name"].lower()))
-    out = arguments.out or RESULTS / f"kernels-{card}-{machine['date'].split()[0]}.json"
-    _check_output(out)
+    card = kernels.describe_gpu(torch)
     asked = {"architectures": arguments.arch, "warmup": arguments.warmup, "repeats": arguments.repeats}
-    for name, values in (("machine", machine), ("gpu", gpu), ("run", asked)):
-        print(f"{name}\n\n{report.facts(values)}\n", flush=True)
-
-    bench = kernels.KernelBench(torch, *kernels.build_kernels(arguments.arch), arguments.warmup, arguments.repeats)
-    large_copy = kernels.COPY_BYTES / bench.copy(kernels.COPY_BYTES).median
-    rows = bench.run(on_row=lambda row: print(f"{row.kernel}: {row.shape}", file=sys.stderr, flush=True))
-    result = kernels.table(rows, large_copy)
-    print((result.as_markdown() if arguments.markdown else result.as_text()) + "\n")
-    facts = {"machine": machine, "gpu": gpu, "run": asked}
-    _write(out, {"format": FORMAT, "benchmark": "kernels", **facts, **kernels.to_json(rows, large_copy)})
-    print(f"written to {arguments.out or f'bench/results/{out.name}'}")
+    conditions = {"machine": describe_host(), "gpu": card, "run": asked}
+    report = Report("kernels", _out(arguments, "kernels", kernels.card_name(card)), conditions, arguments.markdown)
+    result = kernels.run_kernels(torch, arguments.arch, arguments.warmup, arguments.repeats)
+    report.finish(*result)
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
     for name, least in (("warmup", 0), ("repeats", 1)):
-        if getattr(arguments, name) < least:
+        if getattr(arguments, name, least) < least:
             raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")
 
 
@@ -113,7 +199,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     machine, engines = describe_machine(), describe_bundle(bundle)
     asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
     out = arguments.out
-    _check_output(out / "report.json")
+    report.check_output(out / "report.json")
 
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
         result = quality.run_quality(
@@ -130,9 +216,9 @@ def _quality(arguments: argparse.Namespace) -> None:
     parts = ["# Quality", *(f"{name}\n\n```\n{report.facts(values)}\n```" for name, values in conditions.items())]
     parts += [table.as_markdown() for table in tables]
     parts += [f"![videos]({path.name})" for path in sorted(out.glob("sheet-*.png"))]
-    _write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    report.write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {"videos": result["videos"], "faithfulness": asdict(result["faithfulness"])}
-    _write(out / "report.json", {"format": FORMAT, "benchmark": "quality", **conditions, **numbers})
+    report.write_json(out / "report.json", {"format": report.FORMAT, "benchmark": "quality", **conditions, **numbers})
     print("\n\n".join(table.as_text() for table in tables))
     print(f"\nwritten to {out}: report.md, report.json, contact sheets, clips")
 
@@ -147,27 +233,35 @@ def _built(checkpoint: Path) -> Path:
     return bundle
 
 
-def _check_output(path: Path) -> None:
-    """Said before the measurement, which may take hours."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Name a file, e.g. --out {path / 'latency.json'}.")
+def _network_checkpoint(size: str) -> Path:
+    """Random weights of networks of this size, made where they are not there yet."""
+    folder = ROOT / "build" / f"random-{size}"
+    if not folder.is_dir():
+        _run_export("random-checkpoint", "--size", size, "--out", folder)
+    return folder
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
-    _write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def _network_bundle(size: str) -> Path:
+    """A bundle of random networks of this size by what runs best here, built or brought up to date."""
+    bundle = ROOT / "build" / f"bench-{size}"
+    precision = "fp16" if size == "published" or find_gpus() else "fp32"
+    checkpoint = _network_checkpoint(size)
+    _run_export("build", "--checkpoint", checkpoint, "--engine", "auto", "--precision", precision, "--out", bundle)
+    return bundle
 
 
-def _write_text(path: Path, text: str) -> None:
-    from engines.store import write_atomically
+def _opened(paths: Sequence[Path]) -> list[Any]:
+    """Bundles; `none` stands for none."""
+    from engines.store import Bundle
 
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
+    return [Bundle.open(path) for path in paths if str(path) != "none"]
+
+
+def _run_export(*words: str | Path) -> None:
+    """In a process of its own: what measures shall not hold the exporter's libraries and memory."""
+    command = [sys.executable, "-m", "export", *map(str, words)]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise OutputError(f"`python -m export {words[0]}` failed; see above.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,32 +269,62 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", title="benchmarks")
 
-    latency = commands.add_parser("latency", help="time of every stage and step of the cascade, in and outside engines")
-    latency.set_defaults(run=_latency)
-    add = latency.add_argument
-    add(
-        "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
-    )
-    add("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
-    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
+    def command(name: str, run: Any, what: str) -> Any:
+        """A subcommand with the options that all have; returns its `add_argument`."""
+        sub = commands.add_parser(name, help=what)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", type=Path, help=f"JSON file (default: bench/results/{name}-<conditions>-<date>.json)")
+        sub.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+        return sub.add_argument
+
+    def add_video(add: Any, preset: str, several_bundles: bool = False) -> None:
+        """What is made, and by which networks."""
+        add(
+            "--size",
+            choices=NETWORK_SIZES,
+            default="golden",
+            help="of the networks, with random weights, built where --bundle names none (default: %(default)s)",
+        )
+        several: dict[str, Any] = {"action": "append"} if several_bundles else {}
+        more = "; several are compared, `none` measures baselines alone" if several_bundles else ""
+        add("--bundle", type=Path, help=f"engines made by `python -m export build`{more}", **several)
+        add("--preset", choices=PRESETS, default=preset, help="steps per stage (default: %(default)s)")
+        add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
+        add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
+        add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
+        add("--seed", type=int, default=SEED, help="default: %(default)s")
+
+    def add_baselines(add: Any) -> None:
+        add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+        kinds = "of eager, compile, xformers; or none (default: all that are installed)"
+        add("--baseline", default="all", metavar="KIND,...", help=kinds)
+        what = "that the bundle was made from: baselines take its weights, results are checked"
+        add("--checkpoint", type=Path, metavar="FOLDER", help=what)
+
+    add = command("latency", _latency, "time of every stage and step of the cascade, in and outside engines")
+    add_video(add, "draft")
     add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
-    add("--size", metavar="WxH", help="of the video, multiples of 8 (default: the bundle's, 576x320)")
-    add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
-    add("--seed", type=int, default=SEED, help="default: %(default)s")
     add("--warmup", type=int, default=1, metavar="N", help="runs of each stage before the measured ones (default: 1)")
     add("--repeats", type=int, default=5, metavar="N", help="measured runs of each stage (default: 5)")
-    add("--out", type=Path, help="JSON file (default: bench/results/latency-<cpu|gpu>-<size>-<preset>-<date>.json)")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
 
-    # All that there is to measure on a GPU so far is its kernels.
-    kernels = commands.add_parser("kernels", aliases=["gpu"], help="the CUDA kernels on this GPU: build, check, time")
-    kernels.set_defaults(run=_kernels)
-    add = kernels.add_argument
+    add = command("kernels", _kernels, "the CUDA kernels on this GPU: build, check, time")
     add("--arch", default="native", metavar="LIST", help="CMAKE_CUDA_ARCHITECTURES, or all (default: this card's)")
     add("--warmup", type=int, default=10, metavar="N", help="calls before the measured ones (default: 10)")
     add("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
-    add("--out", type=Path, help="JSON file (default: bench/results/kernels-<gpu>-<date>.json)")
-    add("--markdown", action="store_true", help="print the table as Markdown")
+
+    add = command("memory", _memory, "memory over time while a video is made, engines loaded one by one")
+    add_video(add, "draft")
+
+    add = command("e2e", _e2e, "a whole video against the reference in eager and compiled torch")
+    add_video(add, "reference", several_bundles=True)
+    add_baselines(add)
+    add("--repeats", type=int, default=5, metavar="N", help="measured calls of every baseline's networks (default: 5)")
+
+    add = command("gpu", _gpu, "everything that an NVIDIA card can show: checks, then measurements")
+    add_video(add, "reference", several_bundles=True)
+    add_baselines(add)
+    add("--parts", default="all", metavar="PART,...", help="of rates, kernels, engines, e2e, memory (default: all)")
+    add("--minutes", type=float, default=9, metavar="N", help="after them nothing more is begun (default: %(default)g)")
 
     quality = commands.add_parser("quality", help="do videos show what held-out prompts ask for? (the demo checkpoint)")
     quality.set_defaults(run=_quality)

@@ -4,13 +4,16 @@ Every time is that of one call on cold caches: the L2 is swept between calls. Wh
 graph, so that no launch gap is in it. The yardstick is a copy of as many bytes, timed in the same way.
 """
 
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from bench.machine import ROOT
+from bench.machine import ROOT, package_version
+from bench.plots import Axis, Chart
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
@@ -109,12 +112,6 @@ def build_kernels(architectures: str) -> tuple[Kernels, Kernels]:
 def describe_gpu(torch: Any) -> dict[str, Any]:
     """What a kernel's time depends on beyond the machine: card, driver's CUDA, compilers, baselines' versions."""
     card = torch.cuda.get_device_properties(0)
-    versions = {}
-    for name in ("torch", "triton", "xformers"):
-        try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
-            versions[name] = None
     return {
         "name": card.name,
         "compute_capability": f"{card.major}.{card.minor}",
@@ -122,8 +119,13 @@ def describe_gpu(torch: Any) -> dict[str, Any]:
         "memory_gib": round(card.total_memory / 2**30, 1),
         "l2_mib": round(card.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda,
-        "versions": versions,
+        "versions": {name: package_version(name) for name in ("torch", "triton", "xformers")},
     }
+
+
+def card_name(card: Mapping[str, Any]) -> str:
+    """A described GPU in a file's name."""
+    return "-".join(re.findall(r"[a-z0-9]+", card["name"].lower()))
 
 
 class KernelBench:
@@ -398,6 +400,16 @@ class KernelBench:
         return rows
 
 
+def run_kernels(
+    torch: Any, architectures: str, warmup: int, repeats: int
+) -> tuple[dict[str, Any], list[Table], dict[str, Chart]]:
+    """Build, check and time all: numbers, tables and plots of the result."""
+    bench = KernelBench(torch, *build_kernels(architectures), warmup, repeats)
+    large_copy = COPY_BYTES / bench.copy(COPY_BYTES).median
+    rows = bench.run(on_row=lambda row: print(f"{row.kernel}: {row.shape}", file=sys.stderr, flush=True))
+    return to_json(rows, large_copy), [table(rows, large_copy)], {"bandwidth": plot(rows, large_copy)}
+
+
 def table(rows: Sequence[Row], large_copy: float) -> Table:
     """`large_copy` is the bandwidth of the large copy, B/s."""
     names = ("SDPA", "torch", "compiled", "xformers")
@@ -422,6 +434,16 @@ def table(rows: Sequence[Row], large_copy: float) -> Table:
     return Table(
         f"Kernels: median of {rows[0].ours.n} calls; large copy {number(large_copy / 1e9)} GB/s", headers, lines
     )
+
+
+def plot(rows: Sequence[Row], large_copy: float) -> Chart:
+    """The roofline of kernels that are all bound by memory: bandwidth over bytes moved, below that of a copy."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row.kernel, []).append((row.bytes / 1e6, row.bytes / row.ours.median / 1e9))
+    copies = sorted({(row.bytes / 1e6, row.bytes / row.copy.median / 1e9) for row in rows})
+    lines = {"copy of as many bytes": [*copies, (COPY_BYTES / 1e6, large_copy / 1e9)]}
+    return Chart("Kernels: bandwidth", Axis("MB moved", log=True), Axis("GB/s"), lines, points)
 
 
 def to_json(rows: Sequence[Row], large_copy: float) -> dict[str, Any]:

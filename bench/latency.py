@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.machine import GIB, peak_memory_bytes
+from bench.plots import Bars
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure, summarize
 from engines.errors import SettingsError
@@ -303,6 +304,13 @@ def step_table(results: Sequence[StageResult]) -> Table:
 def tables(results: Sequence[StageResult]) -> list[Table]:
     denoising = [result for result in results if result.runs[0].loop]
     return [stage_table(results), *([step_table(denoising)] if denoising else [])]
+
+
+def plot(results: Sequence[StageResult]) -> Bars:
+    inside = [sum(run.engine_seconds for run in result.runs) / len(result.runs) for result in results]
+    wall = [sum(run.wall for run in result.runs) / len(result.runs) for result in results]
+    series = {"in engines": inside, "outside": [whole - part for whole, part in zip(wall, inside, strict=True)]}
+    return Bars("Seconds by stage, mean of the runs", "s", [result.stage for result in results], series)
 
 
 def describe_run(

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,9 @@ def describe_host() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": _gpu(),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": _os_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -50,10 +53,29 @@ def describe_machine() -> dict[str, Any]:
         "cores": {"physical": physical, "logical": psutil.cpu_count()},
         "threads": "ONNX Runtime's default, one per physical core",
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "onnxruntime": ort.__version__,
         "providers_available": list(ort.get_available_providers()),
     }
+
+
+def describe_torch() -> dict[str, Any]:
+    """What the baselines run on."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        **{name: package_version(name) for name in ("diffusers", "transformers", "triton", "xformers")},
+    }
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def describe_bundle(bundle: "Bundle") -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""Numbers as tables: plain text for the terminal, Markdown for the documentation."""
+"""Numbers as tables, in the terminal and as Markdown; results as files: JSON, a page with its tables, plots."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from bench.timing import Summary
+from engines.errors import OutputError
+from engines.store import write_atomically
+
+FORMAT = 1
 
 NOTHING = "-"  # in a cell that has nothing to say
 
@@ -69,3 +75,58 @@ def _joined(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)
+
+
+class Plot(Protocol):
+    def svg(self) -> str: ...
+
+
+class Report:
+    """A benchmark's result under one name: `x.json` with every number, `x.md` with tables and plots, `x-plot.svg`.
+
+    Conditions are printed when it is made, before anything is measured; `save` may be called again with more.
+    """
+
+    def __init__(self, benchmark: str, out: Path, conditions: Mapping[str, Mapping[str, Any]], markdown: bool = False):
+        check_output(out)
+        self.benchmark, self.out, self.conditions, self.markdown = benchmark, out, dict(conditions), markdown
+        for name, values in self.conditions.items():
+            print(f"{name}\n\n{facts(values)}\n", flush=True)
+
+    def save(self, numbers: Mapping[str, Any], tables: Sequence[Table], plots: Mapping[str, Plot]) -> None:
+        parts = [f"# {self.benchmark}"]
+        parts += [f"**{name}**\n\n```\n{facts(values)}\n```" for name, values in self.conditions.items()]
+        parts += [table.as_markdown() for table in tables]
+        for name, plot in plots.items():
+            path = self.out.with_name(f"{self.out.stem}-{name}.svg")
+            write_text(path, plot.svg())
+            parts.append(f"![{name}]({path.name})")
+        write_text(self.out.with_suffix(".md"), "\n\n".join(parts) + "\n")
+        write_json(self.out, {"format": FORMAT, "benchmark": self.benchmark, **self.conditions, **numbers})
+
+    def finish(self, numbers: Mapping[str, Any], tables: Sequence[Table], plots: Mapping[str, Plot]) -> None:
+        self.save(numbers, tables, plots)
+        for table in tables:
+            print((table.as_markdown() if self.markdown else table.as_text()) + "\n")
+        print(f"written to {self.out.name}, with .md and .svg beside it")
+
+
+def check_output(path: Path) -> None:
+    """Said before the measurement, which may take hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Name a file, e.g. --out {path / 'result.json'}.")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None

@@ -128,13 +128,14 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
 
 
 def test_benchmarks_do_not_import_torch() -> None:
-    code = "import sys, bench.__main__, bench.latency; sys.exit('torch' in sys.modules)"
+    code = "import sys, bench.__main__, bench.latency, bench.memory, bench.work; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_bench_alone_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    assert "latency" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("latency", "kernels", "memory", "e2e", "gpu", "quality"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_bench_alone_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) ->
     [
         (["--stages", "base,sr3"], "--stages sr3; allowed: all, text, base, interp, if2, sr1, sr2."),
         (["--steps", "base"], "'base'; allowed: STAGE=NUMBER, stages base,"),
-        (["--size", "big"], "size 'big'; allowed: WIDTHxHEIGHT, e.g. 576x320."),
+        (["--video", "big"], "size 'big'; allowed: WIDTHxHEIGHT, e.g. 576x320."),
         (["--repeats", "0"], "--repeats 0; allowed: 1 or more."),
         (["--out", "."], ". is a folder."),
     ],
@@ -169,7 +170,7 @@ def test_too_many_steps_are_refused_before_anything_runs(bundle: Path) -> None:
 def test_latency_of_the_whole_cascade(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "latency.json"
     steps = "base=2,interp=1,if2=2,sr1=1,sr2=2"  # of sr2's, 80 % are run: one
-    options = ["--size", "128x64", "--keyframes", "2", "--steps", steps, "--warmup", "0", "--repeats", "1"]
+    options = ["--video", "128x64", "--keyframes", "2", "--steps", steps, "--warmup", "0", "--repeats", "1"]
     assert main(["latency", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
 
     text = out.read_text(encoding="utf-8")
@@ -192,10 +193,13 @@ def test_latency_of_the_whole_cascade(bundle: Path, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "end to end" in printed
     assert "outside ms" in printed
+    page = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| end to end |" in page and "![stages](latency-stages.svg)" in page
+    assert (out.parent / "latency-stages.svg").is_file()
 
 
 def test_a_stage_alone_gets_random_input(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
-    options = ["--size", "128x64", "--keyframes", "2", "--warmup", "0", "--repeats", "1", "--steps", "if2=2"]
+    options = ["--video", "128x64", "--keyframes", "2", "--warmup", "0", "--repeats", "1", "--steps", "if2=2"]
     assert main(["latency", "--bundle", str(bundle), "--stages", "if2", *options, "--out", str(out)]) == 0
     assert list(json.loads(out.read_text(encoding="utf-8"))["stages"]) == ["if2"]

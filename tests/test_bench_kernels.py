@@ -58,6 +58,8 @@ def test_every_kernel_is_checked_and_compared(bench: kernels.KernelBench) -> Non
     json.dumps(kernels.to_json(rows, 1e12))
     text = kernels.table(rows, large_copy=1e12).as_text()
     assert "large copy 1000 GB/s" in text and "sr2 1 x 4 x 29 x 6 x 8" in text
+    svg = kernels.plot(rows, 1e12).svg()
+    assert svg.count("<circle") == len(rows) and "denoising step" in svg
 
 
 def test_a_wrong_result_is_not_timed_as_if_it_were_right(

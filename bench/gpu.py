@@ -1,0 +1,352 @@
+"""Everything that an NVIDIA card can show, in parts that fit a time: checks first, then measurements.
+
+A part that fails or does not fit says so in the result and the next one runs. The result is written again and again:
+an interrupted run keeps what it has.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import ROOT, package_version
+from bench.report import NOTHING, Plot, Report, Table, median, number
+from bench.timing import Summary, measure, summarize
+from engines import tensorrt
+from engines.errors import EngineError, Show1Error
+from engines.manifest import EngineEntry
+from engines.store import Bundle
+from runtime.config import Settings
+from runtime.noise import NoiseStream
+from runtime.runner import Array, Engine, EnginePool
+from runtime.sampler import denoise
+from runtime.schedulers import make_schedule
+from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
+
+CHECKPOINT = ROOT / "build" / "random-golden"
+PARTS = ("rates", "kernels", "engines", "e2e", "memory")
+Content = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]  # numbers, tables, plots
+
+
+class TimeIsUp(EngineError):
+    """A part met the end of the run's time; what it had saved stays."""
+
+
+class Clock:
+    """The time of the whole run."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def check(self) -> None:
+        if self.left() <= 0:
+            raise TimeIsUp("the time was up: --minutes N gives more, --parts and --stages ask for less.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`run(clock, save)` measures; it may save what it has before it returns the whole."""
+
+    name: str
+    run: Callable[[Clock, Callable[[Content], None]], Content]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `python -m bench gpu` was asked for."""
+
+    parts: Sequence[str]
+    size: str
+    checkpoint: Path | None
+    bundles: Sequence[Bundle]
+    settings: Settings
+    stages: Sequence[str]
+    baselines: Sequence[str]
+    seed: int
+
+    def videos_by(self) -> list[Bundle]:
+        """The bundles that make videos: as asked for, else of golden size those that the engines' part has built."""
+        if self.bundles or self.size != "golden":
+            return list(self.bundles)
+        built = (_golden_folder(backend, "fp16") for backend in backends())
+        return [Bundle.open(folder) for folder in built if folder.is_dir()]
+
+
+def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
+    """One after the other, as long as there is time; prints and writes the report."""
+    done: dict[str, Content] = {}
+    state: dict[str, str] = {}
+
+    def content() -> Content:
+        rows = [[name, what] for name, what in state.items()]
+        nothing: Content = ({}, (), {})
+        numbers = {name: {**done.get(name, nothing)[0], "state": what} for name, what in state.items()}
+        tables = [table for _, tables, _ in done.values() for table in tables]
+        plots = {f"{part}-{name}": plot for part, (_, _, plots) in done.items() for name, plot in plots.items()}
+        return numbers, [Table("Parts", ["part", ""], rows), *tables], plots
+
+    def save(name: str, new: Content) -> None:
+        done[name] = new
+        report.save(*content())
+
+    for part in parts:
+        state[part.name] = "begun"
+        start = time.monotonic()
+        try:
+            clock.check()
+            print(f"{part.name} ...", file=sys.stderr, flush=True)
+            done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
+            state[part.name] = f"done in {number(time.monotonic() - start)} s"
+        except Show1Error as error:
+            state[part.name] = f"not done: {error}"
+            print(f"{part.name}: {error}", file=sys.stderr, flush=True)
+        report.save(*content())
+    report.finish(*content())
+
+
+def make_parts(plan: Plan) -> list[Part]:
+    parts = (
+        Part("rates", rates),
+        Part("kernels", kernels),
+        Part("engines", engines),
+        Part("e2e", lambda clock, save: e2e(plan, clock, save)),
+        Part("memory", lambda clock, save: memory(plan)),
+    )
+    return [part for part in parts if part.name in plan.parts]
+
+
+def rates(clock: Clock, save: Any) -> Content:
+    """What the card gives today in matrix products."""
+    from bench.work import matrix_rate
+
+    found = {dtype: matrix_rate("cuda", dtype) for dtype in ("float16", "bfloat16")}
+    rows = [[dtype, number(rate / 1e12)] for dtype, rate in found.items()]
+    return {"matrix_rate_flop_per_s": found}, [Table("Matrix rate", ["type", "TFLOP/s"], rows)], {}
+
+
+def kernels(clock: Clock, save: Any) -> Content:
+    from bench import kernels
+
+    return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50)
+
+
+# ---- Engines against ONNX Runtime on the CPU
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two ways to one result: their largest difference over the result's largest value."""
+
+    what: str
+    difference: float
+    tolerance: float
+    seconds: Summary | None
+    other_seconds: Summary | None
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # NaN fails
+
+
+def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
+    """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
+    from export.parity import TOLERANCE
+
+    if not CHECKPOINT.is_dir():
+        _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT))
+    reference = _golden_bundle(clock, "onnxruntime", "fp32")
+    checks: list[Check] = []
+    missing: dict[str, str] = {}
+    for backend in backends():
+        try:
+            bundle = _golden_bundle(clock, backend, "fp16")
+            checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
+            checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
+        except TimeIsUp:
+            raise
+        except Show1Error as error:
+            missing[backend] = str(error)
+        save(_engines_content(checks, missing))
+    return _engines_content(checks, missing)
+
+
+def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Content:
+    def row(check: Check) -> list[str]:
+        passed = "yes" if check.passed else "NO"
+        times = [median(check.seconds, 1e3), median(check.other_seconds, 1e3)]
+        return [check.what, f"{check.difference:.1e}", f"{check.tolerance:.1e}", passed, *times]
+
+    rows = [row(check) for check in checks]
+    rows += [[backend, NOTHING, NOTHING, f"not run: {why}", NOTHING, NOTHING] for backend, why in missing.items()]
+    headers = ["what", "difference", "allowed", "passed", "ms", "other ms"]
+    title = "Golden engines in fp16: graphs against ONNX Runtime on the CPU in fp32, loops on the device against none"
+    numbers = {"checks": [{**asdict(check), "passed": check.passed} for check in checks], "not_run": dict(missing)}
+    return numbers, [Table(title, headers, rows)], {}
+
+
+def backends() -> list[str]:
+    """That may run on the card here; building says why one does not."""
+    found = ["inductor"] if package_version("torch") else []
+    try:
+        import onnxruntime
+
+        found += ["onnxruntime"] if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
+    except ImportError:
+        pass
+    return found + [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
+
+
+def _golden_folder(backend: str, precision: str) -> Path:
+    return ROOT / "build" / f"gpu-{backend}-{precision}"
+
+
+def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
+    out = _golden_folder(backend, precision)
+    options = ("--engine", backend, "--precision", precision, "--out", str(out))
+    _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options)
+    return Bundle.open(out)
+
+
+def _export(clock: Clock, *options: str) -> None:
+    """In a process of its own, which takes its memory on the card along."""
+    clock.check()
+    command = [sys.executable, "-m", "export", *options]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left())
+    except subprocess.TimeoutExpired:
+        clock.check()
+        raise
+    if done.returncode:
+        raise EngineError(done.stderr.strip().rpartition("\n")[2] or f"`python -m export {options[0]}` failed.")
+
+
+def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list[Check]:
+    """Every graph of `bundle` on seeded inputs against the same graph of `reference` on ONNX Runtime's CPU."""
+    checks = []
+    with EnginePool(bundle) as pool:
+        for name, entry in bundle.manifest.engines.items():
+            expected = reference.engine(name)
+            context: dict[str, Array] = {}
+            with pool.use(name) as engine:
+                for graph in sorted(entry.graphs):  # a context before its step, which takes its results
+                    feeds = {**_inputs(expected, graph), **context}
+                    wanted, cpu = _on_cpu(reference, expected, graph, feeds)
+                    given, seconds = _on_backend(engine, graph, feeds)
+                    what = f"{entry.backend} {name}/{graph}"
+                    checks.append(Check(what, _difference(given, wanted), tolerance, seconds, cpu))
+                    context = wanted if graph == "context" else {}
+    return checks
+
+
+def _difference(given: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
+    """The largest over the largest value; NaN where either is."""
+    pairs = [(given[name], wanted[name]) for name in given]
+    return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs]))
+
+
+def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
+    """Seeded inputs of a small size: two texts of 7 tokens, three frames."""
+    spec = entry.graphs[graph].spec
+    wanted = {"batch": 2, "tokens": 7, "frames": 3}
+    sizes = {}
+    for name, axis in spec.profiles["default"].items():
+        sizes[name] = min(max(wanted.get(name, 2 * axis.min), axis.min), axis.max)
+    random = np.random.default_rng(0)
+    made: dict[str, Array] = {}
+    for binding in spec.inputs:
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in binding.axes]
+        if binding.dtype == "int64":
+            made[binding.name] = np.ones(shape, np.int64)
+        elif binding.name in ("timestep", "noise_level"):
+            made[binding.name] = np.linspace(20, 900, shape[0], dtype=np.float32)
+        else:
+            made[binding.name] = random.standard_normal(shape, np.float32)
+    return made
+
+
+def _on_cpu(
+    bundle: Bundle, entry: EngineEntry, graph: str, feeds: Mapping[str, Array]
+) -> tuple[dict[str, Array], Summary | None]:
+    """Whatever other providers are there."""
+    from runtime.runner_ort import ort
+
+    compiled = entry.graphs[graph]
+    session = ort.InferenceSession(str(bundle.path(compiled.plan)), providers=["CPUExecutionProvider"])
+    names = [binding.name for binding in compiled.spec.outputs]
+    typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
+    return _timed(lambda: dict(zip(names, session.run(names, typed), strict=True)))
+
+
+def _on_backend(engine: Engine, graph: str, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], Summary | None]:
+    return _timed(lambda: {name: array.copy() for name, array in engine.run(graph, **feeds).items()})
+
+
+def _timed(call: Callable[[], Any], repeats: int = 5) -> tuple[Any, Summary | None]:
+    timed = measure(call, 1, repeats)
+    return timed[-1].result, summarize([one.end - one.start for one in timed])
+
+
+def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) -> Check | None:
+    """A denoising loop on the device, one CUDA graph per step, against the sampler's own over single calls.
+
+    None where the backend offers no such loop. base and sr2: the stages without a condition.
+    """
+    spec = bundle.engine(stage).graphs["step"].spec
+    profile = spec.profiles["default"]
+    channels = spec.outputs[0].axes[1]
+    assert isinstance(channels, int)
+    schedule = make_schedule(scheduler_of(bundle, stage), steps)
+    noise = NoiseStream(0)
+    x = noise.normal((1, channels, 3, 2 * profile["height"].min, 2 * profile["width"].min))
+    text = np.random.default_rng(0).standard_normal((2, 1, 77, bundle.engine(stage).properties["text_dim"]), np.float32)
+    with EnginePool(bundle) as pool, pool.use(stage) as engine:
+        unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
+        if not hasattr(unet, "start_loop") or unet.start_loop(x, schedule, 4, None) is None:
+            return None
+        ways = (unet, lambda sample, timestep: unet(sample, timestep))  # a plain function has no loop of its own
+        (given, seconds), (wanted, other) = (
+            _timed(lambda way=way: denoise(way, x, schedule, guidance_scale=4, noise=NoiseStream(0)).copy())
+            for way in ways
+        )
+    difference = _difference({"x": given}, {"x": wanted})
+    what = f"{bundle.engine(stage).backend} {stage}: loop of {steps} steps"
+    return Check(what, difference, tolerance, seconds, other)
+
+
+# ---- Whole videos
+
+
+def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
+    from bench import e2e
+
+    checkpoint = plan.checkpoint or (CHECKPOINT if plan.size == "golden" and CHECKPOINT.is_dir() else None)
+    setup = e2e.Setup(
+        plan.size, checkpoint, plan.videos_by(), plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
+    )
+
+    def said(what: str, result: e2e.Result) -> None:
+        print(what, file=sys.stderr, flush=True)
+        save((result.to_json(), result.tables(), result.plots()))
+        clock.check()
+
+    result = e2e.run_e2e(setup, said)
+    return result.to_json(), result.tables(), result.plots()
+
+
+def memory(plan: Plan) -> Content:
+    from bench import memory
+
+    bundles = plan.videos_by()
+    if not bundles:
+        raise EngineError("there is no bundle to make a video with: give --bundle, or --parts engines,memory.")
+    result = memory.run_memory(bundles[0], plan.settings, plan.seed)
+    return result.to_json(), [result.table()], {"time": result.plot()}

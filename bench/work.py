@@ -1,0 +1,97 @@
+"""The work of a video as the reference does it: which networks are called how often, on what, and for how many FLOP.
+
+A FLOP count is twice the multiply-adds of matrix products, convolutions and attention (torch's FlopCounterMode over the
+reference's own networks on the meta device, so nothing is computed). Rates of other implementations are in reference
+FLOP per second too: work that they save shows as speed.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.config import INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
+
+NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
+STAGE_OF = {"t5": "text", "clip": "text", "vae_encoder": "sr2", "vae_decoder": "sr2"}  # others are stages themselves
+BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
+GUIDED = 2  # every call of a UNet sees the negative prompt and the prompt
+MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square product that gives the matrix rate
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One network over a whole video of the reference: `count` calls on `shape` (of its image, latents or tokens)."""
+
+    network: str
+    count: int
+    shape: tuple[int, ...]
+    tokens: int = 77
+
+    @property
+    def stage(self) -> str:
+        return STAGE_OF.get(self.network, self.network)
+
+
+def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, factor: int) -> dict[str, Calls]:
+    """The reference's calls by network: gaps and windows one by one, the autoencoder frame by frame.
+
+    `steps` are the lengths of the denoising loops, sr2's without what `strength` skips; `latents` and `factor` are the
+    autoencoder's channels and reduction.
+    """
+    width, height = stage_sizes(settings.size)["base"]
+    large = (height * SR1_SCALE, width * SR1_SCALE)
+    full_width, full_height = settings.size
+    small = (full_height // factor, full_width // factor)
+    frames, tokens = settings.num_frames, 77
+    window = min(settings.sr1_window, frames)
+    windows = len(range(0, frames - 1, settings.sr1_window - 1))
+    rows = (
+        Calls("t5", 1, (GUIDED, tokens)),
+        Calls("base", steps["base"], (GUIDED, 3, settings.keyframes, height, width)),
+        Calls("interp", steps["interp"] * (settings.keyframes - 1), (GUIDED, 7, INTERP_FRAMES, height, width)),
+        Calls("if2", steps["if2"], (GUIDED, 6, 1, *large)),
+        Calls("sr1", steps["sr1"] * windows, (GUIDED, 6, window, *large)),
+        Calls("clip", 1, (GUIDED, tokens)),
+        Calls("sr2", steps["sr2"], (GUIDED, latents, frames, *small)),
+        Calls("vae_encoder", frames, (1, 3, full_height, full_width)),
+        Calls("vae_decoder", frames, (1, latents, *small)),
+    )
+    return {row.network: row for row in rows}
+
+
+def is_installed(baseline: str) -> bool:
+    """Whether what the baseline needs beyond the others' libraries is there."""
+    return baseline != "xformers" or importlib.util.find_spec("xformers") is not None
+
+
+def matrix_rate(device: str, dtype: str, repeats: int = 10) -> float:
+    """FLOP/s of a large square matrix product on random data: what the card or processor gives today."""
+    import torch
+
+    from bench.timing import measure_gpu, summarize
+
+    size = MATRIX_SIZE[device]
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    if device == "cuda":
+        times = measure_gpu(lambda: a @ b, 3, repeats, graph=False)
+    else:
+        times = []
+        for index in range(repeats + 3):
+            start = time.perf_counter()
+            a @ b
+            if index >= 3:
+                times.append(time.perf_counter() - start)
+    summary = summarize(times)
+    assert summary is not None
+    return 2 * size**3 / summary.median
+
+
+def count_flop(call: Callable[[], Any]) -> int:
+    """FLOP of the torch operations that `call()` makes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

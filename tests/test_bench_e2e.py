@@ -1,0 +1,95 @@
+"""Whole videos against the reference: how seconds and rates are reckoned, and one real comparison of small networks."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("diffusers", reason="needs the bench extra")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench.__main__ import main
+from bench.e2e import Contender, Result, StageTime, Work, from_latency
+from bench.latency import EngineCall, StageResult, StageRun
+from bench.work import Calls, matrix_rate
+
+pytestmark = pytest.mark.torch
+
+INTERP = {"interp": Work(Calls("interp", 14, (2, 7, 5, 8, 8)), 10**12)}  # two gaps, seven steps each in the reference
+
+
+def interp_run(steps: int) -> StageResult:
+    """Both gaps at once, 2 s a step; 1 s before the first, 0.5 s after the last."""
+    calls = [EngineCall("step", 1.0 + 2 * i, 1.5) for i in range(steps)]
+    ends = [3.0 + 2 * i for i in range(steps)]
+    return StageResult("interp", [StageRun(0.0, ends[-1] + 0.5, calls, ends, steps)], 0.1, 2**30)
+
+
+def test_a_stage_that_ran_in_full_is_what_the_clock_said() -> None:
+    time = from_latency(interp_run(7), 7, INTERP)
+    assert (time.seconds, time.full) == (15.5, True)
+    assert time.call == 1.0, "a step takes two of the reference's calls"
+
+
+def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
+    time = from_latency(interp_run(3), 7, INTERP)
+    assert time.full is False
+    assert time.seconds == pytest.approx(1 + 7 * 2 + 0.5)
+    single = from_latency(interp_run(1), 7, INTERP)
+    assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
+
+
+def test_ratios_and_rates_are_of_useful_work() -> None:
+    ours = Contender("ours", {"interp": StageTime(14.0, True, 1.0, (0.9, 1.1))})
+    eager = Contender("eager", {"interp": StageTime(56.0, False, 4.0, (3.9, 4.1))})
+    no_memory = Contender("compile", {"interp": None})
+    result = Result(["interp"], INTERP, [ours, eager, no_memory], 2e12, {"interp": 1e-6}, "5 frames")
+    video, calls = result.tables()
+    # 14 TFLOP at 2 TFLOP/s: a floor of 7 s.
+    row = ["interp", "14.0", "7.00", "14.0", "56.0", "-", "4.00", "-", "2.00"]
+    assert video.rows == [row, ["sum", *row[1:]]]
+    assert calls.rows[0][3:11] == ["1000", "900-1100", "1.00", "50 %", "4000", "3900-4100", "0.250", "12 %"]
+    assert calls.rows[0][-1] == "1.0e-06"
+    assert "ours ran in full" in video.title and "eager" not in video.title
+    assert json.loads(json.dumps(result.to_json()))["contenders"]["compile"]["total_s"] is None
+    assert "not measured" in result.plots()["stages"].svg()
+
+
+def test_matrix_rate_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.work.MATRIX_SIZE", {"cpu": 64})
+    assert 1e6 < matrix_rate("cpu", "float32", repeats=3) < 1e14
+
+
+def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e2e.json"
+    options = ["--video", "64x64", "--keyframes", "2", "--steps", "base=2,if2=2", "--stages", "text,base,if2"]
+    options += ["--baseline", "eager", "--repeats", "3", "--checkpoint", str(golden / "models")]
+    assert main(["e2e", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert list(result["contenders"]) == ["onnxruntime", "eager"]
+    assert result["work"]["base"]["count"] == 75 and result["work"]["base"]["flop"] > 10**6
+    ours, eager = (c["stages"] for c in result["contenders"].values())
+    assert not ours["base"]["full"] and ours["text"]["full"] and not eager["base"]["full"]
+    assert ours["base"]["seconds"] > 0 and eager["base"]["seconds"] == pytest.approx(75 * eager["base"]["call"])
+    assert {"base", "if2"} == set(result["largest_difference"])
+    assert all(difference < 1e-4 for difference in result["largest_difference"].values())
+    assert "eager / onnxruntime" in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert (tmp_path / "e2e-stages.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--baseline", "jax"], "--baseline jax; allowed: all, none, eager, compile, xformers."),
+        (["--stages", "base", "--size", "published"], "{bundle}: base reads text of 64 channels, the networks to"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = ["--out", str(tmp_path / "e2e.json")]
+    assert main(["e2e", "--bundle", str(bundle), *arguments, *out]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message.format(bundle=bundle)}") and error.count("\n") == 1

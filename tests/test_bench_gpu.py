@@ -1,0 +1,174 @@
+"""`python -m bench gpu` where there is no GPU: its parts on the CPU, and what becomes of those that fail."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench import gpu
+from bench.__main__ import main
+from bench.report import Report, Table
+from engines.errors import EngineError
+from engines.gpu import find_gpus
+from engines.store import Bundle
+from runtime.config import Settings
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    return Report("gpu", tmp_path / "gpu.json", {"gpu": {"name": "none"}})
+
+
+def saved(report: Report) -> dict[str, Any]:
+    return json.loads(report.out.read_text(encoding="utf-8"))
+
+
+def test_a_part_that_fails_does_not_stop_the_next(report: Report) -> None:
+    def fails(clock: gpu.Clock, save: Any) -> gpu.Content:
+        save(({"half": 1}, [], {}))
+        raise EngineError("no nvcc here")
+
+    def works(clock: gpu.Clock, save: Any) -> gpu.Content:
+        assert saved(report)["first"] == {"half": 1, "state": "not done: no nvcc here"}, "written before the next part"
+        return {"whole": 2}, [Table("Numbers", ["a", "b"], [["x", "1"]])], {}
+
+    gpu.run_parts([gpu.Part("first", fails), gpu.Part("second", works)], gpu.Clock(1), report)
+    result = saved(report)
+    assert result["first"]["half"] == 1 and result["second"]["whole"] == 2
+    assert result["second"]["state"].startswith("done in ")
+    page = report.out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| first | not done: no nvcc here |" in page and "**Numbers**" in page
+
+
+def test_what_does_not_fit_the_time_is_not_begun(report: Report) -> None:
+    gpu.run_parts([gpu.Part("late", lambda clock, save: pytest.fail("begun"))], gpu.Clock(0), report)
+    assert "the time was up" in saved(report)["late"]["state"]
+
+
+def test_a_bundle_agrees_with_itself_on_the_cpu(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    checks = gpu.compare_bundles(opened, opened, tolerance=1e-6)
+    assert len(checks) == 4 + 2 * 5
+    assert {"onnxruntime base/step", "onnxruntime vae_decoder/decode"} <= {check.what for check in checks}
+    if not find_gpus():
+        assert all(check.passed and check.difference == 0 for check in checks)
+
+
+def test_a_wrong_engine_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu._on_backend
+
+    def wrong(*arguments: Any) -> Any:
+        outputs, seconds = right(*arguments)
+        return {name: array + np.nan for name, array in outputs.items()}, seconds
+
+    monkeypatch.setattr(gpu, "_on_backend", wrong)
+    opened = Bundle.open(bundle)
+    checks = gpu.compare_bundles(opened, opened, tolerance=1e-6)
+    assert not any(check.passed for check in checks)
+    _, (table,), _ = gpu._engines_content(checks, {"tensorrt": "no card"})
+    assert table.rows[0][3] == "NO" and table.rows[-1][3] == "not run: no card"
+
+
+def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    assert gpu.compare_loops(opened, "base", 1e-6, steps=2) is None, "ONNX Runtime has none"
+    plain = gpu.prompted
+
+    class Looping:
+        """Has a loop of its own, as far as can be seen, and computes what the engine computes, doubled in `factor`."""
+
+        factor = 1.0
+        loop: Any = None
+
+        def __init__(self, *arguments: Any, **keywords: Any):
+            self.unet, self.calls = plain(*arguments, **keywords), 0
+
+        def start_loop(self, *_: Any) -> Any:
+            return self.loop
+
+        def __call__(self, sample: Any, timestep: int) -> Any:
+            noise_pred, variance = self.unet(sample, timestep)
+            self.calls += 1
+            return noise_pred * (self.factor if self.calls <= 12 else 1.0), variance
+
+    monkeypatch.setattr(gpu, "prompted", Looping)
+    assert gpu.compare_loops(opened, "base", 1e-6, steps=2) is None, "asked, it has none"
+    monkeypatch.setattr(Looping, "loop", "a loop")
+    same = gpu.compare_loops(opened, "base", 1e-6, steps=2)
+    assert same is not None and same.passed and same.what == "onnxruntime base: loop of 2 steps"
+    monkeypatch.setattr(Looping, "factor", 1.5)  # in the first of the two ways: six runs of two steps
+    off = gpu.compare_loops(opened, "base", 1e-6, steps=2)
+    assert off is not None and not off.passed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes 0; allowed: above 0."),
+        (["--parts", "engines,fans"], "--parts fans; allowed: all, rates, kernels, engines, e2e, memory."),
+    ],
+)
+def test_wrong_requests_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["gpu", *arguments]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def a_plan(size: str, bundles: list[Bundle]) -> gpu.Plan:
+    fast = Settings(size=(64, 64), keyframes=2).with_steps({"base": 2, "interp": 1, "if2": 1, "sr1": 1, "sr2": 2})
+    return gpu.Plan(["e2e", "memory"], size, None, bundles, fast, ["base"], [], 1)
+
+
+def test_memory_needs_a_bundle() -> None:
+    _, part = gpu.make_parts(a_plan("published", []))
+    with pytest.raises(EngineError, match="give --bundle"):
+        part.run(gpu.Clock(1), lambda content: None)
+
+
+def test_the_command_writes_what_its_parts_measured(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
+    monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {"name": "NVIDIA Test"})
+    out = tmp_path / "gpu.json"
+    options = ["--video", "64x64", "--keyframes", "2", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2"]
+    assert main(["gpu", "--parts", "memory", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["gpu"] == {"name": "NVIDIA Test"} and result["run"]["parts"] == ["memory"]
+    assert result["memory"]["state"].startswith("done in ") and result["memory"]["samples"]
+    assert (tmp_path / "gpu-memory-time.svg").is_file()
+    assert "| memory | done in " in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert "peak GiB" in capsys.readouterr().out
+
+
+def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "backends", lambda: ["inductor", "onnxruntime"])
+    monkeypatch.setattr(
+        gpu, "_golden_folder", lambda backend, _: bundle if backend == "onnxruntime" else tmp_path / "no"
+    )
+    assert [opened.root for opened in a_plan("golden", []).videos_by()] == [bundle]
+    assert a_plan("published", []).videos_by() == []
+
+
+@pytest.mark.torch
+def test_the_end_of_the_time_keeps_what_was_measured(bundle: Path, report: Report) -> None:
+    pytest.importorskip("diffusers", reason="needs the bench extra")
+
+    class Late(gpu.Clock):
+        """The time ends while the first video is made."""
+
+        def check(self) -> None:
+            if report.out.is_file():
+                super().check()
+
+    parts = gpu.make_parts(a_plan("golden", [Bundle.open(bundle)]))[:1]
+    gpu.run_parts(parts, Late(0), report)
+    result = saved(report)["e2e"]
+    assert "the time was up" in result["state"]
+    assert result["contenders"]["onnxruntime"]["stages"]["base"]["seconds"] > 0

@@ -1,0 +1,56 @@
+"""Plots: well-formed SVG whose marks lie where the numbers say."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench.plots import Axis, Bars, Chart
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    return ElementTree.fromstring(svg)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    root = parsed(Bars("t", "s", ["a", "b"], {"ours": [1.0, 2.0], "theirs": [4.0, None]}).svg())
+    bars = [rect for rect in root.iter(f"{SVG}rect") if rect.get("x") == "90"]
+    assert [float(bar.get("width", "")) for bar in bars] == pytest.approx([142.5, 570.0, 285.0, 0.0])
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"t", "a", "b", "ours", "theirs", "1.00 s", "4.00 s", "not measured"} <= set(texts)
+
+
+def test_points_of_a_logarithmic_chart_are_spaced_by_ratio() -> None:
+    chart = Chart("t", Axis("x", log=True), Axis("y"), points={"p": [(1, 1), (10, 2), (100, 3)]})
+    x, y = ([float(c.get(k, "")) for c in parsed(chart.svg()).iter(f"{SVG}circle")] for k in ("cx", "cy"))
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and y[0] > y[1] > y[2]
+
+
+def test_a_line_goes_through_its_points_and_marks_are_named() -> None:
+    chart = Chart("t", Axis("s"), Axis("GiB"), {"line": [(0, 0), (2, 4)]}, marks=[(1, "<base>")])
+    root = parsed(chart.svg())
+    (line,) = root.iter(f"{SVG}polyline")
+    assert len(line.get("points", "").split()) == 2
+    assert "<base>" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize(
+    ("axis", "low", "high", "ticks"),
+    [
+        (Axis("x"), 0, 10, [0, 2, 4, 6, 8, 10]),
+        (Axis("x"), 0, 0.13, [0, 0.05, 0.1]),
+        (Axis("x", log=True), 1, 1000, [1, 10, 100, 1000]),
+    ],
+)
+def test_ticks_are_round(axis: Axis, low: float, high: float, ticks: list[float]) -> None:
+    assert axis.ticks(low, high) == pytest.approx(ticks)
+
+
+def test_a_constant_of_zero_can_be_drawn() -> None:
+    parsed(Chart("t", Axis("x"), Axis("y"), {"line": [(0, 0), (1, 0)]}).svg())
+    parsed(Bars("t", "s", ["a"], {"ours": [0.0]}).svg())
