@@ -17,6 +17,7 @@ from engines.errors import EngineError
 from engines.gpu import find_gpus
 from engines.store import Bundle
 from runtime.config import Settings
+from runtime.sampler import denoise
 
 
 @pytest.fixture
@@ -80,28 +81,35 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
     plain = gpu.prompted
 
     class Looping:
-        """Has a loop of its own, as far as can be seen, and computes what the engine computes, doubled in `factor`."""
+        """Has a loop of its own where `factor` is a number: what the sampler computes, that many times as much."""
 
-        factor = 1.0
-        loop: Any = None
+        factor: float | None = None
 
         def __init__(self, *arguments: Any, **keywords: Any):
-            self.unet, self.calls = plain(*arguments, **keywords), 0
+            self.unet = plain(*arguments, **keywords)
 
-        def start_loop(self, *_: Any) -> Any:
-            return self.loop
+        def start_loop(self, x: Any, schedule: Any, guidance_scale: float, condition: Any) -> "Looping | None":
+            if self.factor is None:
+                return None
+            result = denoise(lambda *a: self.unet(*a), x, schedule, guidance_scale=guidance_scale)
+            self.result = result * self.factor
+            return self
+
+        def step(self, noise: Any) -> None:
+            pass
+
+        def sample(self) -> Any:
+            return self.result
 
         def __call__(self, sample: Any, timestep: int) -> Any:
-            noise_pred, variance = self.unet(sample, timestep)
-            self.calls += 1
-            return noise_pred * (self.factor if self.calls <= 12 else 1.0), variance
+            return self.unet(sample, timestep)
 
     monkeypatch.setattr(gpu, "prompted", Looping)
     assert gpu.compare_loops(opened, "base", 1e-6, steps=2) is None, "asked, it has none"
-    monkeypatch.setattr(Looping, "loop", "a loop")
+    monkeypatch.setattr(Looping, "factor", 1.0)
     same = gpu.compare_loops(opened, "base", 1e-6, steps=2)
     assert same is not None and same.passed and same.what == "onnxruntime base: loop of 2 steps"
-    monkeypatch.setattr(Looping, "factor", 1.5)  # in the first of the two ways: six runs of two steps
+    monkeypatch.setattr(Looping, "factor", 1.5)
     off = gpu.compare_loops(opened, "base", 1e-6, steps=2)
     assert off is not None and not off.passed
 
