@@ -26,11 +26,11 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (random weights: noise)
+demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (a small cascade of our own)
 	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
 	mkdir -p out
-	$(VENV)/bin/show1-rt generate "A burning lamborghini driving on rainbow." --bundle build/demo-bundle \
-		--preset draft --size 576x320 --out out/demo.mp4
+	$(VENV)/bin/show1-rt generate "a large red circle moving right over a white background" --bundle build/demo-bundle \
+		--preset draft --steps base=20,interp=8,sr2=2 --size 576x320 --out out/demo.mp4
 
 train-demo: $(INSTALLED)  ## train the demo checkpoint anew, MINUTES=20 on a data-centre GPU; run again to continue
 	$(RUN) export train-demo --minutes $(MINUTES) --pack build/demo_checkpoint.tar.xz

@@ -20,7 +20,7 @@ from runtime.runner import INDUCTOR
 
 CHECKPOINTS = Path("checkpoints")
 DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
-DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `random-checkpoint`
+DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `train-demo`
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -50,7 +50,7 @@ def _checkpoint(given: Path | None) -> Path:
     if given is None:
         if CHECKPOINTS.is_dir():
             return CHECKPOINTS
-        print(f"no {CHECKPOINTS} folder here: building the demo checkpoint (random weights)", file=sys.stderr)
+        print(f"no {CHECKPOINTS} folder here: building the demo checkpoint (docs/demo.md)", file=sys.stderr)
     elif str(given) != DEMO:
         return given
     return unpack(DEMO_ARCHIVE, Path("build") / "demo-checkpoint")

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
-PROMPT = "A burning lamborghini driving on rainbow."
+PROMPT = "a large red circle moving right over a white background"
 
 
 def test_the_demo_checkpoint_makes_29_frames_of_576_by_320(tmp_path: Path) -> None:
