@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from engines.errors import OutputError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import run_command
-from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings, parse_size, parse_stage_values
+from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -34,16 +34,12 @@ def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> li
 
 def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
     """Of a bundle and as asked for; `guided` as the reference, although random networks recommend no guidance."""
-    settings = Settings.from_dict(defaults).with_preset(arguments.preset)
+    settings = Settings.from_dict(defaults)
     if guided:
         settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
-    if arguments.steps is not None:
-        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
-    if arguments.video:
-        settings = replace(settings, size=parse_size(arguments.video))
-    if arguments.keyframes is not None:
-        settings = replace(settings, keyframes=arguments.keyframes)
-    return settings
+    return settings.with_options(
+        preset=arguments.preset, steps=arguments.steps, keyframes=arguments.keyframes, size=arguments.video
+    )
 
 
 def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
@@ -183,23 +179,21 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _quality(arguments: argparse.Namespace) -> None:
-    from bench import quality, report
+    from bench import quality
     from bench.machine import describe_bundle, describe_machine
+    from bench.report import Report
     from engines.store import Bundle
-    from runtime.config import Settings
     from runtime.pipeline import Show1Pipeline
 
     prompts = quality.load_prompts(arguments.prompts)
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
-    settings = Settings.from_dict(bundle.manifest.defaults).with_preset(arguments.preset)
-    if arguments.steps is not None:
-        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
-    if arguments.guidance is not None:
-        settings = settings.with_guidance(parse_stage_values(arguments.guidance, float))
-    machine, engines = describe_machine(), describe_bundle(bundle)
+    settings = Settings.from_dict(bundle.manifest.defaults).with_options(
+        preset=arguments.preset, steps=arguments.steps, guidance=arguments.guidance
+    )
     asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
+    conditions = {"machine": describe_machine(), "bundle": describe_bundle(bundle), "run": asked}
     out = arguments.out
-    report.check_output(out / "report.json")
+    report = Report("quality", out / "report.json", conditions)
 
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
         result = quality.run_quality(
@@ -212,15 +206,8 @@ def _quality(arguments: argparse.Namespace) -> None:
             ),
         )
     tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(result["videos"])]
-    conditions = {"machine": machine, "bundle": engines, "run": asked}
-    parts = ["# Quality", *(f"{name}\n\n```\n{report.facts(values)}\n```" for name, values in conditions.items())]
-    parts += [table.as_markdown() for table in tables]
-    parts += [f"![videos]({path.name})" for path in sorted(out.glob("sheet-*.png"))]
-    report.write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {"videos": result["videos"], "faithfulness": asdict(result["faithfulness"])}
-    report.write_json(out / "report.json", {"format": report.FORMAT, "benchmark": "quality", **conditions, **numbers})
-    print("\n\n".join(table.as_text() for table in tables))
-    print(f"\nwritten to {out}: report.md, report.json, contact sheets, clips")
+    report.finish(numbers, tables, {}, pictures=sorted(out.glob("sheet-*.png")))
 
 
 def _built(checkpoint: Path) -> Path:

@@ -25,6 +25,7 @@ from engines.errors import SettingsError
 from engines.store import Bundle
 from export import networks
 from export.checkpoint import file_hash
+from export.modules.vae import downscaling
 from export.random_checkpoint import CONFIGS
 from runtime.config import Settings
 from runtime.runner import Engine
@@ -84,7 +85,7 @@ def count_work(
 ) -> dict[str, Work]:
     """By network of `stages`; `lengths` are the steps of each stage's denoising loop in a reference video."""
     vae = found["vae_encoder"].config
-    calls = reference_calls(settings, lengths, vae["latent_channels"], 2 ** (len(vae["block_out_channels"]) - 1))
+    calls = reference_calls(settings, lengths, vae["latent_channels"], downscaling(vae))
     wanted = {name: call for name, call in calls.items() if call.stage in stages}
     return {name: Work(call, baseline.network_flop(found[name], call)) for name, call in wanted.items()}
 

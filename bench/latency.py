@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import GIB, peak_memory_bytes
+from bench.machine import GIB
 from bench.plots import Bars
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure, summarize
 from engines.errors import SettingsError
+from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Settings, stage_sizes
 from runtime.ops import clip_to_frames
@@ -245,7 +246,7 @@ def _measure_stage(cascade: Cascade, stage: str, loop: int, warmup: int, repeats
         return list(calls), step_ends
 
     runs = [StageRun(timed.start, timed.end, *timed.result, loop) for timed in measure(run, warmup, repeats)]
-    return StageResult(stage, runs, load_seconds, peak_memory_bytes())
+    return StageResult(stage, runs, load_seconds, peak_memory())
 
 
 def _record_calls(engine: Engine, calls: list[EngineCall]) -> None:

@@ -101,16 +101,6 @@ def device(machine: dict[str, Any]) -> str:
     return "gpu" if "CUDAExecutionProvider" in machine["providers_available"] else "cpu"
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held so far (resident set; on Windows, working set). It never falls."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
-
-
 def git_commit(root: Path) -> str | None:
     """The checkout's commit, "+ changes" where files differ from it; None where `root` is not a checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")

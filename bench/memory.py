@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.latency import PROMPT
-from bench.machine import GIB, peak_memory_bytes
+from bench.machine import GIB
 from bench.plots import Axis, Chart
 from bench.report import NOTHING, Table, number
+from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, Settings
 from runtime.pipeline import Show1Pipeline, check_run
@@ -167,4 +168,4 @@ def run_memory(bundle: Bundle, settings: Settings, seed: int, keep_loaded: bool 
     with Show1Pipeline(EnginePool(bundle, keep_loaded)) as pipeline, Sampler() as sampler:
         pipeline(PROMPT, seed=seed, settings=settings, on_clip=lambda stage, _: ends.update({stage: sampler.now()}))
     assert tuple(ends) == DIFFUSION_STAGES
-    return Result(sampler.samples, ends, peak_memory_bytes())
+    return Result(sampler.samples, ends, peak_memory())

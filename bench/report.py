@@ -93,7 +93,14 @@ class Report:
         for name, values in self.conditions.items():
             print(f"{name}\n\n{facts(values)}\n", flush=True)
 
-    def save(self, numbers: Mapping[str, Any], tables: Sequence[Table], plots: Mapping[str, Plot]) -> None:
+    def save(
+        self,
+        numbers: Mapping[str, Any],
+        tables: Sequence[Table],
+        plots: Mapping[str, Plot],
+        pictures: Sequence[Path] = (),
+    ) -> None:
+        """`pictures` lie beside the page already."""
         parts = [f"# {self.benchmark}"]
         parts += [f"**{name}**\n\n```\n{facts(values)}\n```" for name, values in self.conditions.items()]
         parts += [table.as_markdown() for table in tables]
@@ -101,14 +108,22 @@ class Report:
             path = self.out.with_name(f"{self.out.stem}-{name}.svg")
             write_text(path, plot.svg())
             parts.append(f"![{name}]({path.name})")
+        parts += [f"![{path.stem}]({path.name})" for path in pictures]
         write_text(self.out.with_suffix(".md"), "\n\n".join(parts) + "\n")
         write_json(self.out, {"format": FORMAT, "benchmark": self.benchmark, **self.conditions, **numbers})
 
-    def finish(self, numbers: Mapping[str, Any], tables: Sequence[Table], plots: Mapping[str, Plot]) -> None:
-        self.save(numbers, tables, plots)
+    def finish(
+        self,
+        numbers: Mapping[str, Any],
+        tables: Sequence[Table],
+        plots: Mapping[str, Plot],
+        pictures: Sequence[Path] = (),
+    ) -> None:
+        self.save(numbers, tables, plots, pictures)
         for table in tables:
             print((table.as_markdown() if self.markdown else table.as_text()) + "\n")
-        print(f"written to {self.out.name}, with .md and .svg beside it")
+        beside = "pictures" if pictures else ".svg"
+        print(f"written to {self.out}, with .md and {beside} beside it")
 
 
 def check_output(path: Path) -> None:

@@ -29,6 +29,7 @@ from engines.catalog import TOKENIZERS, Network, networks_of
 from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
+from engines.memory import peak_memory
 from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
 from engines.store import Bundle, BundleWriter, hash_file
 from export import kernels, networks
@@ -261,7 +262,7 @@ def _engine_entry(
         job.made_from(),
         properties,
         graphs,
-        {"parameters": job.source.parameters, **seconds, "peak_bytes": _peak_memory()},
+        {"parameters": job.source.parameters, **seconds, "peak_bytes": peak_memory()},
     )
 
 
@@ -278,16 +279,6 @@ def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, Det
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(path.name, hash_file(path), path.stat().st_size)
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes: with the checkpoint's pages that it has mapped."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 _messages: Any = None  # a worker's queue to the process that shows progress

@@ -25,7 +25,7 @@ from export.checkpoint import (
 )
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
-from export.modules.vae import Autoencoder, VAEDecoder, VAEEncoder
+from export.modules.vae import Autoencoder, VAEDecoder, VAEEncoder, downscaling
 from runtime.config import stage_sizes
 from runtime.schedulers import SchedulerConfig
 
@@ -169,7 +169,7 @@ def _clip(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwor
 def _autoencoder(source: Source, precision: str) -> tuple[Any, int]:
     vae = _empty(lambda: Autoencoder(source.config))
     load_vae(vae, source.weights, _dtype(precision), source.where)
-    return vae, 2 ** (len(source.config["block_out_channels"]) - 1)
+    return vae, downscaling(source.config)
 
 
 def _vae_properties(source: Source, factor: int) -> dict[str, Any]:

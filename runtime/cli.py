@@ -7,13 +7,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError, Show1Error
-from runtime.config import NEGATIVE_PROMPT, PRESETS, SEED, Settings, parse_size, parse_stage_values
+from runtime.config import NEGATIVE_PROMPT, PRESETS, SEED
 
 EXAMPLES = """examples:
   show1-rt generate "a panda taking a selfie"
@@ -80,7 +79,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.save_stages:
         _make_folder(arguments.save_stages)
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
-    settings = _settings(pipeline.settings, arguments)
+    settings = pipeline.settings.with_options(
+        preset=arguments.preset,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        keyframes=arguments.keyframes,
+        size=arguments.size,
+    )
     check_run(pipeline.engines.bundle, settings)
 
     seconds: dict[str, float] = {}
@@ -121,19 +126,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(json.dumps({"out": str(out), "frames": len(video.frames), "cut": video.cut, **about, **times}, indent=1))
     else:
         print(out)
-
-
-def _settings(settings: Settings, arguments: argparse.Namespace) -> Settings:
-    settings = settings.with_preset(arguments.preset)
-    if arguments.steps is not None:
-        settings = settings.with_steps(parse_stage_values(arguments.steps, int))
-    if arguments.guidance is not None:
-        settings = settings.with_guidance(parse_stage_values(arguments.guidance, float))
-    if arguments.keyframes is not None:
-        settings = replace(settings, keyframes=arguments.keyframes)
-    if arguments.size is not None:
-        settings = replace(settings, size=parse_size(arguments.size))
-    return settings
 
 
 def _file_name(prompt: str, seed: int) -> str:

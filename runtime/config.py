@@ -88,6 +88,27 @@ class Settings:
             raise SettingsError(f"unknown preset {preset!r}; allowed: {', '.join(PRESETS)}.")
         return self.with_steps(_PRESET_STEPS[preset])
 
+    def with_options(
+        self,
+        *,
+        preset: str,
+        steps: str | None = None,
+        guidance: str | None = None,
+        keyframes: int | None = None,
+        size: str | None = None,
+    ) -> "Settings":
+        """As the options of a command line say: "base=75,sr1=125", "base=9", 8, "576x320". None leaves what is."""
+        settings = self.with_preset(preset)
+        if steps is not None:
+            settings = settings.with_steps(parse_stage_values(steps, int))
+        if guidance is not None:
+            settings = settings.with_guidance(parse_stage_values(guidance, float))
+        if keyframes is not None:
+            settings = replace(settings, keyframes=keyframes)
+        if size is not None:
+            settings = replace(settings, size=parse_size(size))
+        return settings
+
     def with_steps(self, steps: Mapping[str, int]) -> "Settings":
         return self._with_stages("num_inference_steps", steps)
 

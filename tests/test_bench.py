@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run 
 
 from bench.__main__ import main
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
-from bench.machine import describe_machine, git_commit, peak_memory_bytes
+from bench.machine import describe_machine, git_commit
 from bench.report import Table, facts, number, share, spread
 from bench.timing import Summary, measure, summarize
 from engines.errors import SettingsError
+from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import Settings
 
@@ -120,7 +121,7 @@ def test_conditions_name_no_path() -> None:
     text = json.dumps(describe_machine())
     assert str(ROOT) not in text
     assert json.loads(text)["cores"]["logical"] >= 1
-    assert peak_memory_bytes() > 2**20
+    assert peak_memory() > 2**20
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:

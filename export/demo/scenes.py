@@ -129,13 +129,13 @@ def render(clips: Clips, frames: Tensor, size: tuple[int, int], window: Window |
 
     image = _background(clips, x, y, pixel)[:, :, None]  # [B, 3, 1, H, W]
     image = image.expand(-1, -1, frames.shape[1], -1, -1)
+    centre = centres(clips, frames)[..., None, None]  # [B, 2 things, 2 axes, F, 1, 1]
     for i in reversed(range(MOST_THINGS)):
 
         def at(values: Tensor, i: int = i) -> Tensor:  # [B, 2, 2]: from start to end, [B, F, 1, 1]
             return (values[:, i, :1] + (values[:, i, 1:] - values[:, i, :1]) * u)[..., None, None]
 
-        centre = centres(clips, frames)[:, i, :, :, None, None]  # [B, 2, F, 1, 1]
-        dx, dy = x[:, None] - centre[:, 0], y[:, None] - centre[:, 1]  # [B, F, H, W] where they meet
+        dx, dy = x[:, None] - centre[:, i, 0], y[:, None] - centre[:, i, 1]  # [B, F, H, W] where they meet
         radius, angle = at(clips.radius), at(clips.angle)
         corners, inner = clips.corners[:, i, None, None, None], clips.inner[:, i, None, None, None]
         distance = _distance(dx, dy, radius, angle, corners, inner)

@@ -37,7 +37,7 @@ from export.modules.layers import (
 )
 from export.modules.text import T5Encoder
 from export.modules.unet import UNetContext, UNetStep, VideoUNet
-from export.modules.vae import VAEDecoder, VAEEncoder
+from export.modules.vae import VAEDecoder, VAEEncoder, downscaling
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SR1_SCALE, Settings
 from runtime.schedulers import SchedulerConfig, alphas_cumprod, max_inference_steps
@@ -47,7 +47,7 @@ from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 KEYFRAME_SIZE, LARGE_SIZE, FULL_SIZE = (64, 40), (256, 160), (576, 320)
 SETTINGS = Settings()
 EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
-_VAE_SCALE = 2 ** (len(cascade.NETWORKS["vae"][1]["block_out_channels"]) - 1)
+_VAE_SCALE = downscaling(cascade.NETWORKS["vae"][1])
 _ANYWHERE = 0.3  # share of windows that need not hold a thing
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
@@ -225,10 +225,10 @@ class Diffusion(Stage):
                 sample = torch.cat([sample, condition], dim=1)
         return sample, timestep.float(), embeds, target, *([] if levels is None else [levels.float()])
 
-    def consecutive(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Numbers of the lesson's frames, [B, F], from anywhere in the clips."""
+    def consecutive(self, index: Tensor, generator: torch.Generator, of: int = FRAMES) -> Tensor:
+        """Numbers of as many frames as the lesson has, [B, F], from anywhere in clips of `of` frames."""
         frames = self.lesson.frames
-        start = torch.randint(FRAMES - frames + 1, (len(index), 1), generator=generator, device=index.device)
+        start = torch.randint(of - frames + 1, (len(index), 1), generator=generator, device=index.device)
         return (start + torch.arange(frames, device=index.device)).float()
 
     def draw_levels(self, batch: int, generator: torch.Generator) -> Tensor | None:
@@ -277,11 +277,8 @@ class Base(Diffusion):
     ships = ("base",)
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        gap = INTERP_FRAMES - 1
-        starts = FRAMES // gap + 2 - self.lesson.frames
-        start = torch.randint(starts, (len(index), 1), generator=generator, device=index.device)
-        numbers = (start + torch.arange(self.lesson.frames, device=index.device)) * gap
-        return self.pool.frames(index, numbers.float(), self.lesson.size), None
+        keyframes = self.consecutive(index, generator, of=SETTINGS.keyframes)
+        return self.pool.frames(index, keyframes * (INTERP_FRAMES - 1), self.lesson.size), None
 
 
 class Interp(Diffusion):

@@ -22,6 +22,11 @@ _FIXED = {
 }
 
 
+def downscaling(config: Mapping[str, Any]) -> int:
+    """How many times as wide and high a frame is as its latents: every level but the last halves."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 class _Resnet(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, act: str):
         super().__init__()
