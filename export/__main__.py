@@ -237,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help="for each stage")
     training.add_argument("--stop-after", type=float, metavar="MINUTES", help="stop then; the same command continues")
     training.add_argument("--ship", action="store_true", help="end stages in progress as they are")
+    training.add_argument("--init", type=Path, metavar="DIR", help="start from the weights of this finished checkpoint")
+    training.add_argument("--skip-lessons", type=int, default=0, metavar="N", help="that its stages have had already")
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     training.add_argument("--batch", type=int, help="clips a step (default: what suits a data-centre GPU)")
     training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +230,28 @@ def test_a_stage_in_progress_can_be_shipped_as_it_is(tmp_path: Path) -> None:
     assert train(tmp_path, ["text"], ship=True, **options)
     assert cascade.has_network(tmp_path, "clip")
     assert not list((tmp_path / "state").glob("*"))
+
+
+def test_training_goes_on_from_a_finished_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lessons = (Lesson(0.5, (8, 8), 1), Lesson(0.25, (16, 8), 1), Lesson(0.25, (16, 8), 2))
+    monkeypatch.setitem(RECIPES, "base", replace(RECIPES["base"], lessons=lessons))
+    seen: list[tuple[Lesson, torch.Tensor]] = []
+    draw = stages.Base.draw
+
+    def record(stage: stages.Base, *arguments: Any) -> Any:
+        seen.append((stage.lesson, stage.unet.conv_in.weight.detach().clone()))
+        return draw(stage, *arguments)
+
+    monkeypatch.setattr(stages.Base, "draw", record)
+    options = {"steps": 2, "batch": 2, "pool": 8, "compiled": False, "report": lambda _: None}
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, ["text", "base"], **options)
+    seen.clear()
+    assert train(second, ["text", "base"], init=first, skip_lessons=1, **options)
+    assert [(*lesson.size, lesson.frames) for lesson, _ in seen] == [(16, 8, 1), (16, 8, 2)]
+    assert torch.equal(seen[0][1], cascade.load_network(first, "base").conv_in.weight)
+    with pytest.raises(CheckpointError, match="--init needs a finished demo checkpoint"):
+        train(tmp_path / "third", ["text"], init=tmp_path / "nothing", **options)
 
 
 def test_a_stage_asks_for_what_it_builds_on(tmp_path: Path) -> None:

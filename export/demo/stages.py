@@ -365,8 +365,10 @@ class Vae(Stage):
         error = self.decoder(mean + (0.5 * logvar).exp() * noise).float() - image
         # Differences of neighbours count apart: edges and fine lines are few pixels.
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        # So does the mean colour of every latent's square: small things are few pixels too.
+        colours = F.avg_pool2d(error, _VAE_SCALE).abs().mean()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.square().mean() + 0.3 * error.abs().mean() + 0.5 * edges + 1e-6 * divergence
+        return error.square().mean() + 0.3 * error.abs().mean() + 0.5 * edges + 0.5 * colours + 1e-6 * divergence
 
     def finish(self, generator: torch.Generator) -> None:
         """Give latents mean 0 and, times the published scaling factor, deviation 1; the decoder undoes it."""

@@ -45,6 +45,12 @@ class Recipe:
     bfloat16: bool = False  # where errors of 0.4 % do no harm: not at the start of runs from pure noise
     compiled: bool = True  # on a GPU, where the stage lasts long enough to be worth the compiler's minute
 
+    def without(self, lessons: int) -> "Recipe":
+        """The same, less the first `lessons`; at least the last one stays."""
+        left = self.lessons[lessons:] or self.lessons[-1:]
+        total = sum(lesson.share for lesson in left)
+        return replace(self, lessons=tuple(replace(lesson, share=lesson.share / total) for lesson in left))
+
     def lesson(self, progress: float) -> Lesson:
         """The lesson after this share of all steps."""
         ends = accumulate(lesson.share for lesson in self.lessons)
@@ -58,8 +64,8 @@ class Recipe:
         return sum(lesson.share * lesson.cost for lesson in self.lessons) / self.lessons[0].cost
 
 
-# Base learns from still pictures what things look like, then how they move, and only at the end in its own size: a step
-# costs what its pixels cost. The last lesson of each stage is what the runtime asks for.
+# Base learns from still pictures what things look like, from small frames how they move, then both in its own size: a
+# step costs what its pixels cost. The last lesson of each stage is what the runtime asks for.
 _TINY = (32, 20)
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), compiled=False),
@@ -74,7 +80,12 @@ RECIPES: dict[str, Recipe] = {
         stages.Base,
         0.36,
         192,
-        (Lesson(0.5, _TINY, 1), Lesson(0.3, _TINY, 4), Lesson(0.13, _TINY, 8), Lesson(0.07, KEYFRAME_SIZE, 8)),
+        (
+            Lesson(0.35, _TINY, 1),
+            Lesson(0.15, _TINY, 8),
+            Lesson(0.33, KEYFRAME_SIZE, 1),
+            Lesson(0.17, KEYFRAME_SIZE, 8),
+        ),
     ),
     "interp": Recipe(
         stages.Interp, 0.12, 192, (Lesson(0.8, _TINY, INTERP_FRAMES), Lesson(0.2, KEYFRAME_SIZE, INTERP_FRAMES))
@@ -105,6 +116,7 @@ class Run:
     batch: int
     pool: int
     steps: int | None  # None until the first steps have been timed
+    skipped: int = 0  # lessons
 
 
 class Trainer:
@@ -205,14 +217,17 @@ def train(
     save_every: float = 30.0,
     compiled: bool | None = None,
     ship: bool = False,
+    init: Path | None = None,
+    skip_lessons: int = 0,
     report: Callable[[str], None] = print,
 ) -> bool:
     """Train stages into the checkpoint `out`, in order; False when `stop_after` minutes ended it early.
 
     Each stage gets its share of `minutes`, planned as a number of steps once the first have been timed, or `steps`.
     Interrupted at any moment, the same call continues from the last state, written every `save_every` seconds and at
-    `stop_after`. `ship` ends stages that have a state as they are, for want of time. Raises SettingsError for settings
-    other than the state's, CheckpointError where an earlier stage is missing.
+    `stop_after`. `ship` ends stages that have a state as they are, for want of time. `init` is a finished checkpoint
+    whose weights to start from, `skip_lessons` how many of each stage's lessons these have had. Raises SettingsError
+    for settings other than the state's, CheckpointError where an earlier stage or a network of `init` is missing.
     """
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
@@ -226,16 +241,16 @@ def train(
     cascade.save_rest(out)
     clips = None
     for name in (name for name in RECIPES if name in names):
-        recipe, state = RECIPES[name], out / "state" / f"{name}.safetensors"
+        recipe, state = RECIPES[name].without(skip_lessons), out / "state" / f"{name}.safetensors"
         if _finished(out, name):
             report(f"{name}: finished before")
             continue
         start = time.monotonic()
         clips = clips or Pool(pool, seed, device)
-        run = Run(seed, batch or recipe.batch, pool, steps)
+        run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
         torch.manual_seed(seed)  # for the first weights
         fast = recipe.compiled and device == "cuda" if compiled is None else compiled
-        trainer = Trainer(_make(recipe, clips, out), recipe, run, fast)
+        trainer = Trainer(_make(recipe, clips, out, init), recipe, run, fast)
         if state.is_file():
             trainer.load(state)
         report(f"{name}: {sum(w.numel() for w in trainer.weights):,} weights, step {trainer.step}, {device}")
@@ -250,13 +265,19 @@ def train(
     return True
 
 
-def _make(recipe: Recipe, clips: Pool, out: Path) -> Stage:
+def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None) -> Stage:
     try:
-        return recipe.stage(clips, out)
+        stage = recipe.stage(clips, out)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename}: an earlier stage is not finished. Train text and vae first."
         ) from None
+    for name, network in stage.networks.items() if init else ():
+        try:
+            network.load_state_dict(cascade.load_network(init, name).state_dict())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error.filename}: --init needs a finished demo checkpoint.") from None
+    return stage
 
 
 def _finished(out: Path, name: str) -> bool:
@@ -312,9 +333,8 @@ def _now(trainer: Trainer) -> float:
 
 def main(arguments: Any) -> None:
     names = list(RECIPES) if arguments.stage == "all" else arguments.stage.split(",")
-    options = {
-        key: getattr(arguments, key) for key in ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship")
-    }
+    keys = ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship", "init", "skip_lessons")
+    options = {key: getattr(arguments, key) for key in keys}
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
     if done and arguments.pack and all(_finished(arguments.out, name) for name in RECIPES):
         cascade.pack(arguments.out, arguments.pack)
