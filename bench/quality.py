@@ -22,6 +22,7 @@ from engines.errors import OutputError, SettingsError
 from engines.store import write_atomically
 from export.demo.captions import Scene, Thing, evaluation_scenes
 from runtime.config import SEED
+from runtime.ops import psnr
 
 PROMPTS = Path(__file__).parent / "quality_prompts.json"
 ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
@@ -124,12 +125,6 @@ def _range(interval: tuple[float, float]) -> str:
 
 
 # Distances, all of uint8 [F, H, W, 3]
-
-
-def psnr(a: Frames, b: Frames) -> float:
-    """Peak signal-to-noise ratio over the whole clip, dB; infinite for equal clips."""
-    error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, dtype=np.float64)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def ssim(a: Frames, b: Frames) -> float:

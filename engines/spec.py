@@ -7,6 +7,7 @@ from engines.errors import ProfileError
 
 # What weights and activations are -> what the bindings are. NumPy has no bfloat16: those graphs cast at their borders.
 PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
+INT8 = "int8"  # what `engines.quantize` makes of a graph of one of these
 WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 

@@ -11,7 +11,7 @@ from engines.catalog import CATALOG, STAGES
 from engines.errors import SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
-from engines.spec import PRECISIONS
+from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
 from runtime.cli import run_command
@@ -25,24 +25,58 @@ DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `trai
 
 def _build(arguments: argparse.Namespace) -> None:
     from export.build import Backend, build  # torch: only when something is built
+    from export.int8 import plans_of
 
     targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
     if arguments.engine in ("onnxruntime", INDUCTOR) and (arguments.keep_onnx or arguments.attention != "fused"):
         raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {arguments.engine}.")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise SettingsError(f"--jobs {arguments.jobs}; allowed: 1 or more.")
+    if arguments.calibration is not None and arguments.precision != INT8:
+        raise SettingsError(f"--calibration is for --precision {INT8}; this is {arguments.precision}.")
+    precision, layers = arguments.precision, None
+    if precision == INT8:
+        judged = _build_int8(arguments)
+        for row in _int8_table(judged):
+            print(row)
+        if judged.root == arguments.out:
+            return
+        precision, layers = "fp16", plans_of(judged)
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
         arguments.stage.split(","),
-        arguments.precision,
+        precision,
         parse_size(arguments.size),
         arguments.force,
         arguments.jobs,
-        Backend.choose(arguments.engine, arguments.precision, targets, arguments.attention),
+        Backend.choose(arguments.engine, precision, targets, arguments.attention),
         arguments.keep_onnx,
+        layers,
     )
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
+
+
+def _build_int8(arguments: argparse.Namespace) -> Bundle:
+    """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
+    from export.build import Backend, build
+    from export.int8 import build_int8
+
+    backend = Backend.choose(arguments.engine, "fp16")
+    if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
+        raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
+    if arguments.calibration is not None:
+        floats = Bundle.open(arguments.calibration)
+    else:
+        beside = arguments.out.with_name(f"{arguments.out.name}-fp32")
+        print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
+        size = parse_size(arguments.size)
+        floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
+    out = arguments.out
+    if backend.name in tensorrt.FLAVOURS:
+        out = out.with_name(f"{out.name}-onnx")
+    print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
+    return build_int8(floats, out, arguments.stage.split(","), arguments.force)
 
 
 def _checkpoint(given: Path | None) -> Path:
@@ -78,7 +112,8 @@ def _train_demo(arguments: argparse.Namespace) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     if arguments.bundle:
-        for row in _cost_table(Bundle.open(arguments.bundle)):
+        bundle = Bundle.open(arguments.bundle)
+        for row in (*_cost_table(bundle), *_int8_table(bundle)):
             print(row)
         return
     print(f"{'engine':12} {'stage':7} {'checkpoint folder':42}")
@@ -98,6 +133,25 @@ def _cost_table(bundle: Bundle) -> Iterator[str]:
                 f"| {name} | {entry.backend} {entry.backend_version} | {entry.precision} "
                 f"| {cost['parameters'] / 1e6:,.1f} M | {plans / 1e6:,.1f} MB | {cost['export_s']:.0f} s "
                 f"| {cost['parity_s']:.0f} s | {cost['compile_s']:.0f} s | {cost['peak_bytes'] / 1e9:.1f} GB |"
+            )
+
+
+def _int8_table(bundle: Bundle) -> Iterator[str]:
+    """What int8 was worth to each engine, in Markdown; nothing for a bundle that never was to have any."""
+    verdicts = {name: entry.properties.get(INT8) for name, entry in bundle.manifest.engines.items()}
+    if not any(verdicts.values()):
+        return
+    yield ""
+    yield "| engine | precision | layers in int8 | speed | steps | video | bytes | because |"
+    yield "|---|---|--:|--:|--:|--:|--:|---|"
+    for name in CATALOG:
+        if verdict := verdicts.get(name):
+            entry, modes = bundle.manifest.engines[name], [layer["mode"] for layer in verdict["layers"].values()]
+            video = "" if verdict["psnr_db"] is None else f"{verdict['psnr_db']:.1f} dB"
+            yield (
+                f"| {name} | {entry.precision} | {sum(mode != 'float' for mode in modes)} of {len(modes)} "
+                f"| {verdict['speed']:.2f} x | {verdict['sqnr_db']:.1f} dB | {video} "
+                f"| {verdict['bytes'] / verdict['float_bytes']:.0%} | {verdict['why']} |"
             )
 
 
@@ -200,7 +254,13 @@ def _parser() -> argparse.ArgumentParser:
         help="TensorRT: form of attention over frames (default: %(default)s)",
     )
     build.add_argument("--keep-onnx", action="store_true", help="TensorRT: keep the ONNX files beside the plans")
-    build.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
+    build.add_argument("--precision", choices=[*PRECISIONS, INT8], default="fp32", help="default: %(default)s")
+    build.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="BUNDLE",
+        help="int8: float32 bundle of the same checkpoint (default: OUT-fp32, which is built first)",
+    )
     build.add_argument(
         "--size", default="576x320", help="video size that the engines are tuned for (default: %(default)s)"
     )

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -9,10 +10,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -30,7 +31,8 @@ from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.memory import peak_memory
-from engines.spec import PRECISIONS, WEIGHT_BYTES, GraphSpec
+from engines.quantize import LayerPlan, main_graph, quantize
+from engines.spec import INT8, PRECISIONS, WEIGHT_BYTES, GraphSpec
 from engines.store import Bundle, BundleWriter, hash_file
 from export import kernels, networks
 from export.checkpoint import find_folder, read_config
@@ -96,7 +98,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to build."""
+    """One engine to build. `layers` are to be quantised in its main graph (`export.int8`); TensorRT only."""
 
     source: Source
     precision: str
@@ -104,6 +106,7 @@ class Job:
     backend: Backend = Backend()
     keep_variance: bool = False
     keep_onnx: bool = False
+    layers: Mapping[str, LayerPlan] | None = None
 
     @property
     def name(self) -> str:
@@ -152,6 +155,9 @@ class Job:
             made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
         if self.backend.name in tensorrt.FLAVOURS:
             made_from["attention"] = self.backend.attention
+        if self.layers:
+            layers = json.dumps({name: asdict(plan) for name, plan in self.layers.items()})
+            made_from |= {"precision": INT8, "layers": hashlib.sha256(layers.encode()).hexdigest()}
         return made_from
 
 
@@ -195,6 +201,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
     on_ort = job.backend.name == compile_ort.BACKEND
     graphs = loaded.graphs if on_ort else [replace(graph, spec=graph.spec.narrowed()) for graph in loaded.graphs]
     detached: dict[str, DetachedModel] = {}
+    compiled: dict[str, DetachedModel] = {}
     hashes: dict[str, str] = {}
     for graph in graphs:
         report(f"tracing {graph.spec.name}")
@@ -205,11 +212,16 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
             compile_ort.compile_ort(model, plan, weights)
             hashes[graph.spec.name] = hash_file(plan)
             continue
-        compile_trt.prepare(model, job.precision, job.backend.attention)
-        if job.keep_onnx:
-            ir.save(model, plan, external_data=weights.name)
-        detached[graph.spec.name] = compile_trt.detach_weights(model)
-        hashes[graph.spec.name] = detached[graph.spec.name].sha256
+        if job.layers and graph.spec.name == main_graph(job.name):
+            quantized = model.clone()
+            quantize(quantized, job.layers)
+            compiled[graph.spec.name] = _detached(job, quantized, plan, weights)
+            detached[graph.spec.name] = _detached(
+                job, model
+            )  # what is compared: inputs at random are not calibrated for
+        else:
+            compiled[graph.spec.name] = detached[graph.spec.name] = _detached(job, model, plan, weights)
+        hashes[graph.spec.name] = compiled[graph.spec.name].sha256
     traced = time.perf_counter()
 
     parity = {}
@@ -223,7 +235,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
     compared = time.perf_counter()
 
     specs, properties = [graph.spec for graph in graphs], loaded.properties
-    del loaded, graphs, graph, runner  # what the module holds beside the weights' pages
+    del loaded, graphs, graph, runner, detached  # what the module holds beside the weights' pages
     gc.collect()
     files: dict[str, tuple[FileEntry, FileEntry | None]] = {}
     for spec in specs:
@@ -234,7 +246,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
         plan = folder / f"{spec.name}.plan"
         compile_trt.compile_trt(
             job.backend.name,
-            detached.pop(spec.name),
+            compiled.pop(spec.name),
             spec,
             plan,
             job.backend.targets,
@@ -250,6 +262,14 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
     return _engine_entry(job, properties, entries, seconds)
 
 
+def _detached(job: Job, model: ir.Model, plan: Path | None = None, weights: Path | None = None) -> DetachedModel:
+    """A traced model made ready for TensorRT; written to `plan` first where ONNX files are kept."""
+    compile_trt.prepare(model, job.precision, job.backend.attention)
+    if job.keep_onnx and plan and weights:
+        ir.save(model, plan, external_data=weights.name)
+    return compile_trt.detach_weights(model)
+
+
 def _engine_entry(
     job: Job, properties: dict[str, Any], graphs: dict[str, GraphEntry], seconds: dict[str, float]
 ) -> EngineEntry:
@@ -257,7 +277,7 @@ def _engine_entry(
         job.name,
         job.backend.name,
         job.backend.version,
-        job.precision,
+        INT8 if job.layers else job.precision,
         job.backend.targets,
         job.made_from(),
         properties,
@@ -315,7 +335,7 @@ def _exporter_hash(backend: str) -> str:
     files = [*sorted((here / "modules").glob("*.py"))]
     files += [here / name for name in ("checkpoint.py", "to_onnx.py", "networks.py")]
     compilers = {compile_ort.BACKEND: ("passes.py", "spec.py", "compile_ort.py"), INDUCTOR: ("spec.py",)}
-    compiler = compilers.get(backend, ("passes.py", "spec.py", "compile_trt.py"))
+    compiler = compilers.get(backend, ("passes.py", "spec.py", "compile_trt.py", "quantize.py"))
     files += [here.parent / "engines" / name for name in ("catalog.py", *compiler)]
     if backend == INDUCTOR:
         files.append(here / "to_inductor.py")
@@ -350,8 +370,9 @@ def build(
     jobs: int | None = None,
     backend: Backend | None = None,
     keep_onnx: bool = False,
+    layers: Mapping[str, Mapping[str, LayerPlan]] | None = None,
 ) -> Bundle:
-    """Build the engines of `stages` into the bundle `out`.
+    """Build the engines of `stages` into the bundle `out`; those named in `layers` with these layers in int8.
 
     Raises Show1Error subclasses: CheckpointError for unusable files, ParityError for a graph that computes something
     else, EngineError for one that does not compile, BundleError when `out` cannot take the result. Engines finished
@@ -367,7 +388,10 @@ def build(
     schedulers = networks.schedulers(checkpoint, wanted)
     tokenizers = _tokenizers(checkpoint, wanted)
     defaults = recommended_settings(checkpoint, size)
-    all_jobs = [Job(source, precision, size, backend, keep_onnx=keep_onnx) for source in sources]
+    all_jobs = [
+        Job(source, precision, size, backend, keep_onnx=keep_onnx, layers=(layers or {}).get(source.network.name))
+        for source in sources
+    ]
 
     with Bundle.writer(out) as bundle:
         pending = []

@@ -42,3 +42,9 @@ def frames_to_clip(frames: Frames) -> FloatArray:
     """uint8 [F, H, W, 3] -> float32 [F, 3, H, W] in [-1, 1]."""
     unit = np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
     return np.float32(2) * unit - np.float32(1)
+
+
+def psnr(a: Frames, b: Frames) -> float:
+    """Peak signal-to-noise ratio of two clips uint8 [F, H, W, 3], over all of them, dB; infinite for equal ones."""
+    error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, dtype=np.float64)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")

@@ -88,7 +88,8 @@ class Engine:
     """A loaded engine: its graphs by name, float32 arrays in and out, the time spent in them.
 
     `on_call(graph, start, seconds)`, if set, is told of every run of a graph: when the runtime turned to it, and what
-    the backend took. A step of a loop on the device counts as a run of its network.
+    the backend took. A step of a loop on the device counts as a run of its network. `on_feeds(graph, feeds)` sees what
+    `run` gives a graph, in the bindings' types, before it runs; copy what is to be kept.
     """
 
     def __init__(self, bundle: Bundle, entry: EngineEntry):
@@ -97,6 +98,7 @@ class Engine:
         self.seconds = 0.0
         self.calls = 0
         self.on_call: Callable[[str, float, float], None] | None = None
+        self.on_feeds: Callable[[str, Mapping[str, Array]], None] | None = None
         self._runners: dict[str, Runner] = {}
         if reason := why_unusable(bundle, entry):
             raise BundleError(f"{entry.name}: {reason}.")
@@ -115,6 +117,8 @@ class Engine:
         spec = self.specs[graph]
         spec.check(self.name, {name: array.shape for name, array in feeds.items()})
         typed = {b.name: np.asarray(feeds[b.name], dtype=b.dtype) for b in spec.inputs}
+        if self.on_feeds is not None:
+            self.on_feeds(graph, typed)
         with self._timed(graph, turned):
             outputs = self._runners[graph].infer(typed)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
@@ -182,9 +186,13 @@ class EnginePool:
         self.engine_calls: dict[str, int] = {}
         self._loaded: dict[str, Engine] = {}
 
+    def open(self, name: str) -> Engine:
+        """Load an engine; `use` calls this when it is not in memory."""
+        return Engine(self.bundle, self.bundle.engine(name))
+
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Engine]:
-        engine = self._loaded.get(name) or Engine(self.bundle, self.bundle.engine(name))
+        engine = self._loaded.get(name) or self.open(name)
         self._loaded[name] = engine
         seconds, calls = engine.seconds, engine.calls
         try:

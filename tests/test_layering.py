@@ -22,7 +22,7 @@ ARROWS = {
 }
 
 # Compilers lie beside the catalog whose graphs they compile, and are imported by the exporter alone.
-COMPILERS = ("engines.compile_", "engines.passes")
+COMPILERS = ("engines.compile_", "engines.passes", "engines.quantize")
 
 # The one module of the runtime that may import torch: it is imported when an engine of inductor is asked for.
 ON_TORCH = "runtime.runner_inductor"

@@ -11,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run 
 
 from bench import quality
 from bench.judge import Frames, bootstrap, read, wilson
-from bench.quality import Prompt, faithfulness, feature_distance, flicker, load_prompts, make_prompts, psnr, ssim
+from bench.quality import Prompt, faithfulness, feature_distance, flicker, load_prompts, make_prompts, ssim
 from engines.errors import OutputError, SettingsError
 from export.demo.captions import held_out
+from runtime.ops import psnr
 
 PROMPTS = load_prompts(16)
 

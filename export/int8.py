@@ -1,0 +1,350 @@
+"""`export build --precision int8`: engines of a float32 bundle, calibrated on its own videos, quantised and judged.
+
+A float32 bundle makes a few videos. What its engines were given on the way, spread over the denoising steps of every
+stage, says how large the numbers of every layer get, and how much each layer loses in int8: that decides what stays
+high. An engine is then kept in int8 only where that pays and the video stays what it was.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines import quantize
+from engines.catalog import UNETS, networks_of
+from engines.compile_ort import BACKEND, compile_int8
+from engines.errors import SettingsError
+from engines.manifest import EngineEntry, FileEntry, Manifest
+from engines.quantize import LayerPlan, main_graph, signal_to_noise
+from engines.spec import INT8
+from engines.store import Bundle, BundleWriter, hash_file
+from runtime.config import Settings
+from runtime.ops import psnr
+from runtime.pipeline import Show1Pipeline
+from runtime.runner import Array, Engine, EnginePool, open_runner
+
+# Plain scenes: any text-to-video model can be asked for them, and the demo checkpoint knows the words.
+CALIBRATION_PROMPTS = (
+    "a small red circle moving left over a blue background",
+    "a large yellow star growing over a striped black background",
+)
+HELD_OUT_PROMPT = "a medium green triangle moving up over a white background"
+_STEPS = {"base": 10, "interp": 6, "if2": 8, "sr1": 4, "sr2": 5}  # of the videos made here
+_FEEDS = 8  # calls of each graph that are kept, at least; up to twice as many
+_JUDGED = 3  # of the held-out video's
+_ROUNDS = 3  # of timing
+_EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
+
+LEAST_LAYER_SQNR = 25.0  # dB, of a layer's output: below, the layer keeps half or full precision
+LEAST_PSNR = 30.0  # dB, of the held-out video with this engine in int8 to the one without
+LEAST_SPEED = 1.05  # times float32's
+MOST_BYTES = 0.75  # of float32's, where memory is the reason
+
+Feeds = dict[str, Array]
+
+
+@dataclass
+class _Spread:
+    """Some calls out of many, evenly spread over all of them, however many there will be."""
+
+    feeds: list[Feeds] = field(default_factory=list)
+    every: int = 1
+    seen: int = 0
+
+    def add(self, feeds: Mapping[str, Array]) -> None:
+        if self.seen % self.every == 0:
+            self.feeds.append({name: array.copy() for name, array in feeds.items()})
+            if len(self.feeds) == 2 * _FEEDS:
+                self.feeds, self.every = self.feeds[::2], 2 * self.every
+        self.seen += 1
+
+
+class _Pool(EnginePool):
+    """Engines of a bundle, some of them swapped for candidates; notes what they are given."""
+
+    def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
+        super().__init__(bundle)
+        self._swapped = swapped or {}
+        self.calls: dict[tuple[str, str], _Spread] = {}
+
+    def open(self, name: str) -> Engine:
+        bundle = self._swapped.get(name, self.bundle)
+        engine = Engine(bundle, bundle.engine(name))
+        engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Spread()).add(feeds)
+        return engine
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an engine, kept in the manifest (`properties["int8"]`).
+
+    `speed` is in float32's, `sqnr_db` of the main graph's output on steps of the held-out video, `psnr_db` of that
+    video with this engine alone in int8. `layers` has for each layer of the main graph its mode, its ranges, and the dB
+    that int8, and int8 weights alone, leave of its output.
+    """
+
+    kept: bool
+    why: str
+    speed: float
+    sqnr_db: float
+    psnr_db: float
+    bytes: int
+    float_bytes: int
+    layers: dict[str, dict[str, Any]]
+
+
+def build_int8(
+    floats: Bundle,
+    out: Path,
+    stages: Iterable[str] = ("all",),
+    force: bool = False,
+    settings: Settings | None = None,
+) -> Bundle:
+    """Quantise the engines of `stages` of a float32 ONNX Runtime bundle into the bundle `out`.
+
+    Engines that int8 does not serve are taken over as they are. `settings` are those of the videos made for it, by
+    default the bundle's with few steps. Raises SettingsError for a bundle of other engines,
+    BundleError where one is missing or `out` cannot take the result.
+    """
+    for network in networks_of(["all"]):
+        entry = floats.engine(network.name)
+        if entry.backend != BACKEND or entry.precision != "fp32":
+            raise SettingsError(
+                f"{floats.root}: {entry.name} is {entry.backend} {entry.precision}; calibration needs onnxruntime fp32."
+            )
+    wanted = [network.name for network in networks_of(stages)]
+    settings = settings or Settings.from_dict(floats.manifest.defaults).with_steps(_STEPS)
+    calibration = _fingerprint(floats, settings)
+    with Bundle.writer(out) as bundle:
+        pending = []
+        for name in wanted:
+            source = {**floats.engine(name).source, "precision": INT8, "calibration": calibration}
+            reason = "--force" if force else _why_stale(bundle, name, source)
+            print(f"{name}: {reason or 'up to date'}", file=sys.stderr)
+            if reason:
+                pending.append((name, source))
+        manifest = floats.manifest
+        for tokenizer in manifest.tokenizers:
+            bundle.install_tokenizer(tokenizer, floats.tokenizer(tokenizer).read_text(encoding="utf-8"))
+        if pending:
+            _build(floats, bundle, pending, settings)
+        bundle.update(
+            versions=manifest.versions,
+            size=manifest.size,
+            defaults=manifest.defaults,
+            schedulers=manifest.schedulers,
+        )
+        return Bundle(bundle.root, bundle.manifest)
+
+
+def _build(floats: Bundle, bundle: BundleWriter, pending: list[tuple[str, dict[str, str]]], settings: Settings) -> None:
+    started = time.perf_counter()
+    calls: dict[tuple[str, str], list[Feeds]] = {}
+    for prompt in CALIBRATION_PROMPTS:
+        _say(f"calibrating on {prompt!r}")
+        pool = _Pool(floats)
+        _video(pool, prompt, settings)
+        for key, spread in pool.calls.items():
+            calls.setdefault(key, []).extend(spread.feeds)
+    _say(f"judging by {HELD_OUT_PROMPT!r}")
+    pool = _Pool(floats)
+    reference = _video(pool, HELD_OUT_PROMPT, settings)
+    each = (time.perf_counter() - started) / len(pending)
+    for name, source in pending:
+        started = time.perf_counter()
+        with bundle.scratch() as scratch:
+            folder = scratch / name
+            entry = floats.engine(name)
+            graph = main_graph(name)
+            held_out = pool.calls[name, graph].feeds
+            held_out = held_out[:: max(1, len(held_out) // _JUDGED)]
+            candidate, verdict = _quantized(floats, entry, calls[name, graph], held_out, folder, scratch)
+            swapped = Bundle(folder, Manifest(engines={name: candidate}))
+            decibels = psnr(reference, _video(_Pool(floats, {name: swapped}), HELD_OUT_PROMPT, settings))
+            verdict = replace(verdict, psnr_db=min(decibels, _EQUAL))
+            if decibels < LEAST_PSNR:
+                verdict = replace(verdict, kept=False, why=f"changes the video: {decibels:.1f} dB")
+            if not verdict.kept:
+                shutil.rmtree(folder)
+                candidate = _copy(floats, entry, folder)
+            seconds = each + time.perf_counter() - started
+            candidate = replace(
+                candidate,
+                source=source,
+                properties={**entry.properties, INT8: asdict(verdict)},
+                cost={**entry.cost, "int8_s": seconds},
+            )
+            bundle.install(folder, candidate)
+        _say(f"{name}: {'int8' if verdict.kept else 'stays float32'}, {verdict.why}")
+
+
+def _video(pool: _Pool, prompt: str, settings: Settings) -> NDArray[np.uint8]:
+    with Show1Pipeline(pool) as pipeline:
+        return pipeline(prompt, settings=settings).frames
+
+
+def _quantized(
+    floats: Bundle, entry: EngineEntry, feeds: list[Feeds], held_out: list[Feeds], folder: Path, scratch: Path
+) -> tuple[EngineEntry, Verdict]:
+    """A candidate in `folder`, and whether it may be kept as far as speed and memory go."""
+    name = main_graph(entry.name)
+    plan = floats.path(entry.graphs[name].plan)
+    by_memory = entry.name not in UNETS and not entry.name.startswith("vae")  # encoders run once for a video
+    measured = measure_layers(ir.load(plan), feeds, scratch)
+    plans = {layer: choose(row, by_memory) for layer, row in measured.items()}
+    candidate = _copy(floats, entry, folder)
+    model = ir.load(plan)
+    quantize.quantize(model, plans)
+    compile_int8(model, folder / f"{name}.onnx", folder / f"{name}.weights")
+    graph = replace(
+        candidate.graphs[name],
+        plan=_file(folder / f"{name}.onnx"),
+        weights=_file(folder / f"{name}.weights"),
+        graph_sha256=hash_file(folder / f"{name}.onnx"),
+    )
+    sqnr, speed, rows = _compare(plan, folder / f"{name}.onnx", held_out)
+    graph = replace(graph, parity=rows)
+    candidate = replace(candidate, precision=INT8, graphs={**candidate.graphs, name: graph})
+    size, was = (sum(file.bytes for file in e.files()) for e in (candidate, entry))
+    if by_memory:
+        kept, why = size <= MOST_BYTES * was, f"{size / was:.0%} of the bytes"
+    else:
+        kept, why = speed >= LEAST_SPEED, f"{speed:.2f} times float32's speed"
+    layers = {
+        layer: {"mode": plans[layer].mode, "reads": r, "writes": w, "int8_db": int8, "weights_db": weights}
+        for layer, ((r, w), int8, weights) in measured.items()
+    }
+    return candidate, Verdict(kept, why, speed, sqnr, 0.0, size, was, layers)
+
+
+def choose(measured: tuple[tuple[float, float], float, float], weights_only: bool = False) -> LayerPlan:
+    """A layer's plan from its ranges and the decibels that int8, and int8 weights alone, leave of its output."""
+    ranges, int8, weights = measured
+    if weights_only:
+        return LayerPlan("weights" if weights >= LEAST_LAYER_SQNR else "float")
+    return LayerPlan("int8", *ranges) if int8 >= LEAST_LAYER_SQNR else LayerPlan("float")
+
+
+def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
+    """Engine -> layers, of a bundle made by `build_int8`, for cards whose memory is the reason: whatever was fast on
+    this machine, all engines that leave the video as it was, and layers that do not bear int8 in their weights.
+    """
+
+    def plan(layer: Mapping[str, Any]) -> LayerPlan:
+        if layer["int8_db"] >= LEAST_LAYER_SQNR and layer["mode"] != "weights":
+            return LayerPlan("int8", layer["reads"], layer["writes"])
+        return LayerPlan("weights" if layer["weights_db"] >= LEAST_LAYER_SQNR else "float")
+
+    verdicts = {name: entry.properties[INT8] for name, entry in bundle.manifest.engines.items()}
+    return {
+        name: {layer: plan(row) for layer, row in verdict["layers"].items()}
+        for name, verdict in verdicts.items()
+        if verdict["psnr_db"] >= LEAST_PSNR
+    }
+
+
+def measure_layers(
+    model: ir.Model, feeds: list[Feeds], scratch: Path
+) -> dict[str, tuple[tuple[float, float], float, float]]:
+    """By layer: the largest magnitudes (read, written), and the dB that int8, and int8 weights alone, leave of what it
+    writes when it reads full precision."""
+    names = list(quantize.layers(model.graph))
+    if not names:
+        return {}
+    largest = np.max(_scalars(quantize.observe(model), feeds, scratch / "observe.onnx"), axis=0)
+    ranges = {name: (float(r), float(w)) for name, (r, w) in zip(names, largest.reshape(-1, 2), strict=True)}
+    energies = np.sum(_scalars(quantize.compare(model, ranges), feeds, scratch / "compare.onnx"), axis=0)
+    return {
+        name: (ranges[name], signal_to_noise(signal, int8), signal_to_noise(signal, weights))
+        for name, (signal, int8, weights) in zip(names, energies.reshape(-1, 3).tolist(), strict=True)
+    }
+
+
+def _scalars(model: ir.Model, feeds: list[Feeds], path: Path) -> NDArray[np.float64]:
+    """[feeds, N] of a model of `quantize.observe` or `compare`."""
+    ir.save(model, path, external_data=f"{path.name}.weights")
+    runner = open_runner(BACKEND, path)
+    try:
+        return np.stack([runner.infer(row)["scalars"] for row in feeds]).astype(np.float64)
+    finally:
+        runner.close()
+
+
+def _compare(float_plan: Path, plan: Path, feeds: list[Feeds]) -> tuple[float, float, list[dict[str, Any]]]:
+    """SQNR of the outputs in dB, speed in float32's (the faster of interleaved runs), and a row of errors per feed."""
+    runners = [open_runner(BACKEND, path) for path in (float_plan, plan)]
+    try:
+        rows, signal, noise = [], 0.0, 0.0
+        for row in feeds:
+            reference, actual = (runner.infer(row) for runner in runners)
+            errors = [np.abs(actual[key] - reference[key]).astype(np.float64) for key in reference]
+            signal += sum(float(np.square(value, dtype=np.float64).sum()) for value in reference.values())
+            noise += sum(float(np.square(error).sum()) for error in errors)
+            rows.append(
+                {
+                    "max_error": max(float(error.max()) for error in errors),
+                    "mean_error": max(float(error.mean()) for error in errors),
+                    "max_value": max(float(np.abs(value).max()) for value in reference.values()),
+                }
+            )
+        rounds = [[_timed(runner.infer, feeds[0]) for runner in runners] for _ in range(_ROUNDS)]
+        seconds = np.min(rounds, axis=0)
+    finally:
+        for runner in runners:
+            runner.close()
+    return signal_to_noise(signal, noise), float(seconds[0] / seconds[1]), rows
+
+
+def _timed(infer: Callable[[Feeds], Any], feeds: Feeds) -> float:
+    start = time.perf_counter()
+    infer(feeds)
+    return time.perf_counter() - start
+
+
+def _copy(floats: Bundle, entry: EngineEntry, folder: Path) -> EngineEntry:
+    """An engine's files in a new `folder`, and its entry with paths relative to that."""
+    folder.mkdir()
+
+    def copied(file: FileEntry) -> FileEntry:
+        path = floats.path(file)
+        shutil.copyfile(path, folder / path.name)
+        return replace(file, path=path.name)
+
+    graphs = {
+        name: replace(graph, plan=copied(graph.plan), weights=copied(graph.weights) if graph.weights else None)
+        for name, graph in entry.graphs.items()
+    }
+    return replace(entry, graphs=graphs)
+
+
+def _file(path: Path) -> FileEntry:
+    return FileEntry(path.name, hash_file(path), path.stat().st_size)
+
+
+def _fingerprint(floats: Bundle, settings: Settings) -> str:
+    """Everything that the decisions depend on, but the machine's speed."""
+    engines = floats.manifest.engines
+    code = [Path(quantize.__file__).read_bytes(), Path(__file__).read_bytes()]
+    seals = json.dumps({name: entry.seal for name, entry in engines.items()} | settings.to_dict())
+    return hashlib.sha256(b"".join(part.replace(b"\r\n", b"\n") for part in (*code, seals.encode()))).hexdigest()
+
+
+def _why_stale(bundle: Bundle, name: str, source: dict[str, str]) -> str | None:
+    entry = bundle.manifest.engines.get(name)
+    if entry is None:
+        return "not built yet"
+    changed = sorted(key for key in {*entry.source, *source} if entry.source.get(key) != source.get(key))
+    return f"changed: {', '.join(changed)}" if changed else "; ".join(bundle.problems(entry)) or None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

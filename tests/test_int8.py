@@ -1,0 +1,305 @@
+"""INT8: which layers, what the rewritten graphs compute, and a whole cascade quantised and judged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+import onnx_ir as ir
+from onnxruntime.quantization import quant_utils
+from torch import Tensor, nn
+
+from engines import quantize
+from engines.catalog import CATALOG
+from engines.compile_ort import compile_int8
+from engines.errors import SettingsError
+from engines.passes import unsigned_activations
+from engines.quantize import LayerPlan, layers, quantize_weight
+from engines.spec import INT8, Axis, Binding, GraphSpec
+from engines.store import Bundle
+from export import int8
+from export.__main__ import main
+from export.int8 import LEAST_LAYER_SQNR, build_int8, choose, measure_layers, plans_of
+from export.to_onnx import trace
+from runtime.config import Settings
+from runtime.pipeline import Show1Pipeline
+from runtime.runner_ort import OrtRunner
+
+pytestmark = pytest.mark.torch
+
+SETTINGS = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
+
+
+class Tiny(nn.Module):
+    """Convolution, a vector from outside, convolution, product, convolution: the third and fourth can be quantised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((4, 16), (16, 16), (16, 4)))
+        self.vector, self.product = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        b = self.first(x) + self.vector(emb)[:, :, None, None]
+        e = self.product(self.middle(b).flatten(2).transpose(1, 2))
+        return self.last(e.transpose(1, 2).unflatten(2, (8, 8)) + b)
+
+
+def tiny() -> ir.Model:
+    torch.manual_seed(0)
+    image = ("batch", 4, 8, 8)
+    spec = GraphSpec(
+        "tiny",
+        (Binding("x", "float32", image), Binding("emb", "float32", ("batch", 16))),
+        (Binding("y", "float32", image),),
+        {"default": {"batch": Axis(1, 2, 4)}},
+    )
+    module = Tiny().eval().requires_grad_(False)
+    return trace(module, spec, (torch.randn(2, 4, 8, 8), torch.randn(2, 16)))
+
+
+def feeds(seed: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.standard_normal((2, 4, 8, 8)).astype(np.float32),
+        "emb": rng.standard_normal((2, 16)).astype(np.float32),
+    }
+
+
+def run(model: ir.Model, folder: Path, given: dict[str, np.ndarray]) -> np.ndarray:
+    ir.save(model, folder / "model.onnx")
+    runner = OrtRunner(folder / "model.onnx")
+    try:
+        (output,) = runner.infer(given).values()
+        return output
+    finally:
+        runner.close()
+
+
+def inside(folder: Path, seed: int = 1) -> list[np.ndarray]:
+    """What the convolution reads and writes, then the product."""
+    found = []
+    for number in range(4):
+        model = tiny()
+        node = list(layers(model.graph).values())[number // 2]
+        value = node.outputs[0] if number % 2 else node.inputs[0]
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.outputs[:] = [value]
+        found.append(run(model, folder, feeds(seed)))
+    return found
+
+
+def weight_of(model: ir.Model, name: str) -> np.ndarray:
+    return layers(model.graph)[name].inputs[1].const_value.numpy()
+
+
+def fake(x: np.ndarray, largest: float) -> np.ndarray:
+    scale = np.float32(largest / 127)
+    return np.clip(np.rint(x / scale), -127, 127).astype(np.float32) * scale
+
+
+def names(model: ir.Model) -> tuple[str, str]:
+    convolution, product = layers(model.graph)
+    return convolution, product
+
+
+def test_first_and_last_convolutions_and_vectors_stay_as_they_are() -> None:
+    graph = tiny().graph
+    assert [node.op_type for node in layers(graph).values()] == ["Conv", "MatMul"]
+    assert [node.op_type for node in graph if node.op_type in ("Conv", "Gemm", "MatMul")].count("Conv") == 3
+
+
+def test_weights_are_quantised_as_onnx_runtime_would() -> None:
+    weight = np.random.default_rng(3).standard_normal((5, 7, 3, 1)).astype(np.float32)
+    weight[2] = 0  # a channel without weights
+    integers, scale = quantize_weight(weight, 0)
+    assert integers.dtype == np.int8 and integers.shape == weight.shape
+    for channel in (0, 1, 3, 4):
+        low, high = weight[channel].min(), weight[channel].max()
+        zero, expected = quant_utils.compute_scale_zp(low, high, np.int8(-127), np.int8(127), symmetric=True)
+        assert zero == 0 and scale[channel] == pytest.approx(float(expected), rel=1e-6)
+        np.testing.assert_array_equal(integers[channel], np.rint(weight[channel] / scale[channel]))
+    assert not integers[2].any()
+    assert np.abs(integers * scale[:, None, None, None] - weight).max() <= scale.max() / 2 * 1.001
+
+
+def test_calibration_sees_the_largest_magnitudes(tmp_path: Path) -> None:
+    model = tiny()
+    scalars = run(quantize.observe(model), tmp_path, feeds())
+    np.testing.assert_allclose(scalars, [np.abs(value).max() for value in inside(tmp_path)], rtol=1e-6)
+
+
+def test_a_quantised_graph_computes_what_integers_leave(tmp_path: Path) -> None:
+    model = tiny()
+    convolution, product = names(model)
+    reads, writes, *_ = inside(tmp_path)
+    plans = {
+        convolution: LayerPlan("int8", float(np.abs(reads).max()), float(np.abs(writes).max())),
+        product: LayerPlan("weights"),
+    }
+    restored = {}
+    for name, axis in ((convolution, 0), (product, 1)):
+        integers, scale = quantize_weight(weight_of(model, name), axis)
+        restored[name] = torch.from_numpy(integers * (scale[:, None, None, None] if axis == 0 else scale))
+    torch.manual_seed(0)
+    module = Tiny()
+    with torch.no_grad():
+        c = torch.conv2d(
+            torch.from_numpy(fake(reads, plans[convolution].reads)),
+            restored[convolution],
+            module.middle.bias,
+            padding=1,
+        )
+        c = torch.from_numpy(fake(c.numpy(), plans[convolution].writes))
+        e = (c.flatten(2).transpose(1, 2) @ restored[product]).transpose(1, 2).unflatten(2, (8, 8))
+        expected = module.last(e + torch.from_numpy(reads)).numpy()
+
+    before = len(model.graph.initializers)
+    quantize.quantize(model, plans)
+    assert len(model.graph.initializers) == before - 2 + 6 + 4  # weights gone; integers, scales, zeros; two activations
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("QuantizeLinear") == 2 and kinds.count("DequantizeLinear") == 4
+    zeros = [node.inputs[2].const_value.numpy() for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros)  # as TensorRT wants them
+
+    compile_int8(model, tmp_path / "int8.onnx", tmp_path / "int8.weights")
+    runner = OrtRunner(tmp_path / "int8.onnx")
+    actual = runner.infer(feeds())["y"]
+    runner.close()
+    error, step = np.abs(actual - expected), plans[convolution].writes / 127
+    assert error.max() < 2 * step  # where rounding met a tie and fell the other way
+    assert error.mean() < 0.02 * step
+
+
+def test_unsigned_activations_are_the_same_numbers(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    g (float[N] x) => (float[N] y) <float scale = {0.1}, int8 zero = {0}> {
+       q = QuantizeLinear (x, scale, zero)
+       y = DequantizeLinear (q, scale, zero)
+    }
+    """
+    x = {"x": np.linspace(-15, 15, 1001, dtype=np.float32)}
+    signed, unsigned = ir.from_onnx_text(text), ir.from_onnx_text(text)
+    unsigned_activations(unsigned.graph)
+    a, b = run(signed, tmp_path, x), run(unsigned, tmp_path, x)
+    np.testing.assert_array_equal(a, b)
+    assert b.max() == pytest.approx(12.7)
+
+
+def test_every_layer_is_measured_on_what_it_reads_in_full_precision(tmp_path: Path) -> None:
+    model = tiny()
+    convolution, product = names(model)
+    measured = measure_layers(model, [feeds(1), feeds(2)], tmp_path)
+    given = [inside(tmp_path, seed) for seed in (1, 2)]
+    ranges, int8_db, weights_db = measured[product]
+    assert ranges == pytest.approx([max(np.abs(row[i]).max() for row in given) for i in (2, 3)])
+    integers, scale = quantize_weight(weight_of(model, product), 1)
+
+    def decibels(read: Callable[[np.ndarray], np.ndarray]) -> float:
+        signal = sum(np.square(e).sum() for *_, e in given)
+        noise = sum(np.square(read(d) @ (integers * scale) - e).sum() for *_, d, e in given)
+        return float(10 * np.log10(signal / noise))
+
+    assert weights_db == pytest.approx(decibels(lambda d: d), abs=0.05)
+    assert int8_db == pytest.approx(decibels(lambda d: fake(d, ranges[0])), abs=0.05)
+    assert measured[convolution][1] < measured[convolution][2]  # activations cost more than weights
+
+
+def test_a_layer_that_loses_too_much_stays_high() -> None:
+    high, low = LEAST_LAYER_SQNR + 1, LEAST_LAYER_SQNR - 1
+    assert choose(((1.0, 2.0), high, high)) == LayerPlan("int8", 1.0, 2.0)
+    assert choose(((1.0, 2.0), low, high)) == LayerPlan("float")
+    assert choose(((1.0, 2.0), high, high), weights_only=True) == LayerPlan("weights")
+    assert choose(((1.0, 2.0), low, low), weights_only=True) == LayerPlan("float")
+
+
+def test_spread_calls_cover_a_run_of_any_length() -> None:
+    spread = int8._Spread()
+    for number in range(1000):
+        spread.add({"x": np.array(number)})
+    kept = [int(row["x"]) for row in spread.feeds]
+    assert 8 <= len(kept) < 16 and kept[0] == 0 and kept[-1] > 800
+    assert len(set(np.diff(kept))) == 1
+
+
+@pytest.fixture(scope="module")
+def quantised(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden cascade with every engine that leaves its tiny video alone in int8, however slow."""
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "LEAST_SPEED", 0.0)
+        patch.setattr(int8, "LEAST_PSNR", 12.0)
+        build_int8(Bundle.open(bundle), out, settings=SETTINGS)
+    return out
+
+
+def test_a_cascade_in_int8_makes_a_video(quantised: Path, bundle: Path) -> None:
+    opened = Bundle.open(quantised)
+    assert set(opened.manifest.engines) == set(CATALOG)
+    assert opened.manifest.schedulers == Bundle.open(bundle).manifest.schedulers
+    in_int8 = [name for name, entry in opened.manifest.engines.items() if entry.precision == INT8]
+    assert {"sr1", "base"} <= set(in_int8)
+    for entry in opened.manifest.engines.values():
+        assert not opened.problems(entry)
+        verdict = entry.properties[INT8]
+        assert verdict["kept"] == (entry.precision == INT8)
+        assert verdict["why"] and verdict["psnr_db"] > 0
+    sr1 = opened.engine("sr1").properties[INT8]
+    modes = [layer["mode"] for layer in sr1["layers"].values()]
+    assert modes.count("int8") > 20 and set(modes) <= {"int8", "float"}
+    assert sr1["bytes"] < 0.6 * sr1["float_bytes"]
+    text = opened.engine("t5").properties[INT8]["layers"]
+    assert "int8" not in {layer["mode"] for layer in text.values()}  # activations that do not bear it
+    with Show1Pipeline.from_bundle(quantised) as pipeline:
+        video = pipeline("a red circle", settings=SETTINGS)
+    assert video.frames.shape == (5, 64, 112, 3)
+
+
+def test_what_is_up_to_date_is_not_judged_again(
+    quantised: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "_build", lambda *_: pytest.fail("nothing has changed"))
+    build_int8(Bundle.open(bundle), quantised, settings=SETTINGS)
+    assert capsys.readouterr().err.count("up to date") == len(CATALOG)
+    assert main(["list", str(quantised)]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| int8 |") >= 4 and "layers in int8" in table
+
+
+def test_an_engine_that_int8_does_not_serve_stays_as_it_was(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "LEAST_SPEED", 1e9)
+    monkeypatch.setattr(int8, "LEAST_PSNR", 0.0)
+    floats = Bundle.open(bundle)
+    built = build_int8(floats, tmp_path / "out", ["base"], settings=SETTINGS)
+    entry = built.engine("base")
+    assert entry.precision == "fp32" and "times float32's speed" in entry.properties[INT8]["why"]
+    theirs = [(file.sha256, file.bytes) for file in floats.engine("base").files()]
+    assert [(file.sha256, file.bytes) for file in entry.files()] == theirs
+    assert not built.problems(entry)
+    plans = plans_of(built)["base"]  # a card may still want it, for its memory
+    assert sum(plan.mode == "int8" for plan in plans.values()) > 20
+    assert all(plan.reads > 0 for plan in plans.values() if plan.mode == "int8")
+    json.dumps(entry.properties)
+
+
+def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="calibration needs onnxruntime fp32"):
+        build_int8(Bundle.open(quantised), tmp_path / "out", settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp32", "--calibration", "x"], "--calibration is for --precision int8"),
+        (["--precision", "int8", "--engine", "inductor"], "for onnxruntime and TensorRT"),
+    ],
+)
+def test_impossible_requests_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--checkpoint", "demo", *options]) == 1
+    assert message in capsys.readouterr().err
