@@ -12,7 +12,7 @@ from typing import Any
 from engines.errors import OutputError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import run_command
-from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings
+from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -33,13 +33,14 @@ def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> li
 
 
 def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
-    """Of a bundle and as asked for; `guided` as the reference, although random networks recommend no guidance."""
-    settings = Settings.from_dict(defaults)
-    if guided:
-        settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
-    return settings.with_options(
+    """Of a bundle and as asked for; `guided` in every step as the reference, whatever bundle and preset recommend."""
+    settings = Settings.from_dict(defaults).with_options(
         preset=arguments.preset, steps=arguments.steps, keyframes=arguments.keyframes, size=arguments.video
     )
+    if guided:
+        settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
+        settings = settings.with_guided(dict.fromkeys(DIFFUSION_STAGES, ALL_STEPS))
+    return settings
 
 
 def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
@@ -188,7 +189,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     prompts = quality.load_prompts(arguments.prompts)
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
     settings = Settings.from_dict(bundle.manifest.defaults).with_options(
-        preset=arguments.preset, steps=arguments.steps, guidance=arguments.guidance
+        preset=arguments.preset, steps=arguments.steps, guidance=arguments.guidance, guided=arguments.guided
     )
     asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
     conditions = {"machine": describe_machine(), "bundle": describe_bundle(bundle), "run": asked}
@@ -323,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
     add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=20,sr1=4")
     add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
+    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
     add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
     add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser

@@ -30,6 +30,7 @@ def run_base(
             x,
             schedule,
             guidance_scale=settings.base.guidance_scale,
+            guided=settings.base.guided,
             noise=noise,
             on_step=step_counter(progress, "base"),
         )

@@ -40,13 +40,14 @@ class PromptedUnet:
 
     def __call__(self, sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
         timesteps = np.full(len(sample), timestep, np.float32)
-        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **self.context)
+        context = {name: value[-len(sample) :] for name, value in self.context.items()}  # the prompt's are the last
+        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **context)
         return outputs["noise_pred"], outputs.get("variance_frac")
 
     def start_loop(
-        self, x: FloatArray, schedule: Schedule, guidance_scale: float, condition: FloatArray | None
+        self, x: FloatArray, schedule: Schedule, guidance: FloatArray, condition: FloatArray | None
     ) -> Loop | None:
-        return self.engine.start_loop(x, schedule, guidance_scale, condition, self.context)
+        return self.engine.start_loop(x, schedule, guidance, condition, self.context)
 
 
 def prompted(

@@ -67,6 +67,7 @@ def fill_gaps(
                     np.repeat(x, len(batch), axis=0),
                     schedule,
                     guidance_scale=guidance,
+                    guided=settings.interp.guided,
                     noise=noise,
                     condition=batch,
                     on_step=step_counter(progress, "interp", number, len(batches)),

@@ -84,6 +84,7 @@ def upscale(
         x,
         make_schedule(scheduler_of(bundle, name), stage.num_inference_steps),
         guidance_scale=stage.guidance_scale,
+        guided=stage.guided,
         noise=noise,
         condition=condition,
         on_step=on_step,

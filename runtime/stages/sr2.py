@@ -62,6 +62,7 @@ def refine(
             x.swapaxes(0, 1)[None],  # [1, 4, F, h, w]
             schedule,
             guidance_scale=guidance,
+            guided=settings.sr2.guided,
             noise=noise,
             on_step=on_step,
         )
