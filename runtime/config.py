@@ -23,11 +23,16 @@ ALL_STEPS: Interval = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Settings of a denoising stage. `guided` is the part of its steps that guidance is applied in."""
+    """Settings of a denoising stage.
+
+    `guided` is the part of its steps that guidance is applied in, `spacing` how they are spread over the noise levels
+    (one of `runtime.schedulers.SPACINGS`; None: as the checkpoint's scheduler says).
+    """
 
     num_inference_steps: int
     guidance_scale: float
     guided: Interval = ALL_STEPS
+    spacing: str | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
@@ -110,12 +115,14 @@ class Settings:
         steps: str | None = None,
         guidance: str | None = None,
         guided: str | None = None,
+        spacing: str | None = None,
         keyframes: int | None = None,
         size: str | None = None,
     ) -> "Settings":
         """As the options of a command line say, None leaves what is.
 
-        E.g. steps "base=75,sr1=125", guidance "base=9", guided "base=0.5,sr1=0.1-0.6", keyframes 8, size "576x320".
+        E.g. steps "base=75,sr1=125", guidance "base=9", guided "base=0.5,sr1=0.1-0.6", spacing "sr1=logsnr",
+        keyframes 8, size "576x320".
         """
         settings = self.with_preset(preset)
         if steps is not None:
@@ -125,6 +132,8 @@ class Settings:
         if guided is not None:
             wanted, example = "END or BEGIN-END as shares of the steps", "base=0.5,sr1=0.1-0.6"
             settings = settings.with_guided(parse_stage_values(guided, parse_interval, wanted, example))
+        if spacing is not None:
+            settings = settings.with_spacing(parse_stage_values(spacing, _word, "SPACING", "sr1=logsnr"))
         if keyframes is not None:
             settings = replace(settings, keyframes=keyframes)
         if size is not None:
@@ -139,6 +148,9 @@ class Settings:
 
     def with_guided(self, guided: Mapping[str, Interval]) -> "Settings":
         return self._with_stages("guided", guided)
+
+    def with_spacing(self, spacing: Mapping[str, str | None]) -> "Settings":
+        return self._with_stages("spacing", spacing)
 
     def _with_stages(self, field: str, values: Mapping[str, Any]) -> "Settings":
         unknown = set(values) - set(DIFFUSION_STAGES)
@@ -166,6 +178,12 @@ def parse_interval(text: str) -> Interval:
     """ "0.1-0.6" -> (0.1, 0.6), "0.5" -> (0.0, 0.5). Raises ValueError."""
     begin, dash, end = text.partition("-")
     return (float(begin), float(end)) if dash else (0.0, float(begin))
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text.strip()
 
 
 def parse_stage_values(

@@ -165,6 +165,8 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--guided", "base=0.7-0.3"], "guided part of base: 0.7-0.3; allowed: BEGIN-END from 0 to 1"),
         (["--guided", "sr2=1.5"], "guided part of sr2: 0-1.5; allowed: BEGIN-END from 0 to 1"),
         (["--guided", "text=0.5"], "unknown stage text; allowed: base"),
+        (["--spacing", "base=karras"], "base: spacing is 'karras'; allowed: linspace, leading, trailing, logsnr"),
+        (["--spacing", "base"], "'base'; allowed: STAGE=SPACING, stages base, interp, if2, sr1, sr2, e.g. sr1=logsnr"),
         (["--guidance", "text=3"], "unknown stage text; allowed: base"),
         (["--steps", "sr1=0"], "steps of sr1: 0; allowed: 1 or more"),
         (["--steps", "if2=2000"], "if2: "),

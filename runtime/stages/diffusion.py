@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BundleError
+from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
+from runtime.config import StageSettings
 from runtime.runner import Engine, Loop
 from runtime.sampler import OnStep
-from runtime.schedulers import Schedule, SchedulerConfig
+from runtime.schedulers import Schedule, SchedulerConfig, make_schedule
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
@@ -29,6 +30,14 @@ def scheduler_of(bundle: Bundle, name: str) -> SchedulerConfig:
     if name not in bundle.manifest.schedulers:
         raise BundleError(f"{bundle.root}: no scheduler for {name}. Build its stage: `python -m export build`.")
     return SchedulerConfig.from_dict(bundle.manifest.schedulers[name], f"{bundle.root}: scheduler of {name}")
+
+
+def stage_schedule(bundle: Bundle, name: str, stage: StageSettings, strength: float = 1.0) -> Schedule:
+    """The steps of one denoising loop. Raises SettingsError, naming the stage, where they are impossible."""
+    try:
+        return make_schedule(scheduler_of(bundle, name), stage.num_inference_steps, strength, stage.spacing)
+    except SettingsError as error:
+        raise SettingsError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)
