@@ -173,6 +173,16 @@ def _kernels(arguments: argparse.Namespace) -> None:
     report.finish(*result)
 
 
+def _cost(arguments: argparse.Namespace) -> None:
+    from bench import cost
+    from bench.report import Report
+
+    costs = {preset: cost.Cost(Settings().with_preset(preset)) for preset in PRESETS}
+    video = {"video": "29 frames, 576x320", "networks": "published", "guidance": "the reference's"}
+    report = Report("cost", _out(arguments, "cost"), {"run": video}, arguments.markdown)
+    report.finish(cost.to_json(costs), cost.tables(costs), {"stages": cost.plot(costs)})
+
+
 def _check_counts(arguments: argparse.Namespace) -> None:
     for name, least in (("warmup", 0), ("repeats", 1)):
         if getattr(arguments, name, least) < least:
@@ -189,7 +199,11 @@ def _quality(arguments: argparse.Namespace) -> None:
     prompts = quality.load_prompts(arguments.prompts)
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
     settings = Settings.from_dict(bundle.manifest.defaults).with_options(
-        preset=arguments.preset, steps=arguments.steps, guidance=arguments.guidance, guided=arguments.guided
+        preset=arguments.preset,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        guided=arguments.guided,
+        spacing=arguments.spacing,
     )
     asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
     conditions = {"machine": describe_machine(), "bundle": describe_bundle(bundle), "run": asked}
@@ -300,6 +314,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=10, metavar="N", help="calls before the measured ones (default: 10)")
     add("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
 
+    command("cost", _cost, "work of a video by preset at published sizes, counted: nothing is run")
+
     add = command("memory", _memory, "memory over time while a video is made, engines loaded one by one")
     add_video(add, "draft")
 
@@ -325,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=20,sr1=4")
     add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
     add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
+    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
     add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
     add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser
