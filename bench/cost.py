@@ -40,26 +40,22 @@ def describe_stage(settings: Settings, name: str) -> str:
     return ", ".join(words)
 
 
-def tables(costs: Mapping[str, Cost]) -> list[Table]:
-    """PFLOP by preset and stage; the first preset is what others are cheaper than."""
+def work_table(costs: Mapping[str, Cost]) -> Table:
+    """PFLOP by preset and stage; others are compared with the first preset."""
     reference = next(iter(costs.values())).total
-    work = [
-        [
-            preset,
-            *(number(flop / _PETA) for flop in cost.stages.values()),
-            number(cost.total / _PETA),
-            number(reference / cost.total),
-        ]
-        for preset, cost in costs.items()
-    ]
-    steps = [
+    rows = []
+    for preset, cost in costs.items():
+        stages = [number(flop / _PETA) for flop in cost.stages.values()]
+        rows.append([preset, *stages, number(cost.total / _PETA), number(reference / cost.total)])
+    return Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], rows)
+
+
+def steps_table(costs: Mapping[str, Cost]) -> Table:
+    rows = [
         [preset, *(describe_stage(cost.settings, stage) for stage in DIFFUSION_STAGES)]
         for preset, cost in costs.items()
     ]
-    return [
-        Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], work),
-        Table("Steps", ["preset", *DIFFUSION_STAGES], steps),
-    ]
+    return Table("Steps", ["preset", *DIFFUSION_STAGES], rows)
 
 
 def plot(costs: Mapping[str, Cost]) -> Bars:
