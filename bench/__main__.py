@@ -200,6 +200,8 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     prompts = quality.load_prompts(arguments.prompts)
     presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
+    if arguments.presets and arguments.reference:
+        raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
     wanted = {name: getattr(arguments, name) for name in ("steps", "guidance", "guided", "spacing", "keyframes")}
     wanted["size"] = arguments.video

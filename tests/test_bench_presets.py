@@ -125,6 +125,18 @@ def test_the_command_compares_small_videos_of_few_prompts(
     assert "points and PSNR against fast" in capsys.readouterr().out
 
 
-def test_unknown_presets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quality", "--presets", "fast,best"]) == 1
-    assert "--presets best; allowed: all, reference, quick, fast, draft" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast,best"], "--presets best; allowed: all, reference, quick, fast, draft"),
+        (
+            ["fast,draft", "--reference", "x"],
+            "--reference goes with one --preset; --presets are compared with the first",
+        ),
+    ],
+)
+def test_presets_that_cannot_be_compared_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["quality", "--presets", *arguments]) == 1
+    assert message in capsys.readouterr().err
