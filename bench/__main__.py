@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engines.catalog import CATALOG
 from engines.errors import OutputError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import run_command
-from runtime.config import DIFFUSION_STAGES, PRESETS, SEED, Settings
+from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -33,13 +34,14 @@ def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> li
 
 
 def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
-    """Of a bundle and as asked for; `guided` as the reference, although random networks recommend no guidance."""
-    settings = Settings.from_dict(defaults)
-    if guided:
-        settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
-    return settings.with_options(
+    """Of a bundle and as asked for; `guided` in every step as the reference, whatever bundle and preset recommend."""
+    settings = Settings.from_dict(defaults).with_options(
         preset=arguments.preset, steps=arguments.steps, keyframes=arguments.keyframes, size=arguments.video
     )
+    if guided:
+        settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
+        settings = settings.with_guided(dict.fromkeys(DIFFUSION_STAGES, ALL_STEPS))
+    return settings
 
 
 def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
@@ -172,6 +174,16 @@ def _kernels(arguments: argparse.Namespace) -> None:
     report.finish(*result)
 
 
+def _cost(arguments: argparse.Namespace) -> None:
+    from bench import cost
+    from bench.report import Report
+
+    costs = {preset: cost.Cost(Settings().with_preset(preset)) for preset in PRESETS}
+    video = {"video": "29 frames, 576x320", "networks": "published", "guidance": "the reference's"}
+    report = Report("cost", _out(arguments, "cost"), {"run": video}, arguments.markdown)
+    report.finish(cost.to_json(costs), [cost.work_table(costs), cost.steps_table(costs)], {"stages": cost.plot(costs)})
+
+
 def _check_counts(arguments: argparse.Namespace) -> None:
     for name, least in (("warmup", 0), ("repeats", 1)):
         if getattr(arguments, name, least) < least:
@@ -180,34 +192,89 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def _quality(arguments: argparse.Namespace) -> None:
     from bench import quality
+    from bench.cost import Cost
     from bench.machine import describe_bundle, describe_machine
     from bench.report import Report
     from engines.store import Bundle
-    from runtime.pipeline import Show1Pipeline
+    from runtime.pipeline import Show1Pipeline, check_run
 
     prompts = quality.load_prompts(arguments.prompts)
+    presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
+    if arguments.presets and arguments.reference:
+        raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
-    settings = Settings.from_dict(bundle.manifest.defaults).with_options(
-        preset=arguments.preset, steps=arguments.steps, guidance=arguments.guidance
-    )
-    asked = {"preset": arguments.preset, "prompts": len(prompts), **settings.to_dict()}
+    wanted = {name: getattr(arguments, name) for name in ("steps", "guidance", "guided", "spacing", "keyframes")}
+    wanted["size"] = arguments.video
+    defaults = Settings.from_dict(bundle.manifest.defaults)
+    settings = {preset: defaults.with_options(preset=preset, **wanted) for preset in presets}
+    for chosen in settings.values():
+        check_run(bundle, chosen)
+    if arguments.presets:
+        asked: dict[str, Any] = {"prompts": len(prompts), "presets": presets, "size": _size(settings[presets[0]])}
+        asked["keyframes"] = settings[presets[0]].keyframes
+    else:
+        asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
     conditions = {"machine": describe_machine(), "bundle": describe_bundle(bundle), "run": asked}
-    out = arguments.out
-    report = Report("quality", out / "report.json", conditions)
-
+    report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
-        result = quality.run_quality(
-            prompts,
-            lambda p: pipeline(p.prompt, seed=p.seed, settings=settings).frames,
-            out,
-            arguments.reference,
-            lambda i, seen: print(
-                f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True
-            ),
-        )
+        for engine in CATALOG:  # loading is no part of a video's time
+            with pipeline.engines.use(engine):
+                pass
+        if arguments.presets:
+            costs = {name: Cost(Settings().with_options(preset=name, **wanted)) for name in presets}
+            _compare_presets(report, pipeline, prompts, settings, costs, arguments.out)
+        else:
+            _judge_preset(report, pipeline, prompts, settings[arguments.preset], arguments.out, arguments.reference)
+
+
+def _judge_preset(
+    report: Any, pipeline: Any, prompts: Sequence[Any], settings: Settings, out: Path, reference: Path | None
+) -> None:
+    from bench import quality
+
+    result = quality.run_quality(
+        prompts,
+        lambda p: pipeline(p.prompt, seed=p.seed, settings=settings).frames,
+        out,
+        reference,
+        lambda i, seen: print(f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True),
+        {"bundle": pipeline.engines.bundle.id, **settings.to_dict()},
+    )
     tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(result["videos"])]
     numbers = {"videos": result["videos"], "faithfulness": asdict(result["faithfulness"])}
     report.finish(numbers, tables, {}, pictures=sorted(out.glob("sheet-*.png")))
+
+
+def _compare_presets(
+    report: Any,
+    pipeline: Any,
+    prompts: Sequence[Any],
+    settings: Mapping[str, Settings],
+    costs: Mapping[str, Any],
+    out: Path,
+) -> None:
+    from bench import cost, presets
+
+    def content(results: Mapping[str, Any]) -> Any:
+        tables = [presets.table(results), cost.steps_table({name: costs[name] for name in results})]
+        pictures = [picture for name in results for picture in sorted((out / name).glob("sheet-*.png"))]
+        return presets.to_json(results), tables, {"faithfulness": presets.plot(results)}, pictures
+
+    def said(preset: str, index: int, seen: str) -> None:
+        what = f"{preset}, {index + 1} of {len(prompts)}: {prompts[index].prompt} -> {seen}"
+        print(what, file=sys.stderr, flush=True)
+
+    results = presets.run_presets(
+        prompts,
+        settings,
+        costs,
+        lambda prompt, chosen: pipeline(prompt.prompt, seed=prompt.seed, settings=chosen).frames,
+        out,
+        {"bundle": pipeline.engines.bundle.id},
+        said,
+        lambda sofar: report.save(*content(sofar)),
+    )
+    report.finish(*content(results))
 
 
 def _built(checkpoint: Path) -> Path:
@@ -299,6 +366,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=10, metavar="N", help="calls before the measured ones (default: 10)")
     add("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
 
+    command("cost", _cost, "work of a video by preset at published sizes, counted: nothing is run")
+
     add = command("memory", _memory, "memory over time while a video is made, engines loaded one by one")
     add_video(add, "draft")
 
@@ -320,9 +389,15 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--bundle", type=Path, default=Path("bundle"), help="default: bundle")
     source.add_argument("--checkpoint", type=Path, help="build a bundle of it first; demo, or a folder")
     add("--prompts", type=int, metavar="N", help="the first N of the list (default: all 48)")
-    add("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
-    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=20,sr1=4")
+    which = quality.add_mutually_exclusive_group()
+    which.add_argument("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
+    which.add_argument("--presets", metavar="PRESET,...", help="compare them, or all; distances are to the first")
+    add("--steps", metavar="STAGE=N,...", help="instead of a preset's, e.g. base=20,sr1=4")
+    add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
+    add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
     add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
+    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
+    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
     add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
     add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser

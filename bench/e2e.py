@@ -19,7 +19,7 @@ from bench.latency import STAGES, StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
-from bench.work import Calls, matrix_rate, reference_calls
+from bench.work import Calls, matrix_rate, reference_calls, step_counts
 from engines.catalog import CATALOG, UNETS
 from engines.errors import SettingsError
 from engines.store import Bundle
@@ -223,8 +223,7 @@ class Setup:
         full = self.settings.with_steps(REFERENCE_STEPS)
         if self.bundles:
             return loop_lengths(self.bundles[0], full, STAGES)
-        steps = {stage: getattr(full, stage).num_inference_steps for stage in UNETS}
-        return {**steps, "text": 0, "sr2": int(steps["sr2"] * full.strength)}
+        return {**step_counts(full), "text": 0}
 
 
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":

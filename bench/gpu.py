@@ -24,7 +24,7 @@ from engines.store import Bundle
 from runtime.config import Settings
 from runtime.noise import NoiseStream
 from runtime.runner import Array, Engine, EnginePool
-from runtime.sampler import denoise
+from runtime.sampler import denoise, guidance_scales
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
@@ -310,7 +310,7 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     text = np.random.default_rng(0).standard_normal((2, 1, 77, bundle.engine(stage).properties["text_dim"]), np.float32)
     with EnginePool(bundle) as pool, pool.use(stage) as engine:
         unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
-        if not hasattr(unet, "start_loop") or unet.start_loop(x, schedule, 4, None) is None:
+        if not hasattr(unet, "start_loop") or unet.start_loop(x, schedule, guidance_scales(steps, 4), None) is None:
             return None
         ways = (unet, lambda sample, timestep: unet(sample, timestep))  # a plain function has no loop of its own
         (given, seconds), (wanted, other) = (

@@ -16,16 +16,14 @@ from bench.machine import GIB
 from bench.plots import Bars
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure, summarize
-from engines.errors import SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Settings, stage_sizes
 from runtime.ops import clip_to_frames
 from runtime.pipeline import check_run
 from runtime.runner import Engine, EnginePool
-from runtime.schedulers import make_schedule
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import Progress, PromptEmbeds, scheduler_of
+from runtime.stages.diffusion import Progress, PromptEmbeds, stage_schedule
 from runtime.stages.interp import run_interp
 from runtime.stages.sr1 import run_if2, run_sr1
 from runtime.stages.sr2 import run_sr2
@@ -195,12 +193,8 @@ def loop_lengths(bundle: Bundle, settings: Settings, stages: Iterable[str]) -> d
         if stage == "text":
             lengths[stage] = 0
             continue
-        steps = getattr(settings, stage).num_inference_steps
-        try:
-            schedule = make_schedule(scheduler_of(bundle, stage), steps, settings.strength if stage == "sr2" else 1.0)
-        except SettingsError as error:
-            raise SettingsError(f"{stage}: {error}") from None
-        lengths[stage] = len(schedule)
+        strength = settings.strength if stage == "sr2" else 1.0
+        lengths[stage] = len(stage_schedule(bundle, stage, getattr(settings, stage), strength))
     return lengths
 
 

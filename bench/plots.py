@@ -95,18 +95,23 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines and points over two axes. `marks` are vertical lines with a name, each where a span begins."""
+    """Lines and points over two axes. `marks` are vertical lines with a name, each where a span begins.
+
+    `intervals` (x, low, high) belong to the points of the same name.
+    """
 
     title: str
     x: Axis
     y: Axis
     lines: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     points: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    intervals: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
     marks: Sequence[tuple[float, str]] = ()
 
     def svg(self) -> str:
         height, bottom, top = 420, 370, _TOP + 8
         every = [p for series in (*self.lines.values(), *self.points.values()) for p in series]
+        every += [(x, y) for series in self.intervals.values() for x, low, high in series for y in (low, high)]
         ranges = self.x.range([p[0] for p in every]), self.y.range([p[1] for p in every])
         at_x = self.x.scale(*ranges[0], _LEFT, _WIDTH - _RIGHT)
         at_y = self.y.scale(*ranges[1], bottom, top)
@@ -123,7 +128,9 @@ class Chart:
         for index, series in enumerate(self.lines.values()):
             path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in series)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(index)}" stroke-width="1.6"/>')
-        for index, series in enumerate(self.points.values(), start=len(self.lines)):
+        for index, (name, series) in enumerate(self.points.items(), start=len(self.lines)):
+            for x, low, high in self.intervals.get(name, ()):
+                parts.append(_line(at_x(x), at_y(low), at_x(x), at_y(high), _colour(index), ' stroke-width="1.6"'))
             parts += [
                 f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" fill="{_colour(index)}" fill-opacity="0.75"/>'
                 for x, y in series

@@ -7,7 +7,8 @@ to a reference says what a change of precision or steps did to the pixels, the s
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,22 +106,27 @@ def faithfulness_table(result: Faithfulness) -> Table:
             [
                 name,
                 f"{right} / {asked}",
-                _percent(right / asked),
-                _range(wilson(right, asked)),
-                _percent(result.chance[key]),
+                percent(right / asked),
+                percent_range(wilson(right, asked)),
+                percent(result.chance[key]),
             ]
         )
-    whole = ["faithfulness", f"{len(result.scores)} videos", _percent(result.score), _range(bootstrap(result.scores))]
-    rows.append([*whole, _percent(result.chance_score)])
+    whole = [
+        "faithfulness",
+        f"{len(result.scores)} videos",
+        percent(result.score),
+        percent_range(bootstrap(result.scores)),
+    ]
+    rows.append([*whole, percent(result.chance_score)])
     title = f"Read off the pixels: {', '.join(ASKED)} make up faithfulness"
     return Table(title, ["attribute", "right", "share", "95 % interval", "other prompts"], rows)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _range(interval: tuple[float, float]) -> str:
+def percent_range(interval: tuple[float, float]) -> str:
     return "{:.0f}-{:.0f} %".format(*(100 * bound for bound in interval))
 
 
@@ -200,10 +206,13 @@ def run_quality(
     out: Path,
     reference: Path | None = None,
     on_clip: Callable[[int, str], None] | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Make and judge every prompt's video; keep clips, contact sheets, report.md and report.json in `out`.
+    """Make and judge every prompt's video; keep clips and contact sheets in `out`, which is there.
 
-    A clip that is there already is not made again: an interrupted run continues. `reference` is another run's folder.
+    A clip that is there already is not made again: an interrupted run continues. `reference` is another run's folder;
+    `made_by` is kept with the clips, bundle and settings. Raises OutputError for clips of another prompt, seed or
+    `made_by`, and for a reference with fewer clips.
     """
     if reference is not None:
         missing = [clip_file(reference, i).name for i in range(len(prompts)) if not clip_file(reference, i).is_file()]
@@ -211,14 +220,17 @@ def run_quality(
             raise OutputError(f"{reference}: no {', '.join(missing)}. Run the reference with as many --prompts first.")
     readings: list[Reading] = []
     rows: list[dict[str, Any]] = []
+    maker = json.dumps(made_by or {}, sort_keys=True)
     for index, prompt in enumerate(prompts):
         file = clip_file(out, index)
-        frames = _kept(file, prompt)
-        if frames is None:
+        if not file.is_file():
+            start = time.perf_counter()
             frames = make(prompt)
-            _keep(file, prompt, frames)
+            _keep(file, prompt, maker, frames, time.perf_counter() - start)
+        frames, seconds = _kept(file, prompt, maker)
         readings.append(read(frames))
-        row: dict[str, Any] = {"prompt": prompt.prompt, "seed": prompt.seed, "flicker": flicker(frames)}
+        row: dict[str, Any] = {"prompt": prompt.prompt, "seed": prompt.seed, "seconds": seconds}
+        row["flicker"] = flicker(frames)
         row["seen"] = [f"{thing.colour} {thing.shape}, {thing.motion}" for thing in readings[-1].things]
         row["background"] = readings[-1].background
         if reference is not None:
@@ -238,19 +250,20 @@ def run_quality(
     return {"faithfulness": result, "videos": rows}
 
 
-def _keep(file: Path, prompt: Prompt, frames: Frames) -> None:
+def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float) -> None:
     content = io.BytesIO()
-    np.savez_compressed(content, frames=frames, prompt=prompt.prompt, seed=prompt.seed)
+    np.savez_compressed(content, frames=frames, prompt=prompt.prompt, seed=prompt.seed, maker=maker, seconds=seconds)
     write_atomically(file, content.getvalue())
 
 
-def _kept(file: Path, prompt: Prompt) -> Frames | None:
-    if not file.is_file():
-        return None
+def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, float]:
+    """Frames, and the seconds that they took."""
     kept = np.load(file)
     if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
         raise OutputError(f"{file} is of another prompt or seed. Choose another --out.")
-    return kept["frames"]
+    if "maker" not in kept or str(kept["maker"]) != maker:
+        raise OutputError(f"{file} was made by another bundle or with other settings. Choose another --out.")
+    return kept["frames"], float(kept["seconds"])
 
 
 def distance_table(rows: Iterable[dict[str, Any]]) -> Table:

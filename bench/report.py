@@ -100,7 +100,7 @@ class Report:
         plots: Mapping[str, Plot],
         pictures: Sequence[Path] = (),
     ) -> None:
-        """`pictures` lie beside the page already."""
+        """`pictures` lie beside the page already, or in folders there."""
         parts = [f"# {self.benchmark}"]
         parts += [f"**{name}**\n\n```\n{facts(values)}\n```" for name, values in self.conditions.items()]
         parts += [table.as_markdown() for table in tables]
@@ -108,7 +108,7 @@ class Report:
             path = self.out.with_name(f"{self.out.stem}-{name}.svg")
             write_text(path, plot.svg())
             parts.append(f"![{name}]({path.name})")
-        parts += [f"![{path.stem}]({path.name})" for path in pictures]
+        parts += [f"![{path}]({path})" for path in (p.relative_to(self.out.parent).as_posix() for p in pictures)]
         write_text(self.out.with_suffix(".md"), "\n\n".join(parts) + "\n")
         write_json(self.out, {"format": FORMAT, "benchmark": self.benchmark, **self.conditions, **numbers})
 

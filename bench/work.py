@@ -2,7 +2,8 @@
 
 A FLOP count is twice the multiply-adds of matrix products, convolutions and attention (torch's FlopCounterMode over the
 reference's own networks on the meta device, so nothing is computed). Rates of other implementations are in reference
-FLOP per second too: work that they save shows as speed.
+FLOP per second too: work that they save shows as speed. Of presets, which leave out steps and guidance, it is counted
+what they leave (`published_flop`).
 """
 
 import importlib.util
@@ -11,13 +12,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.config import INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
+from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
+from runtime.sampler import guidance_scales
 
 NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
+COST_STAGES = ("text", *DIFFUSION_STAGES)
 STAGE_OF = {"t5": "text", "clip": "text", "vae_encoder": "sr2", "vae_decoder": "sr2"}  # others are stages themselves
 BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
 GUIDED = 2  # every call of a UNet sees the negative prompt and the prompt
 MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square product that gives the matrix rate
+
+
+# FLOP of one guided call at published sizes, 29 frames of 576 x 320; tests count them on the networks.
+PUBLISHED_FLOP = {
+    "t5": 1_430_860_333_056,
+    "base": 10_469_922_701_312,
+    "interp": 6_547_815_514_112,
+    "if2": 3_851_931_942_912,
+    "sr1": 26_171_289_567_232,
+    "clip": 90_254_467_072,
+    "sr2": 51_727_786_557_440,
+    "vae_encoder": 777_978_224_640,
+    "vae_decoder": 1_760_848_865_280,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,30 @@ def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, 
         Calls("vae_decoder", frames, (1, latents, *small)),
     )
     return {row.network: row for row in rows}
+
+
+def step_counts(settings: Settings) -> dict[str, int]:
+    """Steps of a denoising loop of each stage; sr2's without what `strength` skips."""
+    lengths = {stage: getattr(settings, stage).num_inference_steps for stage in DIFFUSION_STAGES}
+    return {**lengths, "sr2": int(lengths["sr2"] * settings.strength)}
+
+
+def published_flop(settings: Settings) -> dict[str, int]:
+    """FLOP by stage of a video with these steps and guidance, made by the published networks at their sizes.
+
+    Size and key frames of `settings` do not count. A step without guidance sees half a guided one's batch: half the
+    work. Everything else is counted as the reference does it (`PUBLISHED_FLOP`).
+    """
+    lengths = step_counts(settings)
+    flop = dict.fromkeys(COST_STAGES, 0)
+    for name, calls in reference_calls(Settings(), lengths, latents=4, factor=8).items():
+        work = calls.count * PUBLISHED_FLOP[name]
+        if name in DIFFUSION_STAGES:
+            stage = getattr(settings, name)
+            guided = int((guidance_scales(lengths[name], stage.guidance_scale, stage.guided) > 1).sum())
+            work = work * (lengths[name] + guided) // (2 * lengths[name])
+        flop[calls.stage] += work
+    return flop
 
 
 def is_installed(baseline: str) -> bool:

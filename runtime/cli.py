@@ -50,10 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=PRESETS,
         default="reference",
-        help="steps per stage: the authors' script (default), their quicker demo's, or a few to look",
+        help="the authors' script (default), the steps of their quicker demo, a fifth of the work, or a look",
     )
     add("--steps", metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
     add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
+    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
+    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
     add("--size", metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
     add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
@@ -83,6 +85,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         preset=arguments.preset,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        guided=arguments.guided,
+        spacing=arguments.spacing,
         keyframes=arguments.keyframes,
         size=arguments.size,
     )

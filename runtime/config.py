@@ -1,4 +1,4 @@
-"""Settings of a run. The reference's values stand here once, with their source; presets change steps only."""
+"""Settings of a run. The reference's values stand here once, with their source; presets change what they name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from engines.errors import SettingsError
 
 DIFFUSION_STAGES = ("base", "interp", "if2", "sr1", "sr2")
-Preset = Literal["reference", "quick", "draft"]
+Preset = Literal["reference", "quick", "fast", "draft"]
 PRESETS: tuple[str, ...] = get_args(Preset)
 
 SEED = 345  # the authors' script's
@@ -17,11 +17,26 @@ NEGATIVE_PROMPT = "low resolution, blur"  # for the latent stage; the pixel stag
 INTERP_FRAMES = 5  # of one gap: two keyframes and three new frames between them
 SR1_SCALE = 4
 
+Interval = tuple[float, float]  # (begin, end) as shares of a run's steps
+ALL_STEPS: Interval = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class StageSettings:
+    """Settings of a denoising stage.
+
+    `guided` is the part of its steps that guidance is applied in, `spacing` how they are spread over the noise levels
+    (one of `runtime.schedulers.SPACINGS`; None: as the checkpoint's scheduler says).
+    """
+
     num_inference_steps: int
     guidance_scale: float
+    guided: Interval = ALL_STEPS
+    spacing: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
+        return cls(**{**data, "guided": tuple(data.get("guided", ALL_STEPS))})
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,11 @@ class Settings:
                 raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
             if not 0 <= stage.guidance_scale < float("inf"):
                 raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
+            begin, end = stage.guided
+            if not 0 <= begin <= end <= 1:
+                raise SettingsError(
+                    f"guided part of {name}: {begin:g}-{end:g}; allowed: BEGIN-END from 0 to 1, shares of its steps."
+                )
         if self.keyframes < 2:
             raise SettingsError(f"keyframes: {self.keyframes}; allowed: 2 or more (N keyframes give 4(N-1)+1 frames).")
         if not 0 < self.strength <= 1:
@@ -75,7 +95,7 @@ class Settings:
         values = dict(data)
         for name in DIFFUSION_STAGES:
             if name in values:
-                values[name] = StageSettings(**values[name])
+                values[name] = StageSettings.from_dict(values[name])
         if "size" in values:
             values["size"] = tuple(values["size"])
         return cls(**values)
@@ -86,7 +106,10 @@ class Settings:
     def with_preset(self, preset: str) -> "Settings":
         if preset not in PRESETS:
             raise SettingsError(f"unknown preset {preset!r}; allowed: {', '.join(PRESETS)}.")
-        return self.with_steps(_PRESET_STEPS[preset])
+        settings = self
+        for field, values in _PRESETS[preset].items():
+            settings = settings._with_stages(field, values)
+        return settings
 
     def with_options(
         self,
@@ -94,15 +117,26 @@ class Settings:
         preset: str,
         steps: str | None = None,
         guidance: str | None = None,
+        guided: str | None = None,
+        spacing: str | None = None,
         keyframes: int | None = None,
         size: str | None = None,
     ) -> "Settings":
-        """As the options of a command line say: "base=75,sr1=125", "base=9", 8, "576x320". None leaves what is."""
+        """As the options of a command line say, None leaves what is.
+
+        E.g. steps "base=75,sr1=125", guidance "base=9", guided "base=0.5,sr1=0.1-0.6", spacing "sr1=logsnr",
+        keyframes 8, size "576x320".
+        """
         settings = self.with_preset(preset)
         if steps is not None:
             settings = settings.with_steps(parse_stage_values(steps, int))
         if guidance is not None:
             settings = settings.with_guidance(parse_stage_values(guidance, float))
+        if guided is not None:
+            wanted, example = "END or BEGIN-END as shares of the steps", "base=0.5,sr1=0.1-0.6"
+            settings = settings.with_guided(parse_stage_values(guided, parse_interval, wanted, example))
+        if spacing is not None:
+            settings = settings.with_spacing(parse_stage_values(spacing, _word, "SPACING", "sr1=logsnr"))
         if keyframes is not None:
             settings = replace(settings, keyframes=keyframes)
         if size is not None:
@@ -115,17 +149,32 @@ class Settings:
     def with_guidance(self, guidance: Mapping[str, float]) -> "Settings":
         return self._with_stages("guidance_scale", guidance)
 
-    def _with_stages(self, field: str, values: Mapping[str, float]) -> "Settings":
+    def with_guided(self, guided: Mapping[str, Interval]) -> "Settings":
+        return self._with_stages("guided", guided)
+
+    def with_spacing(self, spacing: Mapping[str, str | None]) -> "Settings":
+        return self._with_stages("spacing", spacing)
+
+    def _with_stages(self, field: str, values: Mapping[str, Any]) -> "Settings":
         unknown = set(values) - set(DIFFUSION_STAGES)
         if unknown:
             raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(DIFFUSION_STAGES)}.")
         return replace(self, **{name: replace(getattr(self, name), **{field: n}) for name, n in values.items()})
 
 
-_PRESET_STEPS: dict[str, dict[str, int]] = {
+# Preset -> field of StageSettings -> stage -> value.
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "reference": {},  # as the bundle says
-    "quick": {"interp": 50, "if2": 50, "sr1": 50},  # the authors' demo, app.py
-    "draft": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4},  # a look at a prompt and a seed, no more
+    "quick": {"num_inference_steps": {"interp": 50, "if2": 50, "sr1": 50}},  # the authors' demo, app.py
+    "fast": {
+        "num_inference_steps": {"base": 30, "interp": 20, "if2": 20, "sr1": 20, "sr2": 25},
+        # Not sr2, whose `strength` skips a share of the steps: spaced by log-SNR they begin at more noise.
+        "spacing": {"base": "logsnr", "interp": "logsnr", "if2": "logsnr", "sr1": "logsnr"},
+        # The prompt decides early; base, the only stage that starts from nothing, follows it longest.
+        "guided": {"base": (0, 0.8), "interp": (0, 0.5), "if2": (0, 0.5), "sr1": (0, 0.5), "sr2": (0, 0.5)},
+    },
+    # A look at a prompt and a seed, no more.
+    "draft": {"num_inference_steps": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4}},
 }
 
 
@@ -137,8 +186,22 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_stage_values(text: str, kind: Callable[[str], float]) -> dict[str, Any]:
-    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}."""
+def parse_interval(text: str) -> Interval:
+    """ "0.1-0.6" -> (0.1, 0.6), "0.5" -> (0.0, 0.5). Raises ValueError."""
+    begin, dash, end = text.partition("-")
+    return (float(begin), float(end)) if dash else (0.0, float(begin))
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text.strip()
+
+
+def parse_stage_values(
+    text: str, kind: Callable[[str], Any], wanted: str = "NUMBER", example: str = "base=75,sr1=125"
+) -> dict[str, Any]:
+    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}. Raises SettingsError with `wanted` and `example`."""
     values = {}
     for part in text.split(","):
         stage, _, value = part.partition("=")
@@ -146,7 +209,7 @@ def parse_stage_values(text: str, kind: Callable[[str], float]) -> dict[str, Any
             values[stage.strip()] = kind(value)
         except ValueError:
             raise SettingsError(
-                f"{part!r}; allowed: STAGE=NUMBER, stages {', '.join(DIFFUSION_STAGES)}, e.g. base=75,sr1=125."
+                f"{part!r}; allowed: STAGE={wanted}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."
             ) from None
     return values
 

@@ -57,10 +57,10 @@ class DenoiseArgs(Structure):
     )
 
 
-def step_table(schedule: Schedule, guidance_scale: float) -> NDArray[Any]:
-    """The schedule as the denoising kernel reads it, STEP [N]."""
+def step_table(schedule: Schedule, guidance: NDArray[np.float32] | float) -> NDArray[Any]:
+    """The schedule as the denoising kernel reads it, STEP [N]; `guidance` is every step's scale, or [N]."""
     table = np.zeros(len(schedule), STEP)
-    table["timestep"], table["guidance_scale"] = schedule.timesteps, guidance_scale
+    table["timestep"], table["guidance_scale"] = schedule.timesteps, guidance
     for name in _COEFFICIENTS:
         table[name] = getattr(schedule, name)
     return table

@@ -16,9 +16,8 @@ from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.runner import EnginePool, why_unusable
-from runtime.schedulers import make_schedule
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import FloatArray, Progress, scheduler_of
+from runtime.stages.diffusion import FloatArray, Progress, scheduler_of, stage_schedule
 from runtime.stages.interp import run_interp
 from runtime.stages.sr1 import run_if2, run_sr1
 from runtime.stages.sr2 import run_sr2
@@ -156,8 +155,4 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
             width, height = width // factor, height // factor
         sizes = {"frames": frames[name], "height": height, "width": width}
         bundle.engine(name).graphs["step"].spec.check_sizes(name, sizes)
-        steps = getattr(settings, name).num_inference_steps
-        try:
-            make_schedule(scheduler_of(bundle, name), steps, settings.strength if name == "sr2" else 1.0)
-        except SettingsError as error:
-            raise SettingsError(f"{name}: {error}") from None
+        stage_schedule(bundle, name, getattr(settings, name), settings.strength if name == "sr2" else 1.0)

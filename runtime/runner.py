@@ -43,14 +43,15 @@ class Loop(Protocol):
 class LoopRunner(Protocol):
     """A runner of a UNet's step that can run the loop itself; meaning and arguments are those of `sampler.denoise`.
 
-    `context` has the network's inputs besides sample and timestep, in the bindings' types; `dtype` is the sample's.
+    `guidance` [N] is the scale of each step (`sampler.guidance_scales`); `context` has the network's inputs besides
+    sample and timestep, in the bindings' types; `dtype` is the sample's.
     """
 
     def start_loop(
         self,
         x: Array,
         schedule: Schedule,
-        guidance_scale: float,
+        guidance: Array,
         condition: Array | None,
         context: Mapping[str, Array],
         dtype: str,
@@ -124,24 +125,26 @@ class Engine:
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
     def start_loop(
-        self, x: Array, schedule: Schedule, guidance_scale: float, condition: Array | None, context: Mapping[str, Array]
+        self, x: Array, schedule: Schedule, guidance: Array, condition: Array | None, context: Mapping[str, Array]
     ) -> Loop | None:
         """A denoising loop on the backend's device, or None where the sampler has to run it.
 
-        `context` has the step's inputs besides sample and timestep. Raises ProfileError as `run` does.
+        `guidance` [N] is the scale of each step; `context` has the step's inputs besides sample and timestep, of which
+        a loop without a guided step takes the prompt's, the last. Raises ProfileError as `run` does.
         """
         runner, spec = self._runners["step"], self.specs["step"]
         learned = any(binding.name == "variance_frac" for binding in spec.outputs)
         if not isinstance(runner, LoopRunner) or schedule.config.learned_variance > learned:
             return None  # without the variance, the sampler says what is wrong
-        network_batch = len(x) * (2 if guidance_scale > 1 else 1)
+        network_batch = len(x) * (2 if guidance.max() > 1 else 1)
+        context = {name: array[-network_batch:] for name, array in context.items()}
         channels = x.shape[1] + (0 if condition is None else condition.shape[1])
         shapes = {name: array.shape for name, array in context.items()}
         shapes |= {"sample": (network_batch, channels, *x.shape[2:]), "timestep": (network_batch,)}
         spec.check(self.name, shapes)
         dtypes = {binding.name: binding.dtype for binding in spec.inputs}
         typed = {name: np.asarray(array, dtype=dtypes[name]) for name, array in context.items()}
-        loop = runner.start_loop(x, schedule, guidance_scale, condition, typed, dtypes["sample"])
+        loop = runner.start_loop(x, schedule, guidance, condition, typed, dtypes["sample"])
         return _TimedLoop(self, loop)
 
     @contextlib.contextmanager

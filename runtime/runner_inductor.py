@@ -197,7 +197,7 @@ class InductorRunner:
         self,
         x: Array,
         schedule: Schedule,
-        guidance_scale: float,
+        guidance: Array,
         condition: Array | None,
         context: Mapping[str, Array],
         dtype: str,
@@ -211,7 +211,7 @@ class InductorRunner:
             shape=x.shape,
             dtype=dtype,
             condition_channels=0 if condition is None else condition.shape[1],
-            guided=guidance_scale > 1,
+            guided=tuple(np.unique(guidance > 1).tolist()),
             adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
             modes=tuple(modes.items()),
             steps=schedule.config.num_train_timesteps,
@@ -220,7 +220,7 @@ class InductorRunner:
         loop = self._loops.get(layout)
         if loop is None:
             self._loops[layout] = loop = DeviceLoop(self, layout)
-        loop.start(x, step_table(schedule, guidance_scale), condition, context)
+        loop.start(x, step_table(schedule, guidance), condition, context)
         return loop
 
     def close(self) -> None:
@@ -259,11 +259,37 @@ class _Layout:
     shape: tuple[int, ...]  # of the sample, [B, C, F, H, W]
     dtype: str  # of the network's input
     condition_channels: int
-    guided: bool
+    guided: tuple[bool, ...]  # whether steps are: one of them, or both
     adds_noise: bool
     modes: tuple[tuple[str, int | float], ...]
     steps: int  # at most
     context: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, NumPy's dtype
+
+
+class _Buffers:
+    """What lasts from step to step on the device, whether a step is guided or not."""
+
+    def __init__(self, runner: InductorRunner, layout: _Layout):
+        _, channels, frames, height, width = layout.shape
+        self.runner, self.layout = runner, layout
+        self.kernels = _kernels(runner.device)
+        self.table = self.zeros((STEP.itemsize * layout.steps,), "uint8")
+        self.counter = self.zeros((COUNTER.itemsize,), "uint8")
+        self.sample = self.zeros(layout.shape)
+        self.x0 = self.zeros(layout.shape)
+        # The reference draws with frames as the batch; clips share each draw.
+        self.noise = self.zeros((frames, channels, height, width)) if layout.adds_noise else None
+
+    def zeros(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.runner.device)
+
+    def rewind(self, x: Array, table: Array) -> None:
+        """Load sample [B, C, F, H, W] and schedule, and go to the first step."""
+        counter = np.array([(0, len(table), 0)], COUNTER)
+        for buffer, array in ((self.table, table), (self.counter, counter)):
+            raw = array.view(np.uint8)
+            buffer[: raw.size].copy_(torch.from_numpy(raw))
+        self.sample.copy_(_from_numpy(x))
 
 
 class DeviceLoop:
@@ -271,77 +297,100 @@ class DeviceLoop:
 
     The solver's step is the kernel `denoise_step`, or on the CPU its reference: the meaning is that of
     `runtime.sampler`. It reads the step's coefficients from a table by a counter that it advances itself, so that on
-    CUDA network and solver are captured once and replayed for every step of every run.
+    CUDA network and solver are captured once and replayed for every step of every run; where only a part of the steps
+    is guided, once for either kind.
     """
 
     def __init__(self, runner: InductorRunner, layout: _Layout):
-        self._runner, self._layout = runner, layout
-        self._kernels = _kernels(runner.device)
-        batch, channels, frames, height, width = layout.shape
-        network_batch = batch * (2 if layout.guided else 1)
-        network_input = (network_batch, channels + layout.condition_channels, frames, height, width)
-        self._table = self._bytes(STEP.itemsize * layout.steps)
-        self._counter = self._bytes(COUNTER.itemsize)
-        self._sample = self._zeros(layout.shape)
-        self._x0 = self._zeros(layout.shape)
-        # The reference draws with frames as the batch; clips share each draw.
-        self._noise = self._zeros((frames, channels, height, width)) if layout.adds_noise else None
+        self._buffers = _Buffers(runner, layout)
+        self._steps = {guided: _Step(self._buffers, guided) for guided in layout.guided}
+        self._current: _Step | None = None
+        self._index = 0
+        self._host = self._buffers.sample  # where `sample` shows the result
+        if runner.device == "cuda":
+            self._host = torch.empty(layout.shape, pin_memory=True)
+
+    def start(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
+        """Load sample [B, C, F, H, W], schedule, condition [B, K, F, H, W] and prompt, and go to the first step."""
+        for step in self._steps.values():
+            step.load(condition, context)
+            if self._buffers.runner.device == "cuda" and not step.captured:
+                self._buffers.rewind(x, table)
+                step.enter(float(table["timestep"][0]))
+                step.capture()
+        self._buffers.rewind(x, table)
+        self._table, self._index, self._current = table, 0, None
+
+    def step(self, noise: Array | None) -> None:
+        buffers, row = self._buffers, self._table[self._index]
+        if noise is not None and buffers.noise is not None:
+            buffers.noise.copy_(torch.from_numpy(noise))
+        step = self._steps[bool(row["guidance_scale"] > 1)]
+        if step is not self._current:  # the first, or the one before wrote the other kind's input
+            step.enter(float(row["timestep"]))
+        step.run()
+        self._current, self._index = step, self._index + 1
+
+    def sample(self) -> Array:
+        if self._host is not self._buffers.sample:
+            self._host.copy_(self._buffers.sample)
+        return self._host.numpy()
+
+
+class _Step:
+    """Network and solver, once, on inputs of its own: 2B clips where guided, else the prompt's B. On CUDA a graph.
+
+    The solver writes the sample and timestep of a next step of the same kind; `enter` does for the first.
+    """
+
+    def __init__(self, buffers: _Buffers, guided: bool):
+        layout = buffers.layout
+        batch, self._channels, frames, height, width = layout.shape
+        self._buffers = buffers
+        self._batch = batch * (2 if guided else 1)
+        network_input = (self._batch, self._channels + layout.condition_channels, frames, height, width)
         self._feeds = {
-            "sample": self._zeros(network_input, layout.dtype),
-            "timestep": self._zeros((network_batch,)),
-            **{name: self._zeros(shape, dtype) for name, shape, dtype in layout.context},
+            "sample": buffers.zeros(network_input, layout.dtype),
+            "timestep": buffers.zeros((self._batch,)),
+            **{name: buffers.zeros((self._batch, *shape[1:]), dtype) for name, shape, dtype in layout.context},
         }
+        self._halves = self._feeds["sample"].unflatten(0, (-1, batch))  # [1 or 2, B, C + K, F, H, W]
         self._args = DenoiseArgs(
             dtype=DTYPES[layout.dtype],
             batch=batch,
-            channels=channels,
+            channels=self._channels,
             frames=frames,
             pixels=height * width,
-            guided=layout.guided,
-            table=self._table.data_ptr(),
-            counter=self._counter.data_ptr(),
-            sample=self._sample.data_ptr(),
-            x0=self._x0.data_ptr(),
+            guided=guided,
+            table=buffers.table.data_ptr(),
+            counter=buffers.counter.data_ptr(),
+            sample=buffers.sample.data_ptr(),
+            x0=buffers.x0.data_ptr(),
             network_input=_planes(self._feeds["sample"]),
             timesteps=self._feeds["timestep"].data_ptr(),
             **dict(layout.modes),
         )
-        if self._noise is not None:
-            frame, channel, _, _ = self._noise.stride()
-            self._args.noise = Planes(self._noise.data_ptr(), 0, channel, frame)
+        if buffers.noise is not None:
+            frame, channel, _, _ = buffers.noise.stride()
+            self._args.noise = Planes(buffers.noise.data_ptr(), 0, channel, frame)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._host = self._sample  # where `sample` shows the result
-        if runner.device == "cuda":
-            self._host = torch.empty(layout.shape, pin_memory=True)
 
-    def _zeros(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
-        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._runner.device)
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
 
-    def _bytes(self, count: int) -> Tensor:
-        return self._zeros((count,), "uint8")
-
-    def start(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
-        """Load sample [B, C, F, H, W], schedule, condition [B, K, F, H, W] and prompt, and go to the first step."""
-        if self._runner.device == "cuda" and self._graph is None:
-            self._load(x, table, condition, context)
-            self._capture()
-        self._load(x, table, condition, context)
-
-    def _load(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
-        counter = np.array([(0, len(table), 0)], COUNTER)
-        for buffer, array in ((self._table, table), (self._counter, counter)):
-            raw = array.view(np.uint8)
-            buffer[: raw.size].copy_(torch.from_numpy(raw))
-        self._sample.copy_(_from_numpy(x))
-        halves = self._feeds["sample"].unflatten(0, (-1, len(x)))  # [1 or 2, B, C + K, F, H, W]
-        halves[:, :, : x.shape[1]] = self._sample
+    def load(self, condition: Array | None, context: Mapping[str, Array]) -> None:
         if condition is not None:
-            halves[:, :, x.shape[1] :] = _from_numpy(condition).to(halves.device)
-        self._feeds["timestep"].fill_(float(table["timestep"][0]))
+            self._halves[:, :, self._channels :] = _from_numpy(condition).to(self._halves.device)
         for name, array in context.items():
-            self._feeds[name].copy_(_from_numpy(array))
+            self._feeds[name].copy_(_from_numpy(array[-self._batch :]))  # the prompt's are the last
 
-    def _capture(self) -> None:
+    def enter(self, timestep: float) -> None:
+        """Go on from the sample as it is, at a step with this timestep."""
+        self._halves[:, :, : self._channels] = self._buffers.sample
+        self._feeds["timestep"].fill_(timestep)
+
+    def capture(self) -> None:
         """The buffers are spoilt afterwards."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -353,28 +402,21 @@ class DeviceLoop:
         with torch.cuda.graph(self._graph):
             self._outputs = self._enqueue()  # the graph writes where they are
 
-    def _enqueue(self) -> dict[str, Tensor]:
-        """Network and solver, once."""
-        outputs = {name: _with_planes(x) for name, x in self._runner.run(self._feeds).items()}
-        self._args.noise_pred = _planes(outputs["noise_pred"])
-        if self._args.variance:
-            # The guided variance is the prompt's, the last B of the network's batch.
-            self._args.variance_frac = _planes(outputs["variance_frac"][-len(self._sample) :])
-        self._kernels.denoise_step(self._args, _stream(self._runner.device))
-        return outputs
-
-    def step(self, noise: Array | None) -> None:
-        if noise is not None and self._noise is not None:
-            self._noise.copy_(torch.from_numpy(noise))
+    def run(self) -> None:
         if self._graph is None:
             self._enqueue()
         else:
             self._graph.replay()
 
-    def sample(self) -> Array:
-        if self._host is not self._sample:
-            self._host.copy_(self._sample)
-        return self._host.numpy()
+    def _enqueue(self) -> dict[str, Tensor]:
+        buffers = self._buffers
+        outputs = {name: _with_planes(x) for name, x in buffers.runner.run(self._feeds).items()}
+        self._args.noise_pred = _planes(outputs["noise_pred"])
+        if self._args.variance:
+            # The guided variance is the prompt's, the last B of the network's batch.
+            self._args.variance_frac = _planes(outputs["variance_frac"][-len(buffers.sample) :])
+        buffers.kernels.denoise_step(self._args, _stream(buffers.runner.device))
+        return outputs
 
 
 def _with_planes(x: Tensor) -> Tensor:

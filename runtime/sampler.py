@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from engines.errors import BundleError
+from runtime.config import ALL_STEPS, Interval
 from runtime.noise import NoiseStream
 from runtime.runner import Loop
 from runtime.schedulers import FloatArray, Schedule, advance, limit_x0, noise_std, predict_x0
@@ -21,8 +22,20 @@ class LoopingUnet(Protocol):
     """A Unet that may be able to run the loop where it is itself; None where it is not."""
 
     def start_loop(
-        self, x: FloatArray, schedule: Schedule, guidance_scale: float, condition: FloatArray | None
+        self, x: FloatArray, schedule: Schedule, guidance: FloatArray, condition: FloatArray | None
     ) -> Loop | None: ...
+
+
+def guidance_scales(count: int, scale: float, guided: Interval = ALL_STEPS) -> FloatArray:
+    """The guidance scale of each of `count` steps, float32 [count]: 1, which is none, outside the interval `guided`.
+
+    `guided` (begin, end) are shares of the steps, 0 before the first and 1 after the last; a step whose middle lies
+    between them is guided. Kynkäänniemi et al. (2024, arXiv 2404.07724) find guidance harmful at high noise levels,
+    unnecessary at low ones and useful in between; an unguided step is half the network's work.
+    """
+    begin, end = guided
+    middles = (np.arange(count) + 0.5) / count
+    return np.where((begin <= middles) & (middles < end) & (scale > 1), scale, 1).astype(np.float32)
 
 
 def denoise(
@@ -31,37 +44,40 @@ def denoise(
     schedule: Schedule,
     *,
     guidance_scale: float,
+    guided: Interval = ALL_STEPS,
     noise: NoiseStream | None = None,
     condition: FloatArray | None = None,
     on_step: OnStep | None = None,
 ) -> FloatArray:
     """Take x, float32 [B, C, F, H, W], through all steps of the schedule and return the result in a new array.
 
-    Above guidance 1 the network sees the batch twice (G = 2), first for the negative prompt, then for the prompt.
+    Above guidance 1 the network sees the batch twice (G = 2), first for the negative prompt, then for the prompt; in
+    steps outside the interval `guided` (see `guidance_scales`) once, for the prompt.
     `condition` [B, K, F, H, W] follows the sample's channels in every step. DDPM draws from `noise`.
     `on_step(index, total, x)` is called after each step; copy its x to keep it, the next step overwrites it.
     """
     if noise is None and schedule.adds_noise(0):
         raise ValueError("a DDPM schedule adds noise in its steps: pass a NoiseStream")
-    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance_scale, condition)):
+    guidance = guidance_scales(len(schedule), guidance_scale, guided)
+    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance, condition)):
         return _denoise_on_device(loop, schedule, noise, x.shape, on_step)
     batch, channels, frames, height, width = x.shape
-    guided = guidance_scale > 1
     # What is as large as x is allocated here once; the steps only overwrite it.
     x = np.array(x, np.float32, order="C")
     x0, previous_x0, scratch = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     extra = 0 if condition is None else condition.shape[1]
-    halves = np.empty((2 if guided else 1, batch, channels + extra, frames, height, width), np.float32)
+    halves = np.empty((2 if guidance.max() > 1 else 1, batch, channels + extra, frames, height, width), np.float32)
     if condition is not None:
         halves[:, :, channels:] = condition
-    network_input = halves.reshape(-1, *halves.shape[2:])  # the same memory as [G*B, C+K, F, H, W]
 
     for index, timestep in enumerate(schedule.timesteps):
-        halves[:, :, :channels] = x
+        seen = halves if guidance[index] > 1 else halves[:1]
+        seen[:, :, :channels] = x
+        network_input = seen.reshape(-1, *seen.shape[2:])  # the same memory as [G*B, C+K, F, H, W]
         noise_pred, variance_frac = unet(network_input, int(timestep))
         _check_outputs(noise_pred, variance_frac, (len(network_input), *x.shape[1:]), schedule)
-        if guided:
-            noise_pred = _guide(noise_pred[:batch], noise_pred[batch:], guidance_scale, out=scratch)
+        if guidance[index] > 1:
+            noise_pred = _guide(noise_pred[:batch], noise_pred[batch:], guidance[index], out=scratch)
         predict_x0(x, noise_pred, schedule.pred_weight[index], schedule.divisor[index], out=scratch)
         limit_x0(schedule.config, scratch, out=x0)
         advance(schedule, index, x, x0, previous_x0, scratch)
@@ -95,10 +111,10 @@ def _draw(noise: NoiseStream, shape: tuple[int, ...]) -> FloatArray:
     return noise.normal((frames, channels, height, width))
 
 
-def _guide(negative: FloatArray, positive: FloatArray, guidance_scale: float, out: FloatArray) -> FloatArray:
+def _guide(negative: FloatArray, positive: FloatArray, scale: np.float32, out: FloatArray) -> FloatArray:
     """Classifier-free guidance (Ho & Salimans 2022): away from the negative prompt's prediction, [B, C, F, H, W]."""
     np.subtract(positive, negative, out=out)
-    np.multiply(out, np.float32(guidance_scale), out=out)
+    np.multiply(out, scale, out=out)
     return np.add(out, negative, out=out)
 
 

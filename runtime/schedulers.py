@@ -25,6 +25,8 @@ _SOLVERS = {"DPMSolverMultistepScheduler": "dpm", "DDPMScheduler": "ddpm"}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SPACINGS = ("linspace", "leading", "trailing")
+LOGSNR = "logsnr"
+SPACINGS = (*_SPACINGS, LOGSNR)  # of a run; no published scheduler names the last
 _VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 # Variants of the solvers that would change the result; diffusers releases after 0.19 know more of them.
 _MUST_BE_OFF = (
@@ -37,6 +39,8 @@ _MUST_BE_OFF = (
     "rescale_betas_zero_snr",
 )
 _LOWER_ORDER_BELOW = 15  # steps; from here on the reference ignores `lower_order_final`
+# Where runs spaced by log-SNR begin. Show-1's base clips there; below, the alpha that x0 is divided by drops to 5e-5.
+_NOISIEST = -5.1
 _NO_NOISE = np.float32(-np.inf)  # as a log variance
 _LARGEST = np.finfo(np.float32).max
 
@@ -185,17 +189,18 @@ def log_snr(config: SchedulerConfig) -> NDArray[np.float64]:
     return 0.5 * np.log(kept / (1 - kept))
 
 
-def max_inference_steps(config: SchedulerConfig) -> int:
+def max_inference_steps(config: SchedulerConfig, spacing: str | None = None) -> int:
     """Most steps a run may have without visiting a timestep twice."""
     # DPM-Solver++ adds an end point, t = 0, to the timesteps it visits.
-    return _usable_steps(config) - (config.solver == "dpm")
+    return _usable_steps(config, spacing) - (config.solver == "dpm")
 
 
-def _usable_steps(config: SchedulerConfig) -> int:
+def _usable_steps(config: SchedulerConfig, spacing: str | None) -> int:
     """Training steps in use: DPM-Solver++ leaves out the noisiest ones, with lambda below `lambda_min_clipped`."""
-    if config.solver == "ddpm":
-        return config.num_train_timesteps
-    return int(np.count_nonzero(log_snr(config) >= config.lambda_min_clipped))
+    least = config.lambda_min_clipped if config.solver == "dpm" else -np.inf
+    if spacing == LOGSNR:
+        least = max(least, _NOISIEST)
+    return int(np.count_nonzero(log_snr(config) >= least))
 
 
 @dataclass(frozen=True)
@@ -220,16 +225,22 @@ class Schedule:
         return bool(self.max_log_var[index] > _NO_NOISE)
 
 
-def make_schedule(config: SchedulerConfig, num_inference_steps: int, strength: float = 1.0) -> Schedule:
+def make_schedule(
+    config: SchedulerConfig, num_inference_steps: int, strength: float = 1.0, spacing: str | None = None
+) -> Schedule:
     """Lay out a run of `num_inference_steps`, of which the last int(num_inference_steps * strength) are executed.
 
     strength < 1 starts from a noised clip instead of pure noise (SDEdit, Meng et al. 2021). Its first executed step
-    has no history and is of first order.
+    has no history and is of first order. `spacing` is one of SPACINGS instead of the scheduler's own. "logsnr" puts
+    timesteps at equal distances in lambda, as Lu et al. (2022, arXiv 2206.00927) do for few steps.
+    Raises SettingsError.
     """
-    most = max_inference_steps(config)
+    if spacing is not None and spacing not in SPACINGS:
+        raise SettingsError(f"spacing is {spacing!r}; allowed: {', '.join(SPACINGS)}.")
+    most = max_inference_steps(config, spacing)
     if not 1 <= num_inference_steps <= most:
         raise SettingsError(f"num_inference_steps is {num_inference_steps}; allowed: 1 to {most}.")
-    timesteps = _timesteps(config, num_inference_steps)
+    timesteps = _timesteps(config, num_inference_steps, spacing or config.timestep_spacing)
     if timesteps[0] >= config.num_train_timesteps:
         raise SettingsError(
             f"num_inference_steps is {num_inference_steps}, which with the scheduler's steps_offset "
@@ -241,22 +252,33 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int, strength: f
     if len(executed) == 0:
         raise SettingsError(f"strength is {strength}; allowed: 1/{num_inference_steps} (one step) to 1 (all steps).")
     if config.solver == "ddpm":
-        return _ddpm_schedule(config, executed, stride=config.num_train_timesteps // num_inference_steps)
+        ends = executed - config.num_train_timesteps // num_inference_steps
+        if spacing == LOGSNR:
+            ends = np.append(executed[1:], -1)
+        return _ddpm_schedule(config, executed, ends)
     first_order_end = config.lower_order_final and len(timesteps) < _LOWER_ORDER_BELOW
     return _dpm_schedule(config, executed, first_order_end)
 
 
-def _timesteps(config: SchedulerConfig, count: int) -> NDArray[np.int64]:
-    """Timesteps of a run, int64 [count], falling. The three spacings are those of Lin et al. (2023), table 2."""
-    start = _usable_steps(config)
-    if config.timestep_spacing == "trailing":
+def _timesteps(config: SchedulerConfig, count: int, spacing: str) -> NDArray[np.int64]:
+    """Timesteps of a run, int64 [count], falling. Three of the spacings are those of Lin et al. (2023), table 2."""
+    start = _usable_steps(config, spacing)
+    if spacing == "trailing":
         # Fewer than `count` where DPM-Solver++ starts lower; rounding may add a point below 0.
         timesteps = np.arange(start, 0, -config.num_train_timesteps / count).round().astype(np.int64) - 1
         return timesteps[timesteps >= 0]
     # DPM-Solver++ lays out one point more and never visits the lowest.
     points = count + (config.solver == "dpm")
-    if config.timestep_spacing == "linspace":
+    if spacing == "linspace":
         rising = np.linspace(0, start - 1, points).round().astype(np.int64)
+    elif spacing == LOGSNR:
+        snr = log_snr(config)[:start]
+        wanted = np.linspace(snr[0], snr[-1], points)
+        index = np.arange(points)
+        rising = np.interp(-wanted, -snr, np.arange(start)).round().astype(np.int64)
+        # Training steps are far apart in lambda at both ends: where several points fall on one, they take the next.
+        rising = np.maximum.accumulate(rising - index) + index
+        rising = np.minimum(rising, start - points + index)
     else:
         rising = np.arange(points) * (start // points) + config.steps_offset
     return rising[::-1][:count]
@@ -290,14 +312,13 @@ def _dpm_schedule(config: SchedulerConfig, timesteps: NDArray[np.int64], first_o
     )
 
 
-def _ddpm_schedule(config: SchedulerConfig, timesteps: NDArray[np.int64], stride: int) -> Schedule:
-    """DDPM over `stride` training steps at a time: Ho et al. (2020), mean by eq. 7, variance by section 3.2.
+def _ddpm_schedule(config: SchedulerConfig, timesteps: NDArray[np.int64], ends: NDArray[np.int64]) -> Schedule:
+    """DDPM from `timesteps` to `ends`, below 0 to x0 itself: Ho et al. (2020), mean by eq. 7, variance by section 3.2.
 
-    The reference assumes this stride in every step, also where its spacing puts two timesteps closer or farther.
+    The reference has ends at one stride everywhere, also where its spacing puts two timesteps closer or farther.
     """
     # float32 throughout: late in a run beta keeps only four digits, and the result should follow the reference's.
     kept = alphas_cumprod(config)
-    ends = timesteps - stride
     kept_start = kept[timesteps]
     kept_end: FloatArray = np.where(ends >= 0, kept[ends], np.float32(1))
     beta = 1 - kept_start / kept_end

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="needs the bench extra")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.baseline import DenoisingLoop, Place, ReferenceUNet, Source, make_network, measure_network, network_flop
-from bench.work import NETWORKS, reference_calls
+from bench.work import NETWORKS, PUBLISHED_FLOP, reference_calls
 from engines.catalog import CATALOG, UNETS
 from engines.errors import SettingsError
 from export import networks
@@ -85,6 +85,7 @@ def test_the_work_of_a_video_is_that_counted_on_the_authors_code() -> None:
         network = CATALOG[name]
         config = CONFIGS["published"][f"{network.folders[0]}/{network.subfolder}"]
         flop = network_flop(Source(name, config), calls(name))
+        assert flop == PUBLISHED_FLOP[name]
         assert flop / 1e12 == pytest.approx(COUNTED[name], rel=6e-3 if name in ("t5", "clip") else 2e-3)
         total += flop * calls(name).count
     assert total / 1e15 == pytest.approx(19.72, abs=0.005)

@@ -88,10 +88,10 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         def __init__(self, *arguments: Any, **keywords: Any):
             self.unet = plain(*arguments, **keywords)
 
-        def start_loop(self, x: Any, schedule: Any, guidance_scale: float, condition: Any) -> "Looping | None":
+        def start_loop(self, x: Any, schedule: Any, guidance: Any, condition: Any) -> "Looping | None":
             if self.factor is None:
                 return None
-            result = denoise(lambda *a: self.unet(*a), x, schedule, guidance_scale=guidance_scale)
+            result = denoise(lambda *a: self.unet(*a), x, schedule, guidance_scale=float(guidance[0]))
             self.result = result * self.factor
             return self
 

@@ -31,6 +31,15 @@ def test_points_of_a_logarithmic_chart_are_spaced_by_ratio() -> None:
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and y[0] > y[1] > y[2]
 
 
+def test_intervals_stand_behind_their_points() -> None:
+    chart = Chart("t", Axis("x"), Axis("y"), points={"a": [(1, 5)]}, intervals={"a": [(1, 2, 9)]})
+    root = parsed(chart.svg())
+    (circle,) = root.iter(f"{SVG}circle")
+    (line,) = (line for line in root.iter(f"{SVG}line") if line.get("stroke-width") == "1.6")
+    assert line.get("x1") == line.get("x2") == circle.get("cx") and line.get("stroke") == circle.get("fill")
+    assert float(line.get("y1", "")) > float(circle.get("cy", "")) > float(line.get("y2", ""))
+
+
 def test_a_line_goes_through_its_points_and_marks_are_named() -> None:
     chart = Chart("t", Axis("s"), Axis("GiB"), {"line": [(0, 0), (2, 4)]}, marks=[(1, "<base>")])
     root = parsed(chart.svg())

@@ -87,7 +87,8 @@ def file_of(bundle: Path, engine: str, graph: str, kind: str) -> Path:
 
 def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[..., Result], bundle: Path) -> None:
     result = generate(
-        "--seed", "7", "--guidance", "sr1=3.5", "--json", "--save-stages", "deep/stages", "--out", "x.mp4"
+        *("--seed", "7", "--guidance", "sr1=3.5", "--guided", "base=0.5,sr1=0.1-0.6", "--json"),
+        *("--save-stages", "deep/stages", "--out", "x.mp4"),
     )
     assert result.code == 0, result.err
     about = json.loads(result.out)
@@ -104,9 +105,8 @@ def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[
     assert metadata["software"].startswith("show1-rt ")
     assert metadata["bundle"] == f"{bundle.name} {Bundle.open(bundle).id}"
     settings = Settings.from_dict(json.loads(metadata["settings"]))
-    assert settings == Settings(size=(112, 64), keyframes=2).with_steps(dict.fromkeys(STAGES, 2)).with_guidance(
-        {"sr1": 3.5}
-    )
+    expected = Settings(size=(112, 64), keyframes=2).with_steps(dict.fromkeys(STAGES, 2)).with_guidance({"sr1": 3.5})
+    assert settings == expected.with_guided({"base": (0.0, 0.5), "sr1": (0.1, 0.6)})
     with av.open("x.mp4") as container:
         (stream,) = container.streams
         assert (stream.width, stream.height, stream.frames, stream.average_rate) == (112, 64, 5, 8)
@@ -161,6 +161,12 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--steps", ""], "''; allowed: STAGE=NUMBER"),
         (["--guidance", "base=much"], "'base=much'; allowed: STAGE=NUMBER"),
         (["--steps", "base=2,sr9=3"], "unknown stage sr9; allowed: base, interp, if2, sr1, sr2"),
+        (["--guided", "base=most"], "'base=most'; allowed: STAGE=END or BEGIN-END as shares of the steps, stages base"),
+        (["--guided", "base=0.7-0.3"], "guided part of base: 0.7-0.3; allowed: BEGIN-END from 0 to 1"),
+        (["--guided", "sr2=1.5"], "guided part of sr2: 0-1.5; allowed: BEGIN-END from 0 to 1"),
+        (["--guided", "text=0.5"], "unknown stage text; allowed: base"),
+        (["--spacing", "base=karras"], "base: spacing is 'karras'; allowed: linspace, leading, trailing, logsnr"),
+        (["--spacing", "base"], "'base'; allowed: STAGE=SPACING, stages base, interp, if2, sr1, sr2, e.g. sr1=logsnr"),
         (["--guidance", "text=3"], "unknown stage text; allowed: base"),
         (["--steps", "sr1=0"], "steps of sr1: 0; allowed: 1 or more"),
         (["--steps", "if2=2000"], "if2: "),

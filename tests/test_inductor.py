@@ -31,6 +31,7 @@ from export.parity import check_parity, package_sizes
 from export.to_inductor import tuned_sizes
 from export.verify import verify
 from runtime import runner_inductor
+from runtime.config import ALL_STEPS, Interval
 from runtime.kernels import find_library
 from runtime.noise import NoiseStream
 from runtime.runner import INDUCTOR, Engine, EnginePool
@@ -308,13 +309,18 @@ def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
 
 # ---- The loop on the device
 
-LOOPS: dict[str, tuple[dict[str, Any], float, int, int]] = {  # scheduler, guidance, clips, steps
-    "interp": (PUBLISHED["base"], 4.0, 3, 6),
-    "sr1, unguided": (PUBLISHED["sr1"], 1.0, 1, 4),
-    "latents": (PUBLISHED["sr2"], 15.0, 2, 5),
-    "learned variance": (PUBLISHED["if2"], 4.0, 1, 4),
-    "learned variance, unguided": (PUBLISHED["if1"], 1.0, 2, 3),
-    "fixed variance": ({**PUBLISHED["noising"], "clip_sample_range": 1.25}, 2.0, 1, 4),
+# scheduler, guidance, the part that is guided, clips, steps
+LOOPS: dict[str, tuple[dict[str, Any], float, Interval, int, int]] = {
+    "interp": (PUBLISHED["base"], 4.0, ALL_STEPS, 3, 6),
+    "interp, guided at first": (PUBLISHED["base"], 4.0, (0, 0.5), 3, 6),
+    "interp, guided in the middle": (PUBLISHED["base"], 4.0, (0.3, 0.7), 3, 6),
+    "sr1, unguided": (PUBLISHED["sr1"], 1.0, ALL_STEPS, 1, 4),
+    "sr1, no step guided": (PUBLISHED["sr1"], 7.0, (0, 0), 1, 4),
+    "latents": (PUBLISHED["sr2"], 15.0, ALL_STEPS, 2, 5),
+    "learned variance": (PUBLISHED["if2"], 4.0, ALL_STEPS, 1, 4),
+    "learned variance, guided in the middle": (PUBLISHED["if2"], 4.0, (0.2, 0.8), 2, 5),
+    "learned variance, unguided": (PUBLISHED["if1"], 1.0, ALL_STEPS, 2, 3),
+    "fixed variance": ({**PUBLISHED["noising"], "clip_sample_range": 1.25}, 2.0, ALL_STEPS, 1, 4),
 }
 
 
@@ -329,13 +335,14 @@ def loop_inputs(engine: Engine, guidance: float, clips: int) -> tuple[Any, Any, 
 
 def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[Any]]:
     """Result, and x after every step."""
-    scheduler, guidance, _, steps = LOOPS[case]
+    scheduler, guidance, guided, _, steps = LOOPS[case]
     visited: list[Any] = []
     result = denoise(
         unet,
         x,
         make_schedule(SchedulerConfig.from_dict(scheduler, case), steps),
         guidance_scale=guidance,
+        guided=guided,
         noise=NoiseStream(7),
         condition=condition,
         on_step=lambda index, total, x: visited.append(x.copy()),
@@ -345,7 +352,7 @@ def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[An
 
 @pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> None:
-    scheduler, guidance, clips, steps = LOOPS[case]
+    scheduler, guidance, _, clips, steps = LOOPS[case]
     unet, x, condition = loop_inputs(engine, guidance, clips)
     # The same operations in the same order, but for exp()'s last bits in DDPM's noise, which the network multiplies.
     atol = 0 if DEVICE == "cpu" and scheduler["_class_name"] != "DDPMScheduler" else 2e-4
@@ -373,6 +380,9 @@ def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine
     assert len(loops) == 1
     denoise(unet, x, schedule, guidance_scale=9.0, condition=condition)
     assert len(loops) == 1
+    for guided in ((0.0, 0.5), (0.4, 0.8)):
+        denoise(unet, x, schedule, guidance_scale=9.0, guided=guided, condition=condition)
+    assert len(loops) == 2
 
 
 def test_a_loop_in_half_precision_equals_the_sampler(float16: Bundle) -> None:

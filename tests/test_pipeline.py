@@ -61,12 +61,16 @@ def clip_of(frames: int, height: int = 8, width: int = 16) -> FloatArray:
 # Interpolation
 
 
-def test_gaps_in_one_batch_are_what_they_are_one_by_one(pipeline: Show1Pipeline, text: PromptEmbeds) -> None:
+@pytest.mark.parametrize("guided", [(0.0, 1.0), (0.0, 0.5)])
+def test_gaps_in_one_batch_are_what_they_are_one_by_one(
+    pipeline: Show1Pipeline, text: PromptEmbeds, guided: tuple[float, float]
+) -> None:
+    settings = DRAFT.with_guided({"interp": guided})
     keyframes = NoiseStream(7).normal((3, 8, 8, 16))
-    together = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED)
+    together = fill_gaps(pipeline.engines, text, keyframes, settings, SEED)
     assert together.shape == (7, 3, 5, 8, 16)
     for gap in range(7):
-        alone = fill_gaps(pipeline.engines, text, keyframes[:, gap : gap + 2], DRAFT, SEED)
+        alone = fill_gaps(pipeline.engines, text, keyframes[:, gap : gap + 2], settings, SEED)
         np.testing.assert_allclose(together[gap], alone[0], rtol=0, atol=1e-5, err_msg=f"gap {gap}")
 
 
@@ -174,6 +178,13 @@ def test_without_guidance_each_network_sees_the_prompt_alone(pipeline: Show1Pipe
     # Nobody reads the negative prompt now.
     other = pipeline(PROMPT, negative_prompt="bright", settings=settings)
     np.testing.assert_array_equal(other.clip, unguided.clip)
+
+
+def test_guidance_in_no_step_is_no_guidance(pipeline: Show1Pipeline) -> None:
+    by_part = pipeline(PROMPT, settings=DRAFT.with_guided(dict.fromkeys(DIFFUSION_STAGES, (0.0, 0.0))))
+    by_scale = pipeline(PROMPT, settings=DRAFT.with_guidance(dict.fromkeys(DIFFUSION_STAGES, 1.0)))
+    # Rounding: the prompt was projected beside the negative one or alone, and frames are cut to 8 bits on the way.
+    np.testing.assert_allclose(by_part.clip, by_scale.clip, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("change", [{"prompt": "a toad"}, {"negative_prompt": "bright"}])

@@ -9,7 +9,7 @@ from test_schedulers import published
 from engines.errors import BundleError
 from runtime.noise import NoiseStream
 from runtime.ops import cross_fade, resize_bilinear
-from runtime.sampler import FloatArray, Unet, denoise
+from runtime.sampler import FloatArray, Interval, Unet, denoise, guidance_scales
 from runtime.schedulers import add_noise, make_schedule
 
 SEED = 345
@@ -144,6 +144,65 @@ def test_guidance_moves_away_from_the_first_half_and_takes_the_variance_of_the_s
     guided = denoise(halves, random_clips(2), schedule, guidance_scale=7.0, noise=NoiseStream(SEED))
     plain = denoise(combined, random_clips(2), schedule, guidance_scale=1.0, noise=NoiseStream(SEED))
     np.testing.assert_array_equal(guided, plain)
+
+
+@pytest.mark.parametrize(
+    ("count", "guided", "expected"),
+    [
+        (4, (0, 1), [0, 1, 2, 3]),
+        (4, (0, 0.5), [0, 1]),
+        (5, (0, 0.5), [0, 1]),
+        (5, (0.2, 0.8), [1, 2, 3]),
+        (10, (0.07, 0.12), []),
+        (3, (0, 0), []),
+        (1, (0.4, 0.6), [0]),
+    ],
+)
+def test_steps_whose_middle_lies_in_the_interval_are_guided(count: int, guided: Interval, expected: list[int]) -> None:
+    scales = guidance_scales(count, 7.5, guided)
+    assert scales.dtype == np.float32 and scales.shape == (count,)
+    assert np.flatnonzero(scales == 7.5).tolist() == expected
+    assert np.count_nonzero(scales == 1) == count - len(expected)
+
+
+@pytest.mark.parametrize("name", ["base", "if1"])
+@pytest.mark.parametrize("guided", [(0.0, 0.5), (0.3, 0.7), (0.0, 0.0)])
+def test_unguided_steps_see_the_prompt_alone_and_the_solver_goes_on(name: str, guided: Interval) -> None:
+    schedule, condition = make_schedule(published(name), 6), random_clips(2)[::-1]
+    scales = guidance_scales(6, 7.0, guided)
+
+    def halves(sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray]:
+        """The prompt's prediction is the last, and the only one in an unguided step."""
+        noise_pred, variance_frac = pointwise_unet(sample, timestep)
+        np.testing.assert_array_equal(sample[-2:, 3:], condition)
+        if scales[list(schedule.timesteps).index(timestep)] > 1:
+            assert len(sample) == 4
+            np.testing.assert_array_equal(sample[:2], sample[2:])
+            noise_pred[:2] *= np.float32(0.5)
+            variance_frac[:2] = np.nan
+        else:
+            assert len(sample) == 2
+        return noise_pred, variance_frac
+
+    def combined(sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray]:
+        positive, variance_frac = pointwise_unet(sample, timestep)
+        scale = scales[list(schedule.timesteps).index(timestep)]
+        negative = positive * np.float32(0.5)
+        return (positive - negative) * scale + negative if scale > 1 else positive, variance_frac
+
+    given, expected = (
+        denoise(
+            unet,
+            random_clips(2),
+            schedule,
+            guidance_scale=guidance_scale,
+            guided=guided,
+            noise=NoiseStream(SEED),
+            condition=condition,
+        )
+        for unet, guidance_scale in ((halves, 7.0), (combined, 1.0))
+    )
+    np.testing.assert_array_equal(given, expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])

@@ -11,6 +11,8 @@ from engines.errors import CheckpointError, SettingsError
 from runtime.noise import NoiseStream
 from runtime.sampler import denoise
 from runtime.schedulers import (
+    SPACINGS,
+    Schedule,
     SchedulerConfig,
     add_noise,
     alphas_cumprod,
@@ -108,16 +110,98 @@ def test_each_solver_has_its_own_meaning_of_the_spacings(
     assert list(make_schedule(config, 5).timesteps) == expected
 
 
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("solver", [_DPM, _DDPM])
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-def test_every_possible_number_of_steps_falls_strictly_within_training(solver: dict[str, str], spacing: str) -> None:
-    config = SchedulerConfig.from_dict({**solver, "num_train_timesteps": 100, "timestep_spacing": spacing}, "x")
-    for steps in range(1, max_inference_steps(config) + 1):
-        schedule = make_schedule(config, steps)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_possible_number_of_steps_falls_strictly_within_training(
+    solver: dict[str, str], spacing: str, beta_schedule: str
+) -> None:
+    config = SchedulerConfig.from_dict({**solver, "num_train_timesteps": 100, "beta_schedule": beta_schedule}, "x")
+    for steps in range(1, max_inference_steps(config, spacing) + 1):
+        schedule = make_schedule(config, steps, spacing=spacing)
         assert len(schedule) == steps
         assert schedule.timesteps[0] < 100 and schedule.timesteps[-1] >= 0
         assert np.all(np.diff(schedule.timesteps) < 0)
         assert np.all(np.isfinite(schedule.x0_weight)) and np.all(np.isfinite(schedule.sample_weight))
+
+
+@pytest.mark.parametrize("name", ["base", "sr1", "sr2", "if2"])
+def test_the_published_spacing_stays_unless_another_is_asked_for(name: str) -> None:
+    config = published(name)
+    plain, asked = make_schedule(config, 20), make_schedule(config, 20, spacing=config.timestep_spacing)
+    np.testing.assert_array_equal(plain.timesteps, asked.timesteps)
+    np.testing.assert_array_equal(plain.x0_weight, asked.x0_weight)
+    assert list(make_schedule(config, 20, spacing="logsnr").timesteps) != list(plain.timesteps)
+
+
+@pytest.mark.parametrize("name", ["base", "sr1", "sr2", "if2"])
+def test_logsnr_steps_are_equal_in_lambda_and_begin_where_x0_can_be_told(name: str) -> None:
+    config = published(name)
+    schedule = make_schedule(config, 12, spacing="logsnr")
+    snr = log_snr(config)
+    assert snr[schedule.timesteps[0]] >= -5.1 and (
+        schedule.timesteps[0] == 999 or snr[schedule.timesteps[0] + 1] < -5.1
+    )
+    ends = np.append(schedule.timesteps[1:], 0) if config.solver == "dpm" else schedule.timesteps[1:]
+    h = snr[ends] - snr[schedule.timesteps][: len(ends)]
+    np.testing.assert_allclose(h[1:-2], h[1:-2].mean(), rtol=0.1)  # the ends' training steps lie too far apart
+
+
+def test_logsnr_is_what_diffusers_calls_lu_lambdas() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config({**PUBLISHED["sr2"], "use_lu_lambdas": True})
+    for steps in (8, 12, 20):
+        theirs.set_timesteps(steps + 1)  # theirs visits the end point too
+        ours = make_schedule(published("sr2"), steps, spacing="logsnr").timesteps
+        np.testing.assert_array_equal(ours, theirs.timesteps[:-1])
+
+
+@pytest.mark.parametrize("steps", [12, 20])
+@pytest.mark.parametrize("name", ["base", "sr2", "if2"])
+def test_uneven_steps_equal_those_of_diffusers_at_the_same_timesteps(name: str, steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    import torch
+
+    settings = {**PUBLISHED[name], "variance_type": None if name == "sr2" else "fixed_small"}
+    schedule = make_schedule(SchedulerConfig.from_dict(settings, name), steps, spacing="logsnr")
+    theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
+    theirs.set_timesteps(timesteps=schedule.timesteps.tolist())
+    start, *preds = np.random.default_rng(0).standard_normal((steps + 1, 1, 3, 1, 6, 8), dtype=np.float32)
+    left = iter(preds)
+    x = denoise(lambda *_: (next(left), None), start, schedule, guidance_scale=1, noise=NoiseStream(7))
+
+    expected, drawn = torch.from_numpy(start[:, :, 0]), torch.Generator().manual_seed(7)
+    for timestep, pred in zip(theirs.timesteps, preds, strict=True):
+        more = {"generator": drawn} if schedule.config.solver == "ddpm" else {}
+        expected = theirs.step(torch.from_numpy(pred[:, :, 0]), timestep, expected, **more).prev_sample
+    np.testing.assert_allclose(x[:, :, 0], expected.numpy(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["base", "sr1"])
+def test_few_logsnr_steps_are_nearer_the_exact_solution_than_many_even_ones(name: str) -> None:
+    config = published(name)
+    deviations = 0.7 / np.geomspace(1, 32, 60)  # of natural images: amplitudes fall as 1 / frequency
+
+    def error(schedule: Schedule) -> float:
+        """Of the deviation that a run gives Gaussian data, whose denoiser and solution are known exactly."""
+        kept = alphas_cumprod(config).astype(np.float64)
+        x, previous = np.ones(60), np.zeros(60)
+        rows = zip(
+            schedule.timesteps, schedule.sample_weight, schedule.x0_weight, schedule.previous_x0_weight, strict=True
+        )
+        for timestep, *weights in rows:
+            signal = kept[timestep]
+            x0 = np.sqrt(signal) * deviations**2 / (signal * deviations**2 + 1 - signal) * x
+            x, previous = weights[0] * x + weights[1] * x0 + weights[2] * previous, x0
+        return float(np.sqrt(np.mean((x - np.sqrt(kept[0] * deviations**2 + 1 - kept[0])) ** 2)))
+
+    assert error(make_schedule(config, 12, spacing="logsnr")) < error(make_schedule(config, 50))
+    assert error(make_schedule(config, 20, spacing="logsnr")) < 0.2 * error(make_schedule(config, 20))
+
+
+def test_a_spacing_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingsError, match="spacing is 'karras'; allowed: linspace, leading, trailing, logsnr"):
+        make_schedule(published("base"), 20, spacing="karras")
 
 
 def test_a_partial_run_starts_with_a_first_order_step() -> None:

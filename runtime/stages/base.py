@@ -4,8 +4,7 @@ from runtime.config import Settings, stage_sizes
 from runtime.noise import NoiseStream
 from runtime.runner import EnginePool
 from runtime.sampler import denoise
-from runtime.schedulers import make_schedule
-from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 
 
 def run_base(
@@ -21,7 +20,7 @@ def run_base(
     `size` is (width, height) in pixels, by default what `settings.size` calls for (64 x 40).
     """
     width, height = size or stage_sizes(settings.size)["base"]
-    schedule = make_schedule(scheduler_of(engines.bundle, "base"), settings.base.num_inference_steps)
+    schedule = stage_schedule(engines.bundle, "base", settings.base)
     noise = NoiseStream(seed)
     x = noise.normal((1, 3, settings.keyframes, height, width))
     with engines.use("base") as engine:
@@ -30,6 +29,7 @@ def run_base(
             x,
             schedule,
             guidance_scale=settings.base.guidance_scale,
+            guided=settings.base.guided,
             noise=noise,
             on_step=step_counter(progress, "base"),
         )

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BundleError
+from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
+from runtime.config import StageSettings
 from runtime.runner import Engine, Loop
 from runtime.sampler import OnStep
-from runtime.schedulers import Schedule, SchedulerConfig
+from runtime.schedulers import Schedule, SchedulerConfig, make_schedule
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
@@ -31,6 +32,14 @@ def scheduler_of(bundle: Bundle, name: str) -> SchedulerConfig:
     return SchedulerConfig.from_dict(bundle.manifest.schedulers[name], f"{bundle.root}: scheduler of {name}")
 
 
+def stage_schedule(bundle: Bundle, name: str, stage: StageSettings, strength: float = 1.0) -> Schedule:
+    """The steps of one denoising loop. Raises SettingsError, naming the stage, where they are impossible."""
+    try:
+        return make_schedule(scheduler_of(bundle, name), stage.num_inference_steps, strength, stage.spacing)
+    except SettingsError as error:
+        raise SettingsError(f"{name}: {error}") from None
+
+
 @dataclass(frozen=True)
 class PromptedUnet:
     """A UNet with its prompt: a `sampler.Unet`, and where the backend can, a loop on its device."""
@@ -40,13 +49,14 @@ class PromptedUnet:
 
     def __call__(self, sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
         timesteps = np.full(len(sample), timestep, np.float32)
-        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **self.context)
+        context = {name: value[-len(sample) :] for name, value in self.context.items()}  # the prompt's are the last
+        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **context)
         return outputs["noise_pred"], outputs.get("variance_frac")
 
     def start_loop(
-        self, x: FloatArray, schedule: Schedule, guidance_scale: float, condition: FloatArray | None
+        self, x: FloatArray, schedule: Schedule, guidance: FloatArray, condition: FloatArray | None
     ) -> Loop | None:
-        return self.engine.start_loop(x, schedule, guidance_scale, condition, self.context)
+        return self.engine.start_loop(x, schedule, guidance, condition, self.context)
 
 
 def prompted(

@@ -7,8 +7,7 @@ from runtime.noise import NoiseStream
 from runtime.ops import cross_fade
 from runtime.runner import EnginePool
 from runtime.sampler import denoise
-from runtime.schedulers import make_schedule
-from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 
 
 def run_interp(
@@ -52,7 +51,7 @@ def fill_gaps(
     condition = np.concatenate([fade, np.broadcast_to(mask, (count - 1, 1, *fade.shape[2:]))], axis=1)
 
     guidance = settings.interp.guidance_scale
-    schedule = make_schedule(scheduler_of(engines.bundle, "interp"), settings.interp.num_inference_steps)
+    schedule = stage_schedule(engines.bundle, "interp", settings.interp)
     filled = []
     with engines.use("interp") as engine:
         most = engine.specs["step"].profiles["default"]["batch"].max // (2 if guidance > 1 else 1)
@@ -67,6 +66,7 @@ def fill_gaps(
                     np.repeat(x, len(batch), axis=0),
                     schedule,
                     guidance_scale=guidance,
+                    guided=settings.interp.guided,
                     noise=noise,
                     condition=batch,
                     on_step=step_counter(progress, "interp", number, len(batches)),

@@ -8,8 +8,17 @@ from runtime.noise import NoiseStream
 from runtime.ops import resize_bilinear
 from runtime.runner import EnginePool
 from runtime.sampler import Unet, denoise
-from runtime.schedulers import add_noise, make_schedule
-from runtime.stages.diffusion import FloatArray, OnStep, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+from runtime.schedulers import add_noise
+from runtime.stages.diffusion import (
+    FloatArray,
+    OnStep,
+    Progress,
+    PromptEmbeds,
+    prompted,
+    scheduler_of,
+    stage_schedule,
+    step_counter,
+)
 
 
 def run_if2(
@@ -82,8 +91,9 @@ def upscale(
     return denoise(
         unet,
         x,
-        make_schedule(scheduler_of(bundle, name), stage.num_inference_steps),
+        stage_schedule(bundle, name, stage),
         guidance_scale=stage.guidance_scale,
+        guided=stage.guided,
         noise=noise,
         condition=condition,
         on_step=on_step,

@@ -8,8 +8,8 @@ from runtime.noise import NoiseStream
 from runtime.ops import frames_to_clip, resize_frames
 from runtime.runner import EnginePool
 from runtime.sampler import denoise
-from runtime.schedulers import add_noise, make_schedule
-from runtime.stages.diffusion import FloatArray, OnStep, Progress, PromptEmbeds, prompted, scheduler_of, step_counter
+from runtime.schedulers import add_noise
+from runtime.stages.diffusion import FloatArray, OnStep, Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 
 Frames = NDArray[np.uint8]
 
@@ -51,17 +51,17 @@ def refine(
     on_step: OnStep | None = None,
 ) -> FloatArray:
     """SDEdit (Meng et al. 2021) on unscaled latents [F, 4, h, w]: noise to `settings.strength`, denoise; same shape."""
-    config = scheduler_of(engines.bundle, "sr2")
-    schedule = make_schedule(config, settings.sr2.num_inference_steps, settings.strength)
+    schedule = stage_schedule(engines.bundle, "sr2", settings.sr2, settings.strength)
     guidance = settings.sr2.guidance_scale
     scale = np.float32(engines.bundle.engine("vae_decoder").properties["scaling_factor"])
     with engines.use("sr2") as engine:
-        x = add_noise(config, latents * scale, noise.normal(latents.shape), int(schedule.timesteps[0]))
+        x = add_noise(schedule.config, latents * scale, noise.normal(latents.shape), int(schedule.timesteps[0]))
         x = denoise(
             prompted(engine, text, guidance),
             x.swapaxes(0, 1)[None],  # [1, 4, F, h, w]
             schedule,
             guidance_scale=guidance,
+            guided=settings.sr2.guided,
             noise=noise,
             on_step=on_step,
         )

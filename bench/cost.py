@@ -1,0 +1,72 @@
+"""What presets cost: FLOP of a video by the published networks, counted from steps and guidance (`bench.work`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.plots import Bars
+from bench.report import Table, number
+from bench.work import COST_STAGES, published_flop, step_counts
+from runtime.config import ALL_STEPS, DIFFUSION_STAGES, Settings
+
+_PETA = 1e15
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work of a video with `settings`, by stage."""
+
+    settings: Settings
+
+    @property
+    def stages(self) -> dict[str, int]:
+        return published_flop(self.settings)
+
+    @property
+    def total(self) -> int:
+        return sum(self.stages.values())
+
+
+def describe_stage(settings: Settings, name: str) -> str:
+    """Steps that run, how they are spaced where that is not the scheduler's, and which are guided where not all are."""
+    stage = getattr(settings, name)
+    words = [str(step_counts(settings)[name])]
+    if stage.spacing:
+        words.append(stage.spacing)
+    if stage.guidance_scale <= 1:
+        words.append("unguided")
+    elif stage.guided != ALL_STEPS:
+        words.append("guided {:g}-{:g}".format(*stage.guided))
+    return ", ".join(words)
+
+
+def work_table(costs: Mapping[str, Cost]) -> Table:
+    """PFLOP by preset and stage; others are compared with the first preset."""
+    reference = next(iter(costs.values())).total
+    rows = []
+    for preset, cost in costs.items():
+        stages = [number(flop / _PETA) for flop in cost.stages.values()]
+        rows.append([preset, *stages, number(cost.total / _PETA), number(reference / cost.total)])
+    return Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], rows)
+
+
+def steps_table(costs: Mapping[str, Cost]) -> Table:
+    rows = [
+        [preset, *(describe_stage(cost.settings, stage) for stage in DIFFUSION_STAGES)]
+        for preset, cost in costs.items()
+    ]
+    return Table("Steps", ["preset", *DIFFUSION_STAGES], rows)
+
+
+def plot(costs: Mapping[str, Cost]) -> Bars:
+    series = {preset: [flop / _PETA for flop in cost.stages.values()] for preset, cost in costs.items()}
+    return Bars("Work of a video at published sizes, by stage", "PFLOP", COST_STAGES, series)
+
+
+def to_json(costs: Mapping[str, Cost]) -> dict[str, Any]:
+    return {
+        "presets": {
+            preset: {"flop": cost.total, "stages": cost.stages, "settings": cost.settings.to_dict()}
+            for preset, cost in costs.items()
+        }
+    }

@@ -1,0 +1,142 @@
+"""Presets side by side: what the table, plot and files say of videos whose content is known."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
+
+from bench import presets
+from bench.__main__ import main
+from bench.cost import Cost
+from bench.judge import Frames
+from bench.presets import PresetResult, run_presets
+from bench.quality import Prompt, load_prompts
+from engines.errors import OutputError
+from runtime.config import Settings
+from runtime.pipeline import Show1Pipeline, Video
+
+PROMPTS = load_prompts(3)
+SETTINGS = {preset: Settings().with_preset(preset) for preset in ("reference", "fast")}
+COSTS = {preset: Cost(settings) for preset, settings in SETTINGS.items()}
+
+
+def true_video(prompt: Prompt) -> Frames:
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    from export.demo.scenes import lay_out, render
+
+    clip = render(lay_out([prompt.scene], prompt.seed), torch.arange(29.0)[None], (288, 160))[0]
+    return ((clip * 0.5 + 0.5) * 255).byte().permute(1, 2, 3, 0).numpy()
+
+
+def make(prompt: Prompt, settings: Settings) -> Frames:
+    """What was asked for by the reference; by others nothing but its border."""
+    frames = true_video(prompt)
+    return frames if settings == SETTINGS["reference"] else np.broadcast_to(frames[:1, :1, :1], frames.shape).copy()
+
+
+def compare(out: Path, make: Callable[..., Frames] = make, on_preset: Any = lambda sofar: None) -> Any:
+    return run_presets(PROMPTS, SETTINGS, COSTS, make, out, {"bundle": "b"}, lambda *_: None, on_preset)
+
+
+@pytest.mark.torch
+def test_presets_are_judged_and_compared_with_the_first(tmp_path: Path) -> None:
+    sofar: list[list[str]] = []
+    results = compare(tmp_path, on_preset=lambda done: sofar.append(list(done)))
+    assert sofar == [["reference"], ["reference", "fast"]]
+    reference, fast = results.values()
+    assert reference.faithfulness.score == 1.0 and reference.psnr == []
+    assert fast.faithfulness.score < 0.5 and len(fast.psnr) == 3 and max(fast.psnr) < 40
+    assert np.mean(fast.change(reference)) == pytest.approx(fast.faithfulness.score - 1)
+    assert all((tmp_path / preset / "sheet-0.png").is_file() for preset in results)
+
+    table = presets.table(results)
+    (first, second) = (dict(zip(table.headers, row, strict=True)) for row in table.rows)
+    assert (first["preset"], first["PFLOP"], first["times cheaper"]) == ("reference", "19.7", "1.00")
+    assert (first["points"], first["PSNR dB"]) == ("-", "-")
+    assert (second["preset"], second["PFLOP"], second["times cheaper"]) == ("fast", "3.45", "5.72")
+    assert float(second["points"]) == pytest.approx(100 * fast.faithfulness.score - 100, abs=0.1)
+    assert "3 videos by every preset" in table.title
+
+    svg = presets.plot(results).svg()
+    assert svg.count("<circle") == 2 and svg.count('stroke-width="1.6"') == 2
+    kept = json.loads(json.dumps(presets.to_json(results)))["presets"]
+    assert Settings.from_dict(kept["fast"]["settings"]) == SETTINGS["fast"]
+    assert kept["fast"]["flop"] == COSTS["fast"].total and kept["fast"]["seconds"]["n"] == 3
+
+
+@pytest.mark.torch
+def test_a_comparison_goes_on_where_it_was_interrupted_but_not_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Settings] = []
+
+    def counting(prompt: Prompt, settings: Settings) -> Frames:
+        made.append(settings)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return make(prompt, settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path, counting)
+    before = compare(tmp_path, counting)
+    assert made == [SETTINGS["reference"]] * 3 + [SETTINGS["fast"]] * 4  # one of them was interrupted
+    again = compare(tmp_path, counting)
+    assert len(made) == 7 and presets.to_json(again) == presets.to_json(before)
+    monkeypatch.setitem(SETTINGS, "fast", SETTINGS["fast"].with_steps({"sr1": 3}))
+    with pytest.raises(OutputError, match=r"fast.00\.npz was made by another bundle or with other settings"):
+        compare(tmp_path, counting)
+
+
+def test_equal_videos_and_no_change_can_be_shown(tmp_path: Path) -> None:
+    def gray(prompt: Prompt, settings: Settings) -> Frames:
+        return np.full((5, 64, 112, 3), 128, np.uint8)
+
+    results: dict[str, PresetResult] = compare(tmp_path, gray)
+    row = dict(zip(presets.table(results).headers, presets.table(results).rows[1], strict=True))
+    assert (row["points"], row["PSNR dB"], row["worst"]) == ("+0.0", "equal", "equal")
+
+
+def test_the_command_compares_small_videos_of_few_prompts(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Settings] = []
+
+    def noise(self: Show1Pipeline, prompt: str, *, seed: int, settings: Settings) -> Video:
+        asked.append(settings)
+        frames = np.random.default_rng(seed).integers(0, 256, (5, 64, 112, 3)).astype(np.uint8)
+        return Video(frames, np.zeros((1, 3, 5, 64, 112), np.float32), prompt, "", seed, settings)
+
+    monkeypatch.setattr(Show1Pipeline, "__call__", noise)
+    command = ["quality", "--bundle", str(bundle), "--presets", "draft,fast", "--prompts", "2", "--video", "112x64"]
+    assert main([*command, "--keyframes", "2", "--steps", "sr1=2", "--out", str(tmp_path)]) == 0
+    assert [s.size for s in asked] == [(112, 64)] * 4 and [s.keyframes for s in asked] == [2] * 4
+    assert [s.base.num_inference_steps for s in asked] == [30, 30, 6, 6]
+    assert all(s.sr1.num_inference_steps == 2 for s in asked)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["benchmark"] == "presets" and list(report["presets"]) == ["fast", "draft"]
+    page = (tmp_path / "report.md").read_text()
+    assert "![fast/sheet-0.png](fast/sheet-0.png)" in page and "![faithfulness](report-faithfulness.svg)" in page
+    assert "points and PSNR against fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast,best"], "--presets best; allowed: all, reference, quick, fast, draft"),
+        (
+            ["fast,draft", "--reference", "x"],
+            "--reference goes with one --preset; --presets are compared with the first",
+        ),
+    ],
+)
+def test_presets_that_cannot_be_compared_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["quality", "--presets", *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""Settings: what presets and options change and what they leave, and settings as a manifest keeps them."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from engines.errors import SettingsError
+from runtime.config import DIFFUSION_STAGES, PRESETS, Settings, StageSettings
+
+# A bundle's own, unlike the reference in everything.
+OWN = Settings(
+    **{stage: StageSettings(33, 2.5, (0.1, 0.9), "trailing") for stage in DIFFUSION_STAGES},
+    keyframes=3,
+    size=(288, 160),
+    strength=0.5,
+)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_what_it_does_not_name(preset: str) -> None:
+    changed = OWN.with_preset(preset)
+    others = {field.name for field in fields(Settings)} - set(DIFFUSION_STAGES)
+    assert all(getattr(changed, name) == getattr(OWN, name) for name in others)
+    assert all(getattr(changed, stage).guidance_scale == 2.5 for stage in DIFFUSION_STAGES)
+    if preset != "fast":
+        assert all(getattr(changed, stage).guided == (0.1, 0.9) for stage in DIFFUSION_STAGES)
+        assert all(getattr(changed, stage).spacing == "trailing" for stage in DIFFUSION_STAGES)
+    assert (changed == OWN) == (preset == "reference")
+
+
+def test_fast_has_fewer_steps_where_they_matter_least_and_keeps_the_noise_that_sr2_begins_at() -> None:
+    fast = OWN.with_preset("fast")
+    assert all(
+        getattr(fast, s).num_inference_steps < getattr(Settings(), s).num_inference_steps for s in DIFFUSION_STAGES
+    )
+    assert [getattr(fast, stage).spacing for stage in DIFFUSION_STAGES] == ["logsnr"] * 4 + ["trailing"]
+
+
+def test_options_win_over_the_preset() -> None:
+    settings = Settings().with_options(
+        preset="fast", steps="sr1=9", guidance="base=3", guided="base=0.2-0.7,sr1=1", spacing="sr1=linspace"
+    )
+    assert settings.sr1 == StageSettings(9, 7.0, (0.0, 1.0), "linspace")
+    fast = Settings().with_preset("fast")
+    assert settings.base == replace(fast.base, guidance_scale=3.0, guided=(0.2, 0.7))
+    assert settings.interp == fast.interp
+
+
+def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> None:
+    assert Settings.from_dict(json.loads(json.dumps(OWN.to_dict()))) == OWN
+    old = {"num_inference_steps": 75, "guidance_scale": 9.0}
+    assert Settings.from_dict({"base": old}) == Settings()
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unknown preset 'best'; allowed: reference, quick, fast, draft"):
+        Settings().with_preset("best")
