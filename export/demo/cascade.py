@@ -172,7 +172,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 
 # The published guidance belongs to networks that follow a text loosely. Here the clips leave little else to say.
-GUIDANCE = {"base": 4.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
+GUIDANCE = {"base": 2.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
 
 
 def make_network(name: str) -> Any:
