@@ -418,13 +418,15 @@ def build(
 
 
 def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
-    """The reference's settings, with the guidance that the checkpoint's optional settings.json recommends."""
+    """The reference's settings, with guidance and strength as the checkpoint's optional settings.json recommends."""
     settings = Settings(size=size)
     path = checkpoint / "settings.json"
     if not path.is_file():
         return settings
     try:
-        return settings.with_guidance(read_config(path).get("guidance", {}))
+        recommended = read_config(path)
+        strength = recommended.get("strength", settings.strength)
+        return replace(settings, strength=strength).with_guidance(recommended.get("guidance", {}))
     except (SettingsError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -90,11 +90,13 @@ def test_every_network_is_of_the_published_format_and_all_fit_in_ten_megabytes(
             assert (unpacked / path.relative_to(checkpoint)).read_bytes() == path.read_bytes()
 
 
-def test_a_checkpoint_recommends_its_guidance(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_recommends_guidance_and_strength(checkpoint: Path, tmp_path: Path) -> None:
     from export.build import recommended_settings
 
     assert recommended_settings(tmp_path, (576, 320)) == Settings()
-    assert recommended_settings(checkpoint, (576, 320)) == Settings().with_guidance(cascade.GUIDANCE)
+    assert recommended_settings(checkpoint, (576, 320)) == replace(
+        Settings().with_guidance(cascade.GUIDANCE), strength=cascade.STRENGTH
+    )
     (tmp_path / "settings.json").write_text('{"guidance": {"base": 2.5, "sr9": 1}}')
     with pytest.raises(CheckpointError, match=r"settings\.json: unknown stage sr9"):
         recommended_settings(tmp_path, (576, 320))

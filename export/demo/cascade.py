@@ -173,6 +173,7 @@ NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 
 # The published guidance belongs to networks that follow a text loosely. Here the clips leave little else to say.
 GUIDANCE = {"base": 2.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
+STRENGTH = 0.3  # of sr2: trained as shortly as it is, it redraws things that it meets at more noise
 
 
 def make_network(name: str) -> Any:
@@ -227,7 +228,7 @@ def save_rest(checkpoint: Path) -> None:
         write_json(home / "scheduler" / "scheduler_config.json", config)
         if name in ("if2", "sr1"):
             write_json(home / "image_noising_scheduler" / "scheduler_config.json", NOISING)
-    write_json(checkpoint / "settings.json", {"guidance": GUIDANCE})
+    write_json(checkpoint / "settings.json", {"guidance": GUIDANCE, "strength": STRENGTH})
 
 
 def save_tokenizers(checkpoint: Path) -> None:
