@@ -36,7 +36,7 @@ def _build(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--calibration is for --precision {INT8}; this is {arguments.precision}.")
     precision, layers = arguments.precision, None
     if precision == INT8:
-        judged = _build_int8(arguments)
+        judged = _build_int8(arguments, targets)
         for row in _int8_table(judged):
             print(row)
         if judged.root == arguments.out:
@@ -57,12 +57,12 @@ def _build(arguments: argparse.Namespace) -> None:
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
 
 
-def _build_int8(arguments: argparse.Namespace) -> Bundle:
+def _build_int8(arguments: argparse.Namespace, targets: list[str]) -> Bundle:
     """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
     from export.build import Backend, build
     from export.int8 import build_int8
 
-    backend = Backend.choose(arguments.engine, "fp16")
+    backend = Backend.choose(arguments.engine, "fp16", targets, arguments.attention)
     if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
         raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
     if arguments.calibration is not None:

@@ -298,6 +298,7 @@ def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -
     [
         (["--precision", "fp32", "--calibration", "x"], "--calibration is for --precision int8"),
         (["--precision", "int8", "--engine", "inductor"], "for onnxruntime and TensorRT"),
+        (["--precision", "int8", "--target", "sm89"], "onnxruntime has no targets"),
     ],
 )
 def test_impossible_requests_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,17 +156,11 @@ def test_logsnr_is_what_diffusers_calls_lu_lambdas() -> None:
         np.testing.assert_array_equal(ours, theirs.timesteps[:-1])
 
 
-@pytest.mark.parametrize("steps", [12, 20])
-@pytest.mark.parametrize("name", ["base", "sr2", "if2"])
-def test_uneven_steps_equal_those_of_diffusers_at_the_same_timesteps(name: str, steps: int) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+def assert_equal_runs(schedule: Schedule, theirs: Any, rtol: float) -> None:
+    """Our loop and diffusers' scheduler, on the same predictions."""
     import torch
 
-    settings = {**PUBLISHED[name], "variance_type": None if name == "sr2" else "fixed_small"}
-    schedule = make_schedule(SchedulerConfig.from_dict(settings, name), steps, spacing="logsnr")
-    theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
-    theirs.set_timesteps(timesteps=schedule.timesteps.tolist())
-    start, *preds = np.random.default_rng(0).standard_normal((steps + 1, 1, 3, 1, 6, 8), dtype=np.float32)
+    start, *preds = np.random.default_rng(0).standard_normal((len(schedule) + 1, 1, 3, 1, 6, 8), dtype=np.float32)
     left = iter(preds)
     x = denoise(lambda *_: (next(left), None), start, schedule, guidance_scale=1, noise=NoiseStream(7))
 
@@ -174,7 +168,18 @@ def test_uneven_steps_equal_those_of_diffusers_at_the_same_timesteps(name: str, 
     for timestep, pred in zip(theirs.timesteps, preds, strict=True):
         more = {"generator": drawn} if schedule.config.solver == "ddpm" else {}
         expected = theirs.step(torch.from_numpy(pred[:, :, 0]), timestep, expected, **more).prev_sample
-    np.testing.assert_allclose(x[:, :, 0], expected.numpy(), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(x[:, :, 0], expected.numpy(), rtol=rtol, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [12, 20])
+@pytest.mark.parametrize("name", ["base", "sr2", "if2"])
+def test_uneven_steps_equal_those_of_diffusers_at_the_same_timesteps(name: str, steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    settings = {**PUBLISHED[name], "variance_type": None if name == "sr2" else "fixed_small"}
+    schedule = make_schedule(SchedulerConfig.from_dict(settings, name), steps, spacing="logsnr")
+    theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
+    theirs.set_timesteps(timesteps=schedule.timesteps.tolist())
+    assert_equal_runs(schedule, theirs, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["base", "sr1"])
@@ -328,24 +333,11 @@ def test_betas_that_lose_the_whole_signal_are_refused() -> None:
 @pytest.mark.parametrize("name", ["base", "if2"])
 def test_a_run_on_v_predictions_equals_diffusers(name: str) -> None:
     diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
-    import torch
-
     settings = {**PUBLISHED[name], "prediction_type": "v_prediction", "variance_type": "fixed_small"}
     # Later releases end at no noise unless told otherwise.
     theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
     theirs.set_timesteps(10)
-    rng = np.random.default_rng(0)
-    start, *preds = rng.standard_normal((11, 1, 3, 1, 6, 8), dtype=np.float32)
-
-    schedule = make_schedule(SchedulerConfig.from_dict(settings, name), 10)
-    left = iter(preds)
-    x = denoise(lambda *_: (next(left), None), start, schedule, guidance_scale=1, noise=NoiseStream(7))
-
-    expected, drawn = torch.from_numpy(start[:, :, 0]), torch.Generator().manual_seed(7)
-    for timestep, pred in zip(theirs.timesteps, preds, strict=True):
-        more = {"generator": drawn} if schedule.config.solver == "ddpm" else {}
-        expected = theirs.step(torch.from_numpy(pred[:, :, 0]), timestep, expected, **more).prev_sample
-    np.testing.assert_allclose(x[:, :, 0], expected.numpy(), rtol=0, atol=2e-5)
+    assert_equal_runs(make_schedule(SchedulerConfig.from_dict(settings, name), 10), theirs, rtol=0)
 
 
 def threshold_plainly(x0: np.ndarray, ratio: float, max_value: float) -> np.ndarray:
