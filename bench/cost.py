@@ -26,6 +26,10 @@ class Cost:
     def total(self) -> int:
         return sum(self.stages.values())
 
+    @property
+    def pflop(self) -> float:
+        return self.total / _PETA
+
 
 def describe_stage(settings: Settings, name: str) -> str:
     """Steps that run, how they are spaced where that is not the scheduler's, and which are guided where not all are."""
@@ -46,7 +50,7 @@ def work_table(costs: Mapping[str, Cost]) -> Table:
     rows = []
     for preset, cost in costs.items():
         stages = [number(flop / _PETA) for flop in cost.stages.values()]
-        rows.append([preset, *stages, number(cost.total / _PETA), number(reference / cost.total)])
+        rows.append([preset, *stages, number(cost.pflop), number(reference / cost.total)])
     return Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], rows)
 
 

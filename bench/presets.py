@@ -84,7 +84,7 @@ def table(results: Mapping[str, PresetResult]) -> Table:
         rows.append(
             [
                 preset,
-                number(result.cost.total / 1e15),
+                number(result.cost.pflop),
                 number(first.cost.total / result.cost.total),
                 median(result.seconds),
                 spread(result.seconds),
@@ -113,7 +113,7 @@ def _decibel(value: float) -> str:
 
 
 def plot(results: Mapping[str, PresetResult]) -> Chart:
-    at = {preset: result.cost.total / 1e15 for preset, result in results.items()}
+    at = {preset: result.cost.pflop for preset, result in results.items()}
     bounds = {preset: bootstrap(result.faithfulness.scores) for preset, result in results.items()}
     return Chart(
         "Faithfulness over cost, 95 % intervals",

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ _TEMPORARY = ".tmp-"
 def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """A finished file, named relative to its folder."""
+    return FileEntry(path.name, hash_file(path), path.stat().st_size)
 
 
 class Bundle:
@@ -82,6 +87,16 @@ class Bundle:
         """Why an engine is not what was built; reads all of its files."""
         edited = [] if entry.sealed().seal == entry.seal else ["its part of the manifest has been changed"]
         return edited + list(filter(None, map(self.damage, entry.files())))
+
+    def why_stale(self, name: str, source: Mapping[str, str]) -> str | None:
+        """The reason to build an engine that is to be made from `source`, or None when this one is, and sound."""
+        entry = self.manifest.engines.get(name)
+        if entry is None:
+            return "not built yet"
+        changed = sorted(key for key in {*entry.source, *source} if entry.source.get(key) != source.get(key))
+        if changed:
+            return f"changed: {', '.join(changed)}"
+        return "; ".join(self.problems(entry)) or None
 
     def path(self, file: FileEntry) -> Path:
         """Where a file lies; raises BundleError when it is not there or not of the recorded length."""

@@ -33,7 +33,7 @@ from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.memory import peak_memory
 from engines.quantize import LayerPlan, main_graph, quantize
 from engines.spec import INT8, PRECISIONS, WEIGHT_BYTES, GraphSpec
-from engines.store import Bundle, BundleWriter, hash_file
+from engines.store import Bundle, BundleWriter, file_entry, hash_file
 from export import kernels, networks
 from export.checkpoint import find_folder, read_config
 from export.networks import Graph, LoadedNetwork, Source
@@ -191,7 +191,7 @@ def _build_packages(job: Job, loaded: LoadedNetwork, folder: Path, report: Repor
             runner.close()
         seconds["compile_s"] += compiled - begun
         seconds["parity_s"] += time.perf_counter() - compiled
-        file = _entry(package)
+        file = file_entry(package)
         entries[name] = GraphEntry(graph.spec, file, None, file.sha256, parity)
     return _engine_entry(job, loaded.properties, entries, seconds)
 
@@ -241,7 +241,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
     for spec in specs:
         if on_ort:
             plan, weights = _onnx_files(folder, spec)
-            files[spec.name] = (_entry(plan), _entry(weights) if weights.exists() else None)
+            files[spec.name] = (file_entry(plan), file_entry(weights) if weights.exists() else None)
             continue
         plan = folder / f"{spec.name}.plan"
         compile_trt.compile_trt(
@@ -252,7 +252,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
             job.backend.targets,
             lambda phase, name=spec.name: report(f"compiling {name}: {phase}"),
         )
-        files[spec.name] = (_entry(plan), None)
+        files[spec.name] = (file_entry(plan), None)
     entries = {spec.name: GraphEntry(spec, *files[spec.name], hashes[spec.name], parity[spec.name]) for spec in specs}
     seconds = {
         "export_s": traced - start,
@@ -295,10 +295,6 @@ def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, Det
         return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0])
     model = detached[graph.spec.name]
     return DetachedRunner(in_float32(model) if job.precision == "bf16" else model)
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(path.name, hash_file(path), path.stat().st_size)
 
 
 _messages: Any = None  # a worker's queue to the process that shows progress
@@ -344,18 +340,10 @@ def _exporter_hash(backend: str) -> str:
 
 def why_stale(bundle: Bundle, job: Job) -> str | None:
     """The reason to build an engine, or None when the bundle's is current and its files are sound."""
-    entry = bundle.manifest.engines.get(job.name)
-    if entry is None:
-        return "not built yet"
-    made_from = job.made_from()
-    changed = sorted(key for key in {*entry.source, *made_from} if entry.source.get(key) != made_from.get(key))
-    if changed:
-        return f"changed: {', '.join(changed)}"
-    if problems := bundle.problems(entry):
-        return "; ".join(problems)
-    if job.keep_onnx and not all(
-        (bundle.path(g.plan).parent / f"{g.spec.name}.onnx").is_file() for g in entry.graphs.values()
-    ):
+    if reason := bundle.why_stale(job.name, job.made_from()):
+        return reason
+    graphs = bundle.engine(job.name).graphs.values()
+    if job.keep_onnx and not all((bundle.path(g.plan).parent / f"{g.spec.name}.onnx").is_file() for g in graphs):
         return "its ONNX files were not kept"
     return None
 
