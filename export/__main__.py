@@ -25,7 +25,6 @@ DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `trai
 
 def _build(arguments: argparse.Namespace) -> None:
     from export.build import Backend, build  # torch: only when something is built
-    from export.int8 import plans_of
 
     targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
     if arguments.engine in ("onnxruntime", INDUCTOR) and (arguments.keep_onnx or arguments.attention != "fused"):
@@ -41,6 +40,8 @@ def _build(arguments: argparse.Namespace) -> None:
             print(row)
         if judged.root == arguments.out:
             return
+        from export.int8 import plans_of
+
         precision, layers = "fp16", plans_of(judged)
     bundle = build(
         _checkpoint(arguments.checkpoint),

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines import quantize
-from engines.catalog import UNETS, networks_of
+from engines.catalog import TOKENIZERS, networks_of
 from engines.compile_ort import BACKEND, compile_int8
 from engines.errors import SettingsError
-from engines.manifest import EngineEntry, FileEntry, Manifest
-from engines.quantize import LayerPlan, main_graph, signal_to_noise
+from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
+from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
-from engines.store import Bundle, BundleWriter, hash_file
+from engines.store import Bundle, BundleWriter, file_entry
 from runtime.config import Settings
 from runtime.ops import psnr
 from runtime.pipeline import Show1Pipeline
@@ -50,6 +50,8 @@ LEAST_SPEED = 1.05  # times float32's
 MOST_BYTES = 0.75  # of float32's, where memory is the reason
 
 Feeds = dict[str, Array]
+# Of a layer: the largest magnitudes (read, written), and the dB that int8, and int8 weights alone, leave of its output.
+Measured = tuple[tuple[float, float], float, float]
 
 
 @dataclass
@@ -128,7 +130,7 @@ def build_int8(
         pending = []
         for name in wanted:
             source = {**floats.engine(name).source, "precision": INT8, "calibration": calibration}
-            reason = "--force" if force else _why_stale(bundle, name, source)
+            reason = "--force" if force else bundle.why_stale(name, source)
             print(f"{name}: {reason or 'up to date'}", file=sys.stderr)
             if reason:
                 pending.append((name, source))
@@ -198,22 +200,18 @@ def _quantized(
     """A candidate in `folder`, and whether it may be kept as far as speed and memory go."""
     name = main_graph(entry.name)
     plan = floats.path(entry.graphs[name].plan)
-    by_memory = entry.name not in UNETS and not entry.name.startswith("vae")  # encoders run once for a video
+    by_memory = entry.name in TOKENIZERS  # text encoders run once for a video
     measured = measure_layers(ir.load(plan), feeds, scratch)
-    plans = {layer: choose(row, by_memory) for layer, row in measured.items()}
-    candidate = _copy(floats, entry, folder)
+    plans = {layer: choose(row, ("weights",) if by_memory else ("int8",)) for layer, row in measured.items()}
+    others = _copy(floats, entry, folder, without=name)
     model = ir.load(plan)
     quantize.quantize(model, plans)
-    compile_int8(model, folder / f"{name}.onnx", folder / f"{name}.weights")
-    graph = replace(
-        candidate.graphs[name],
-        plan=_file(folder / f"{name}.onnx"),
-        weights=_file(folder / f"{name}.weights"),
-        graph_sha256=hash_file(folder / f"{name}.onnx"),
-    )
-    sqnr, speed, rows = _compare(plan, folder / f"{name}.onnx", held_out)
-    graph = replace(graph, parity=rows)
-    candidate = replace(candidate, precision=INT8, graphs={**candidate.graphs, name: graph})
+    written, weights = folder / f"{name}.onnx", folder / f"{name}.weights"
+    compile_int8(model, written, weights)
+    sqnr, speed, rows = _compare(plan, written, held_out)
+    file = file_entry(written)
+    graph = GraphEntry(entry.graphs[name].spec, file, file_entry(weights), file.sha256, rows)
+    candidate = replace(others, precision=INT8, graphs={**others.graphs, name: graph})
     size, was = (sum(file.bytes for file in e.files()) for e in (candidate, entry))
     if by_memory:
         kept, why = size <= MOST_BYTES * was, f"{size / was:.0%} of the bytes"
@@ -226,37 +224,34 @@ def _quantized(
     return candidate, Verdict(kept, why, speed, sqnr, 0.0, size, was, layers)
 
 
-def choose(measured: tuple[tuple[float, float], float, float], weights_only: bool = False) -> LayerPlan:
-    """A layer's plan from its ranges and the decibels that int8, and int8 weights alone, leave of its output."""
+def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
+    """A layer's plan: the first of `modes` that leaves enough of its output, else float."""
     ranges, int8, weights = measured
-    if weights_only:
-        return LayerPlan("weights" if weights >= LEAST_LAYER_SQNR else "float")
-    return LayerPlan("int8", *ranges) if int8 >= LEAST_LAYER_SQNR else LayerPlan("float")
+    decibels = {"int8": int8, "weights": weights}
+    mode: Mode = next((mode for mode in modes if decibels[mode] >= LEAST_LAYER_SQNR), "float")
+    return LayerPlan(mode, *ranges) if mode == "int8" else LayerPlan(mode)
 
 
 def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
     """Engine -> layers, of a bundle made by `build_int8`, for cards whose memory is the reason: whatever was fast on
     this machine, all engines that leave the video as it was, and layers that do not bear int8 in their weights.
     """
-
-    def plan(layer: Mapping[str, Any]) -> LayerPlan:
-        if layer["int8_db"] >= LEAST_LAYER_SQNR and layer["mode"] != "weights":
-            return LayerPlan("int8", layer["reads"], layer["writes"])
-        return LayerPlan("weights" if layer["weights_db"] >= LEAST_LAYER_SQNR else "float")
-
     verdicts = {name: entry.properties[INT8] for name, entry in bundle.manifest.engines.items()}
     return {
-        name: {layer: plan(row) for layer, row in verdict["layers"].items()}
+        name: {
+            layer: choose(
+                ((row["reads"], row["writes"]), row["int8_db"], row["weights_db"]),
+                ("weights",) if name in TOKENIZERS else ("int8", "weights"),
+            )
+            for layer, row in verdict["layers"].items()
+        }
         for name, verdict in verdicts.items()
         if verdict["psnr_db"] >= LEAST_PSNR
     }
 
 
-def measure_layers(
-    model: ir.Model, feeds: list[Feeds], scratch: Path
-) -> dict[str, tuple[tuple[float, float], float, float]]:
-    """By layer: the largest magnitudes (read, written), and the dB that int8, and int8 weights alone, leave of what it
-    writes when it reads full precision."""
+def measure_layers(model: ir.Model, feeds: list[Feeds], scratch: Path) -> dict[str, Measured]:
+    """By layer, on calls of the full-precision graph: every layer reads what it reads there."""
     names = list(quantize.layers(model.graph))
     if not names:
         return {}
@@ -310,8 +305,8 @@ def _timed(infer: Callable[[Feeds], Any], feeds: Feeds) -> float:
     return time.perf_counter() - start
 
 
-def _copy(floats: Bundle, entry: EngineEntry, folder: Path) -> EngineEntry:
-    """An engine's files in a new `folder`, and its entry with paths relative to that."""
+def _copy(floats: Bundle, entry: EngineEntry, folder: Path, without: str | None = None) -> EngineEntry:
+    """An engine's graphs, all or less one, in a new `folder`, and its entry with paths relative to that."""
     folder.mkdir()
 
     def copied(file: FileEntry) -> FileEntry:
@@ -322,28 +317,17 @@ def _copy(floats: Bundle, entry: EngineEntry, folder: Path) -> EngineEntry:
     graphs = {
         name: replace(graph, plan=copied(graph.plan), weights=copied(graph.weights) if graph.weights else None)
         for name, graph in entry.graphs.items()
+        if name != without
     }
     return replace(entry, graphs=graphs)
-
-
-def _file(path: Path) -> FileEntry:
-    return FileEntry(path.name, hash_file(path), path.stat().st_size)
 
 
 def _fingerprint(floats: Bundle, settings: Settings) -> str:
     """Everything that the decisions depend on, but the machine's speed."""
     engines = floats.manifest.engines
     code = [Path(quantize.__file__).read_bytes(), Path(__file__).read_bytes()]
-    seals = json.dumps({name: entry.seal for name, entry in engines.items()} | settings.to_dict())
+    seals = json.dumps([{name: entry.seal for name, entry in engines.items()}, settings.to_dict()])
     return hashlib.sha256(b"".join(part.replace(b"\r\n", b"\n") for part in (*code, seals.encode()))).hexdigest()
-
-
-def _why_stale(bundle: Bundle, name: str, source: dict[str, str]) -> str | None:
-    entry = bundle.manifest.engines.get(name)
-    if entry is None:
-        return "not built yet"
-    changed = sorted(key for key in {*entry.source, *source} if entry.source.get(key) != source.get(key))
-    return f"changed: {', '.join(changed)}" if changed else "; ".join(bundle.problems(entry)) or None
 
 
 def _say(line: str) -> None:

@@ -256,6 +256,11 @@ def test_training_goes_on_from_a_finished_checkpoint(tmp_path: Path, monkeypatch
         train(tmp_path / "third", ["text"], init=tmp_path / "nothing", **options)
 
 
+def test_lessons_to_skip_cannot_be_negative(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="lessons to skip: -1; allowed: 0 or more"):
+        train(tmp_path, ["text"], steps=1, pool=4, skip_lessons=-1, report=lambda _: None)
+
+
 def test_a_stage_asks_for_what_it_builds_on(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Train text and vae first"):
         train(tmp_path, ["base"], steps=1, pool=4, report=lambda _: None)

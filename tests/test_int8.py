@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,10 +212,11 @@ def test_every_layer_is_measured_on_what_it_reads_in_full_precision(tmp_path: Pa
 
 def test_a_layer_that_loses_too_much_stays_high() -> None:
     high, low = LEAST_LAYER_SQNR + 1, LEAST_LAYER_SQNR - 1
-    assert choose(((1.0, 2.0), high, high)) == LayerPlan("int8", 1.0, 2.0)
-    assert choose(((1.0, 2.0), low, high)) == LayerPlan("float")
-    assert choose(((1.0, 2.0), high, high), weights_only=True) == LayerPlan("weights")
-    assert choose(((1.0, 2.0), low, low), weights_only=True) == LayerPlan("float")
+    assert choose(((1.0, 2.0), high, high), ("int8",)) == LayerPlan("int8", 1.0, 2.0)
+    assert choose(((1.0, 2.0), low, high), ("int8",)) == LayerPlan("float")
+    assert choose(((1.0, 2.0), high, high), ("weights",)) == LayerPlan("weights")
+    assert choose(((1.0, 2.0), low, low), ("weights",)) == LayerPlan("float")
+    assert choose(((1.0, 2.0), low, high), ("int8", "weights")) == LayerPlan("weights")
 
 
 def test_spread_calls_cover_a_run_of_any_length() -> None:
@@ -286,6 +288,16 @@ def test_an_engine_that_int8_does_not_serve_stays_as_it_was(
     assert sum(plan.mode == "int8" for plan in plans.values()) > 20
     assert all(plan.reads > 0 for plan in plans.values() if plan.mode == "int8")
     json.dumps(entry.properties)
+
+
+def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Path) -> None:
+    floats = Bundle.open(bundle)
+    before = int8._fingerprint(floats, SETTINGS)
+    for name in CATALOG:
+        engines = {**floats.manifest.engines, name: replace(floats.engine(name), seal="another")}
+        changed = Bundle(floats.root, replace(floats.manifest, engines=engines))
+        assert int8._fingerprint(changed, SETTINGS) != before, name
+    assert int8._fingerprint(floats, replace(SETTINGS, keyframes=3)) != before
 
 
 def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -> None:

@@ -231,6 +231,8 @@ def train(
     """
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
+    if skip_lessons < 0:
+        raise SettingsError(f"lessons to skip: {skip_lessons}; allowed: 0 or more.")
     unknown = set(names) - set(RECIPES)
     if unknown:
         raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(RECIPES)}.")
