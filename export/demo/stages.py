@@ -6,7 +6,7 @@ A stage has two halves. `draw` makes a batch from the pool of clips and seeded r
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from export.modules.layers import (
 )
 from export.modules.text import T5Encoder
 from export.modules.unet import UNetContext, UNetStep, VideoUNet
-from export.modules.vae import VAEDecoder, VAEEncoder, downscaling
+from export.modules.vae import VAEAttention, VAEDecoder, VAEEncoder, VAEResnet, downscaling
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SR1_SCALE, Settings
 from runtime.schedulers import SchedulerConfig, alphas_cumprod, max_inference_steps
@@ -49,6 +49,7 @@ SETTINGS = Settings()
 EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts above (Show-1, section 3.4)
 _VAE_SCALE = downscaling(cascade.NETWORKS["vae"][1])
 _ANYWHERE = 0.3  # share of windows that need not hold a thing
+READING_STEPS, _READING_RATE = 700, 3e-3
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
@@ -56,19 +57,16 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a part of the training sees: a share of its steps, and how much of each clip.
+    """What a part of the training sees: for how long, and how much of each clip.
 
-    `size` is (width, height): of frames in base and interp, which learn on small ones first, and of the part that is
-    cut out of frames in the stages that add detail.
+    `share` is of the stage's time. `size` is (width, height): of frames in base and interp, and of the part that is cut
+    out of frames in the stages that add detail. `batch` is in the stage's own.
     """
 
     share: float
     size: tuple[int, int]
     frames: int = 1
-
-    @property
-    def cost(self) -> int:
-        return self.size[0] * self.size[1] * self.frames
+    batch: float = 1.0
 
 
 class Pool:
@@ -109,6 +107,20 @@ class Stage(ABC):
     @abstractmethod
     def loss(self, *batch: Tensor) -> Tensor: ...
 
+    def prepare(self) -> None:  # noqa: B027 (most stages need none)
+        """First changes to new networks."""
+
+    def inherit(self, parent: VideoUNet) -> None:
+        """Start from another network's weights: those of the same shape, and filters of its inputs, which come first."""
+        (network,) = self.networks.values()
+        with torch.no_grad():
+            for name, value in parent.state_dict().items():
+                own = network.get_parameter(name)
+                if own.shape == value.shape:
+                    own.copy_(value)
+                else:
+                    own.zero_()[:, : value.shape[1]].copy_(value)
+
     def finish(self, generator: torch.Generator) -> None:  # noqa: B027 (most stages need none)
         """Last changes to the trained networks before they are saved."""
 
@@ -141,6 +153,28 @@ class Stage(ABC):
         return torch.randn(shape, generator=generator, device=self.pool.device)
 
 
+_ATTRIBUTES = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
+_ATTRIBUTES += [tuple(BACKGROUNDS), PATTERNS]
+_CHOICES = [len(values) for values in _ATTRIBUTES]
+
+
+def attributes(pool: Pool) -> Tensor:
+    """What every clip's caption says, as classes, [N, attributes]; None for what a missing thing would be."""
+    rows = []
+    for scene in pool.scenes:
+        things = [[t.shape, t.colour, t.size, t.motion] for t in scene.things]
+        missing = [None] * (4 * (MOST_THINGS - len(things)))
+        values = [*chain(*things), *missing, scene.background, scene.pattern]
+        rows.append([choices.index(value) for choices, value in zip(_ATTRIBUTES, values, strict=True)])
+    return torch.tensor(rows, device=pool.device)
+
+
+def told(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of all attributes, from logits side by side [B, sum of choices]."""
+    losses = [F.cross_entropy(part, labels[:, i]) for i, part in enumerate(logits.split(_CHOICES, dim=-1))]
+    return torch.stack(losses).mean()
+
+
 class Text(Stage):
     """Both text encoders learn to say what a caption means, as their models had learned to read before Show-1."""
 
@@ -148,20 +182,11 @@ class Text(Stage):
 
     def __init__(self, pool: Pool, checkpoint: Path):
         super().__init__(pool, checkpoint)
-        lists = [(*SHAPES, None), (*COLOURS, None), (*SIZES, None), (*MOTIONS, None)] * MOST_THINGS
-        lists += [tuple(BACKGROUNDS), PATTERNS]
-        self.choices = [len(values) for values in lists]
         for name, key in (("t5", "d_model"), ("clip", "hidden_size")):
             width = cascade.NETWORKS[name][1][key]
-            head = (LayerNorm(width), AttentionPooling(4, width), nn.Linear(width, sum(self.choices)))
+            head = (LayerNorm(width), AttentionPooling(4, width), nn.Linear(width, sum(_CHOICES)))
             self.helpers[name] = nn.Sequential(*head)
-        labels = []
-        for scene in pool.scenes:
-            things = [[t.shape, t.colour, t.size, t.motion] for t in scene.things]
-            missing = [None] * (4 * (MOST_THINGS - len(things)))
-            values = [*chain(*things), *missing, scene.background, scene.pattern]
-            labels.append([choices.index(value) for choices, value in zip(lists, values, strict=True)])
-        self.labels = torch.tensor(labels, device=pool.device)
+        self.labels = attributes(pool)
         self.tokens = {name: tokens(checkpoint, name, pool.captions, pool.device) for name in ("t5", "clip")}
 
     def draw(self, batch: int, generator: torch.Generator) -> Batch:
@@ -172,12 +197,7 @@ class Text(Stage):
     def loss(self, *batch: Tensor) -> Tensor:
         t5_ids, mask, clip_ids, labels = batch
         embeds = {"t5": self.networks["t5"](t5_ids, mask), "clip": self.networks["clip"](clip_ids)}
-        losses = [
-            F.cross_entropy(logits, labels[:, i])
-            for name in embeds
-            for i, logits in enumerate(self.helpers[name](embeds[name]).split(self.choices, dim=-1))
-        ]
-        return sum(losses) / len(losses)  # type: ignore[return-value]
+        return sum(told(self.helpers[name](embeds[name]), labels) for name in embeds) / len(embeds)  # type: ignore[return-value]
 
 
 class Diffusion(Stage):
@@ -196,6 +216,7 @@ class Diffusion(Stage):
         (name,) = self.ships
         self.unet = self.networks[name]
         _start_as_identity(self.unet)
+        self.still = without_time(self.unet)
         config = SchedulerConfig.from_dict(cascade.SCHEDULERS[name], name)
         self.kept = torch.from_numpy(alphas_cumprod(config)).to(pool.device)
         # Timesteps that a run can visit.
@@ -242,8 +263,9 @@ class Diffusion(Stage):
 
     def loss(self, *batch: Tensor) -> Tensor:
         sample, timestep, embeds, target, *levels = batch
-        context = UNetContext(self.unet)(embeds, *levels)
-        predicted = UNetStep(self.unet, target.shape[1])(sample, timestep, *context)[0]
+        unet = self.still if target.shape[2] == 1 else self.unet
+        context = UNetContext(unet)(embeds, *levels)
+        predicted = UNetStep(unet, target.shape[1])(sample, timestep, *context)[0]
         return (predicted.float() - target).square().mean()
 
     def with_condition(
@@ -275,6 +297,19 @@ class Diffusion(Stage):
 
 class Base(Diffusion):
     ships = ("base",)
+
+    def prepare(self) -> None:
+        """Let the pooled text, which steers every layer, say all that the caption says before there is a picture."""
+        pooling, labels = self.unet.add_embedding.to(self.pool.device), attributes(self.pool)
+        head = nn.Linear(self.unet.config.time_embedding_dim, sum(_CHOICES)).to(self.pool.device)
+        optimizer = torch.optim.AdamW([*pooling.parameters(), *head.parameters()], lr=_READING_RATE)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(READING_STEPS):
+            index = torch.randint(self.pool.count, (256,), generator=generator)
+            optimizer.param_groups[0]["lr"] = _READING_RATE * (1 - step / READING_STEPS)
+            optimizer.zero_grad()
+            told(head(pooling(self.embeds[index].float())), labels[index]).backward()
+            optimizer.step()
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         keyframes = self.consecutive(index, generator, of=SETTINGS.keyframes)
@@ -350,6 +385,7 @@ class Vae(Stage):
     def __init__(self, pool: Pool, checkpoint: Path):
         super().__init__(pool, checkpoint)
         self.vae = self.networks["vae"]
+        _start_as_identity(self.vae)
         self.encoder, self.decoder = VAEEncoder(self.vae), VAEDecoder(self.vae)
 
     def draw(self, batch: int, generator: torch.Generator) -> Batch:
@@ -385,15 +421,29 @@ class Vae(Stage):
             out.weight /= gain[None, :, None, None]
 
 
-def _start_as_identity(unet: VideoUNet) -> None:
+def _start_as_identity(network: nn.Module) -> None:
     """Zero the last layer of every residual branch: a deep network then starts to learn as a shallow one."""
     last = {ResnetBlock2D: "conv2", TemporalConvLayer: "conv4", TemporalTransformer: "proj_out"}
-    last |= {SpatialTransformer: "proj_out", AddedKVAttention: "to_out"}
-    for module in unet.modules():
+    last |= {SpatialTransformer: "proj_out", AddedKVAttention: "to_out", VAEResnet: "conv2", VAEAttention: "to_out"}
+    for module in network.modules():
         if type(module) in last:
             for weight in getattr(module, last[type(module)]).parameters():
                 if weight.ndim > 1:
                     nn.init.zeros_(weight)
+
+
+def without_time(unet: VideoUNet) -> VideoUNet:
+    """The same pixel network for single pictures, on the same parameters: its layers over time are left out.
+
+    So it learns first what Show-1's had learned before as an image model, at half the work.
+    """
+    still = "UNetMidBlock2DSimpleCrossAttn"
+    if unet.config.mid_block_type != still.replace("2D", "3D"):
+        return unet
+    twin = VideoUNet(replace(unet.config, mid_block_type=still))
+    for name, module in twin.named_modules():
+        module._parameters.update(unet.get_submodule(name)._parameters)
+    return twin
 
 
 def tokens(checkpoint: Path, name: str, texts: list[str], device: str) -> tuple[Tensor, Tensor]:

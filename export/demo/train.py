@@ -4,7 +4,8 @@ A finished stage is its networks in the checkpoint folder. A stage in progress i
 (weights, their average, the optimizer's moments), replaced atomically. Every batch is drawn from a generator seeded by
 the step, so a resumed run continues as if it had not stopped: bit for bit on the CPU, up to the order of sums on a GPU.
 
-Stages may train side by side, one process each: all but `text` and `vae` need only what those two have finished.
+Stages may train side by side, one process each, once those that they need are finished: all need `text` and `vae`,
+and interp starts from base's weights, sr1 from if2's.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.errors import CheckpointError, SettingsError
 from engines.store import write_atomically
@@ -27,22 +28,25 @@ from export.demo import cascade, stages
 from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Lesson, Pool, Stage
 from runtime.config import INTERP_FRAMES
 
-_TIMED_STEPS = 30  # at the start of a stage, to plan how many fit into its time
+_TIMED_STEPS = 30  # at the start of a lesson, to plan how many fit into its time
 _UNTIMED_STEPS = 5  # of these, slowed by compilation
-_LEARNING_RATE = 2e-3
+_MATRIX_RATE, _OTHER_RATE = 0.03, 3e-3  # learning rates of Muon and of AdamW
 _WARM_UP = 100  # steps of rising learning rate
+_FALL = 0.3  # share of a stage in which it falls to 0
 _REPORT_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained; `share` is its part of the training time."""
+    """How a stage is trained; `share` is its part of the training time, `parent` the stage whose weights it starts
+    from, as far as they fit."""
 
     stage: type[Stage]
     share: float
     batch: int
     lessons: tuple[Lesson, ...]
-    bfloat16: bool = False  # where errors of 0.4 % do no harm: not at the start of runs from pure noise
+    parent: str | None = None
+    bfloat16: bool = True
     compiled: bool = True  # on a GPU, where the stage lasts long enough to be worth the compiler's minute
 
     def without(self, lessons: int) -> "Recipe":
@@ -51,60 +55,26 @@ class Recipe:
         total = sum(lesson.share for lesson in left)
         return replace(self, lessons=tuple(replace(lesson, share=lesson.share / total) for lesson in left))
 
-    def lesson(self, progress: float) -> Lesson:
-        """The lesson after this share of all steps."""
-        ends = accumulate(lesson.share for lesson in self.lessons)
-        return next(
-            (lesson for lesson, end in zip(self.lessons, ends, strict=True) if progress < end), self.lessons[-1]
-        )
-
-    @property
-    def mean_cost(self) -> float:
-        """Of a step, in steps of the first lesson."""
-        return sum(lesson.share * lesson.cost for lesson in self.lessons) / self.lessons[0].cost
+    def plan(self, steps: int) -> list[int]:
+        """Steps of each lesson, of `steps` in all."""
+        ends = [round(end * steps) for end in accumulate(lesson.share for lesson in self.lessons)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-# Base learns from still pictures what things look like, from small frames how they move, then both in its own size: a
-# step costs what its pixels cost. The last lesson of each stage is what the runtime asks for.
-_TINY = (32, 20)
+# Base learns from still pictures what things look like, then how they move: a step costs what its pixels cost. The last
+# lesson of each stage is what the runtime asks for, whole frames included: norms see whole frames there.
 RECIPES: dict[str, Recipe] = {
-    "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), compiled=False),
-    "vae": Recipe(
-        stages.Vae,
-        0.12,
-        32,
-        (Lesson(0.94, (64, 64)), Lesson(0.056, (192, 160)), Lesson(0.004, FULL_SIZE)),
-        bfloat16=True,
-    ),
+    "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False, compiled=False),
+    "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, FULL_SIZE, batch=1 / 32))),
     "base": Recipe(
-        stages.Base,
-        0.36,
-        192,
-        (
-            Lesson(0.35, _TINY, 1),
-            Lesson(0.15, _TINY, 8),
-            Lesson(0.33, KEYFRAME_SIZE, 1),
-            Lesson(0.17, KEYFRAME_SIZE, 8),
-        ),
+        stages.Base, 0.4, 192, (Lesson(0.35, KEYFRAME_SIZE), Lesson(0.65, KEYFRAME_SIZE, 8, batch=0.25))
     ),
-    "interp": Recipe(
-        stages.Interp, 0.12, 192, (Lesson(0.8, _TINY, INTERP_FRAMES), Lesson(0.2, KEYFRAME_SIZE, INTERP_FRAMES))
-    ),
-    "if2": Recipe(stages.FirstFrame, 0.07, 96, (Lesson(0.92, (64, 64)), Lesson(0.08, LARGE_SIZE)), bfloat16=True),
+    "interp": Recipe(stages.Interp, 0.12, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
+    "if2": Recipe(stages.FirstFrame, 0.08, 96, (Lesson(0.5, (64, 64)), Lesson(0.5, LARGE_SIZE, batch=1 / 8))),
     "sr1": Recipe(
-        stages.Sr1,
-        0.17,
-        24,
-        (Lesson(0.8, (64, 64), 2), Lesson(0.19, (64, 64), 8), Lesson(0.01, LARGE_SIZE, 8)),
-        bfloat16=True,
+        stages.Sr1, 0.13, 12, (Lesson(0.6, (64, 64), 8), Lesson(0.4, LARGE_SIZE, 8, batch=1 / 8)), parent="if2"
     ),
-    "sr2": Recipe(
-        stages.Sr2,
-        0.13,
-        12,
-        (Lesson(0.8, (128, 128), 4), Lesson(0.18, (192, 160), 8), Lesson(0.02, FULL_SIZE, 8)),
-        bfloat16=True,
-    ),
+    "sr2": Recipe(stages.Sr2, 0.1, 12, (Lesson(0.6, (192, 160), 4), Lesson(0.4, FULL_SIZE, 8, batch=1 / 12))),
 }
 
 
@@ -115,90 +85,130 @@ class Run:
     seed: int
     batch: int
     pool: int
-    steps: int | None  # None until the first steps have been timed
+    steps: int | None  # None: planned by the clock
     skipped: int = 0  # lessons
 
 
 class Trainer:
-    """One stage in training: weights, their moving average, the optimizer, the step."""
+    """One stage in training: weights, their moving average, the optimizers, the step.
+
+    Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
+    """
 
     def __init__(self, stage: Stage, recipe: Recipe, run: Run, compiled: bool):
         self.stage, self.recipe, self.run = stage, recipe, run
         self.device = stage.pool.device
-        modules = stage.modules().to(self.device).train()
-        self.names = [name for name, _ in modules.named_parameters()]
-        self.weights = [value for _, value in modules.named_parameters()]
-        self.average = [value.detach().clone() for value in self.weights]
-        self.moments = [[torch.zeros_like(value) for value in self.weights] for _ in range(2)]
+        self.weights = dict(stage.modules().to(self.device).train().named_parameters())
+        self.average = {name: value.detach().clone() for name, value in self.weights.items()}
+        matrices = {name for name, value in self.weights.items() if value.ndim > 1 and "_block" in name}
+        # Muon takes matrices alone: views of filters, one row an output channel.
+        self.trained = {
+            name: nn.Parameter(value.detach().flatten(1)) if name in matrices else value
+            for name, value in self.weights.items()
+        }
+        muon = [value for name, value in self.trained.items() if name in matrices]
+        adamw = [value for name, value in self.trained.items() if name not in matrices]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adamw, lr=_OTHER_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+        ]
+        if muon:
+            self.optimizers.append(torch.optim.Muon(muon, lr=_MATRIX_RATE, weight_decay=0.01))
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
         self.loss = torch.compile(stage.loss, dynamic=False) if compiled else stage.loss
+        self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    @property
+    def lesson(self) -> int:
+        """Number of the current lesson; after the last step, that of the last."""
+        ends = accumulate(self.plan)
+        done = next((number for number, end in enumerate(ends) if self.step < end), len(self.plan))
+        return min(done, len(self.recipe.lessons) - 1)
+
+    @property
+    def done(self) -> bool:
+        return len(self.plan) == len(self.recipe.lessons) and self.step == sum(self.plan)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is over; lessons that are not planned yet have just begun."""
+        number, lessons = self.lesson, self.recipe.lessons
+        before = sum(lesson.share for lesson in lessons[:number])
+        if number == len(self.plan):
+            return before
+        return before + lessons[number].share * (self.step - sum(self.plan[:number])) / max(1, self.plan[number])
 
     def advance(self) -> Tensor:
         """One step; the batch's loss, still on the device."""
-        self.stage.lesson = self.recipe.lesson(self.step / self.run.steps if self.run.steps else 0.0)
+        self.stage.lesson = lesson = self.recipe.lessons[self.lesson]
         generator = torch.Generator(self.device).manual_seed(self.run.seed * 10**9 + self.step)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.bfloat16 and self.device == "cuda"):
-            loss = self.loss(*self.stage.draw(self.run.batch, generator))
-        gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
-        self._adam(list(gradients))
+        batch = self.stage.draw(max(1, round(self.run.batch * lesson.batch)), generator)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(*batch)
+        gradients = torch.autograd.grad(
+            loss, list(self.weights.values()), allow_unused=True, materialize_grads=True
+        )
+        self._update(gradients)
         return loss.detach()
 
     @torch.no_grad()
-    def _adam(self, gradients: list[Tensor], betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8) -> None:
-        """Adam (Kingma & Ba 2015) with clipped gradients, decoupled decay, and an average of the weights."""
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (1.0 / norm.clamp(min=1e-6)).clamp(max=1.0))
-        self.step += 1
-        first, second = self.moments
-        torch._foreach_lerp_(first, gradients, 1 - betas[0])
-        torch._foreach_mul_(second, betas[1])
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - betas[1])
-        corrections = [1 - beta**self.step for beta in betas]
-        spread = torch._foreach_sqrt(second)
-        torch._foreach_div_(spread, math.sqrt(corrections[1]))
-        torch._foreach_add_(spread, eps)
+    def _update(self, gradients: tuple[Tensor, ...]) -> None:
+        for value, gradient in zip(self.trained.values(), gradients, strict=True):
+            value.grad = gradient.view_as(value)
+        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         rate = self._rate()
-        torch._foreach_mul_(self.weights, 1 - 0.01 * rate)
-        torch._foreach_addcdiv_(self.weights, first, spread, -rate / corrections[0])
-        torch._foreach_lerp_(self.average, self.weights, 1 - min(0.999, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, full in zip(groups, self.rates, strict=True):
+            group["lr"] = full * rate
+        for optimizer in self.optimizers:
+            optimizer.step()
+        old = 1 - min(0.999, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), old)
 
     def _rate(self) -> float:
-        """Rising over the first steps, then falling to 0 along a cosine."""
-        total = self.run.steps or math.inf  # not planned yet
-        warm = min(1.0, self.step / min(_WARM_UP, 1 + total / 10))
-        return _LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total)))
+        """Rising over the first steps, falling over the last; in shares of the full rates."""
+        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.progress) / _FALL)
 
-    def tensors(self) -> dict[str, list[Tensor]]:
-        return {"weights": self.weights, "average": self.average, "first": self.moments[0], "second": self.moments[1]}
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes; what optimizers keep is there after the first step only."""
+        found = {f"weights/{name}": value for name, value in self.weights.items()}
+        found |= {f"average/{name}": value for name, value in self.average.items()}
+        for name, value in self.trained.items():
+            for optimizer in self.optimizers:
+                found |= {f"{key}/{name}": kept for key, kept in optimizer.state.get(value, {}).items()}
+        return found
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{kind}.{name}": value.detach().cpu().contiguous()
-            for kind, values in self.tensors().items()
-            for name, value in zip(self.names, values, strict=True)
-        }
-        about = {"step": self.step, "run": asdict(self.run)}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
+        about = {"step": self.step, "plan": self.plan, "run": asdict(self.run)}
         write_atomically(path, save(tensors, {"about": json.dumps(about)}))
 
     def load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             kept = Run(**about["run"])
-            asked = {**asdict(self.run), "steps": self.run.steps or kept.steps}
-            if asdict(kept) != asked:
-                raise SettingsError(f"{path} was made with {kept}, not {Run(**asked)}. Remove it to start again.")
+            if kept != self.run:
+                raise SettingsError(f"{path} was made with {kept}, not {self.run}. Remove it to start again.")
+            owners = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             with torch.no_grad():
-                for kind, values in self.tensors().items():
-                    for name, value in zip(self.names, values, strict=True):
-                        value.copy_(file.get_tensor(f"{kind}.{name}"))
-        self.run, self.step = kept, about["step"]
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    kind, name = key.split("/")
+                    if kind in ("weights", "average"):
+                        getattr(self, kind)[name].copy_(file.get_tensor(key))
+                    else:
+                        value = self.trained[name]
+                        where = "cpu" if kind == "step" else self.device
+                        owners[id(value)].state[value][kind] = file.get_tensor(key).to(where)
+        self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
         """Ship the averaged weights."""
         with torch.no_grad():
-            for weight, average in zip(self.weights, self.average, strict=True):
-                weight.copy_(average)
+            for name, weight in self.weights.items():
+                weight.copy_(self.average[name])
         self.stage.finish(torch.Generator(self.device).manual_seed(self.run.seed))
         for name, network in self.stage.networks.items():
             cascade.save_network(checkpoint, name, network)
@@ -247,19 +257,19 @@ def train(
         if _finished(out, name):
             report(f"{name}: finished before")
             continue
-        start = time.monotonic()
         clips = clips or Pool(pool, seed, device)
         run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
         torch.manual_seed(seed)  # for the first weights
         fast = recipe.compiled and device == "cuda" if compiled is None else compiled
-        trainer = Trainer(_make(recipe, clips, out, init), recipe, run, fast)
+        trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run, fast)
         if state.is_file():
             trainer.load(state)
-        report(f"{name}: {sum(w.numel() for w in trainer.weights):,} weights, step {trainer.step}, {device}")
+        count = sum(weight.numel() for weight in trainer.weights.values())
+        report(f"{name}: {count:,} weights, step {trainer.step}, {device}")
         budget = None if minutes is None else minutes * 60 * recipe.share / sum(RECIPES[n].share for n in names)
         if ship and trainer.step:
-            report(f"{name}: shipped at step {trainer.step} of {trainer.run.steps}")
-        elif not _run(name, trainer, state, start, budget, deadline, save_every, report):
+            report(f"{name}: shipped at step {trainer.step}, {trainer.progress:.0%} of its training")
+        elif not _run(name, trainer, state, budget, deadline, save_every, report):
             return False
         trainer.finish(out)
         state.unlink(missing_ok=True)
@@ -267,18 +277,27 @@ def train(
     return True
 
 
-def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None) -> Stage:
+def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool) -> Stage:
+    """A stage with its first weights; those of a run in progress (not `fresh`) are about to be loaded."""
     try:
         stage = recipe.stage(clips, out)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename}: an earlier stage is not finished. Train text and vae first."
         ) from None
-    for name, network in stage.networks.items() if init else ():
-        try:
+    if not fresh:
+        return stage
+    try:
+        for name, network in stage.networks.items() if init else ():
             network.load_state_dict(cascade.load_network(init, name).state_dict())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename}: --init needs a finished demo checkpoint.") from None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: --init needs a finished demo checkpoint.") from None
+    if init is None and recipe.parent:
+        if not _finished(out, recipe.parent):
+            raise CheckpointError(f"{out}: {stage.ships[0]} starts from {recipe.parent}'s weights. Train that first.")
+        stage.inherit(cascade.load_network(out, recipe.parent))
+    elif init is None:
+        stage.prepare()
     return stage
 
 
@@ -290,39 +309,44 @@ def _run(
     name: str,
     trainer: Trainer,
     state: Path,
-    start: float,
     budget: float | None,
     deadline: float,
     save_every: float,
     report: Callable[[str], None],
 ) -> bool:
-    """Steps until the plan is done (True) or the deadline is over (False; the state is saved)."""
-    saved = reported = timed = time.monotonic()
+    """Steps until all lessons are over (True) or the deadline is (False; the state is saved).
+
+    A lesson has its share of `budget` seconds, planned as a number of steps once its first have been timed.
+    """
+    saved = reported = begun = timed = time.monotonic()
     losses: list[Tensor] = []
-    here = 0  # steps of this call
-    while trainer.run.steps is None or trainer.step < trainer.run.steps:
+    here = 0  # steps of this call, or of this lesson while it is not planned
+    while not trainer.done:
         losses.append(trainer.advance())
         here += 1
-        if trainer.run.steps is None and budget is not None:
+        if budget is not None and trainer.lesson == len(trainer.plan):
             if here == _UNTIMED_STEPS:
                 timed = _now(trainer)
             elif here == _TIMED_STEPS:
                 each = (_now(trainer) - timed) / (_TIMED_STEPS - _UNTIMED_STEPS)
-                left = max(0.0, budget - (_now(trainer) - start))
-                steps = trainer.step + int(left / (each * trainer.recipe.mean_cost))
-                trainer.run = replace(trainer.run, steps=steps)
-                report(f"{name}: {each:.3f} s a step, {trainer.run.steps} steps planned")
-        if trainer.device == "cuda" and here % 10 and trainer.step != trainer.run.steps:
+                left = budget * trainer.recipe.lessons[trainer.lesson].share - (_now(trainer) - begun)
+                steps = trainer.step - sum(trainer.plan) + max(0, int(left / each))
+                trainer.plan.append(steps)
+                report(f"{name}: lesson {len(trainer.plan)}: {each:.3f} s a step, {steps} steps planned")
+        if trainer.step == sum(trainer.plan):
+            begun, here = time.monotonic(), 0
+        if trainer.device == "cuda" and here % 10 and not trainer.done:
             continue  # reading the clock there means waiting for the device
         now = _now(trainer)
-        if now - reported > _REPORT_EVERY or trainer.step == trainer.run.steps:
-            report(f"{name}: step {trainer.step} of {trainer.run.steps}, loss {torch.stack(losses).mean():.4f}")
+        if now - reported > _REPORT_EVERY or trainer.done:
+            loss = torch.stack(losses).mean()
+            report(f"{name}: step {trainer.step}, {trainer.progress:.1%} of the training, loss {loss:.4f}")
             losses, reported = [], now
         if now > deadline or now - saved > save_every:
             trainer.save(state)
             saved = now
         if now > deadline:
-            report(f"{name}: stopped at step {trainer.step} of {trainer.run.steps}; run again to continue")
+            report(f"{name}: stopped at step {trainer.step}; run again to continue")
             return False
     return True
 

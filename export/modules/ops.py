@@ -1,7 +1,7 @@
 """Attention as custom operators, so that every backend can choose its own kernels for it.
 
 On export each becomes one ONNX `Attention` node, named after its operator: what a backend then replaces or keeps.
-The operators have no derivative: where one is asked for, in training, the plain arithmetic runs instead.
+The operators have no derivative: where one is asked for, in training, plain arithmetic runs instead.
 """
 
 import torch
@@ -35,14 +35,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
     q [N, S, heads * d], k and v [N, L, heads * d] -> [N, S, heads * d]. For the pixels of a frame: few, long rows.
     """
-    return _attention(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
+    return _plain(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """The same for the frames of a pixel: very many rows (one per pixel) of 2 to 32 tokens suit other kernels."""
-    if not q.requires_grad:
-        return _temporal_attention_op(q, k, v, num_heads)
-    # Fused kernels launch one block of their grid per row and have room for 65,535 rows; matrix products for all.
+    return _plain(q, k, v, num_heads) if q.requires_grad else _temporal_attention_op(q, k, v, num_heads)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """By matrix products, for training: what is trained is small, and fused kernels have room for 65,535 rows on a GPU
+    and slow derivatives on a CPU."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)

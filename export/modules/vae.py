@@ -27,7 +27,7 @@ def downscaling(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-class _Resnet(nn.Module):
+class VAEResnet(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, act: str):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, _EPS)
@@ -42,7 +42,7 @@ class _Resnet(nn.Module):
         return self.conv_shortcut(x) + self.conv2(self.act(self.norm2(h)))
 
 
-class _Attention(nn.Module):
+class VAEAttention(nn.Module):
     """One head over all pixels."""
 
     def __init__(self, channels: int, groups: int):
@@ -85,7 +85,7 @@ class _Block(nn.Module):
 
     def __init__(self, i: int, o: int, layers: int, groups: int, act: str, **samplers: nn.Module):
         super().__init__()
-        self.resnets = nn.ModuleList(_Resnet(i if n == 0 else o, o, groups, act) for n in range(layers))
+        self.resnets = nn.ModuleList(VAEResnet(i if n == 0 else o, o, groups, act) for n in range(layers))
         self.samplers = list(samplers)
         for name, sampler in samplers.items():
             self.add_module(name, nn.ModuleList([sampler]))
@@ -101,8 +101,8 @@ class _Block(nn.Module):
 class _Mid(nn.Module):
     def __init__(self, channels: int, groups: int, act: str):
         super().__init__()
-        self.resnets = nn.ModuleList(_Resnet(channels, channels, groups, act) for _ in range(2))
-        self.attentions = nn.ModuleList([_Attention(channels, groups)])
+        self.resnets = nn.ModuleList(VAEResnet(channels, channels, groups, act) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
