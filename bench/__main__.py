@@ -203,7 +203,8 @@ def _quality(arguments: argparse.Namespace) -> None:
     if arguments.presets and arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
-    wanted = {name: getattr(arguments, name) for name in ("steps", "guidance", "guided", "spacing", "keyframes")}
+    names = ("steps", "guidance", "guided", "spacing", "cache", "keyframes")
+    wanted = {name: getattr(arguments, name) for name in names}
     wanted["size"] = arguments.video
     defaults = Settings.from_dict(bundle.manifest.defaults)
     settings = {preset: defaults.with_options(preset=preset, **wanted) for preset in presets}
@@ -398,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
     add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
     add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
+    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
     add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
     add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser

@@ -1,4 +1,4 @@
-"""What presets cost: FLOP of a video by the published networks, counted from steps and guidance (`bench.work`)."""
+"""What presets cost: FLOP of a video by the published networks, counted from steps, guidance and reuse (`work`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Cost:
 
 
 def describe_stage(settings: Settings, name: str) -> str:
-    """Steps that run, how they are spaced where that is not the scheduler's, and which are guided where not all are."""
+    """Steps that run, how they are spaced where that is not the scheduler's, which are guided and whole if not all."""
     stage = getattr(settings, name)
     words = [str(step_counts(settings)[name])]
     if stage.spacing:
@@ -41,6 +41,8 @@ def describe_stage(settings: Settings, name: str) -> str:
         words.append("unguided")
     elif stage.guided != ALL_STEPS:
         words.append("guided {:g}-{:g}".format(*stage.guided))
+    if stage.cache_interval > 1:
+        words.append(f"whole every {stage.cache_interval}")
     return ", ".join(words)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from engines.store import Bundle
 from runtime.config import Settings
 from runtime.noise import NoiseStream
 from runtime.runner import Array, Engine, EnginePool
-from runtime.sampler import denoise, guidance_scales
+from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
@@ -296,9 +297,9 @@ def _timed(call: Callable[[], Any], repeats: int = 5) -> tuple[Any, Summary | No
 
 
 def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) -> Check | None:
-    """A denoising loop on the device, one CUDA graph per step, against the sampler's own over single calls.
+    """A denoising loop on the device, one CUDA graph per kind of step, against the sampler's own over single calls.
 
-    None where the backend offers no such loop. base and sr2: the stages without a condition.
+    Every second step is shallow. None where the backend offers no such loop. base and sr2: stages without a condition.
     """
     spec = bundle.engine(stage).graphs["step"].spec
     profile = spec.profiles["default"]
@@ -310,12 +311,16 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     text = np.random.default_rng(0).standard_normal((2, 1, 77, bundle.engine(stage).properties["text_dim"]), np.float32)
     with EnginePool(bundle) as pool, pool.use(stage) as engine:
         unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
-        if not hasattr(unet, "start_loop") or unet.start_loop(x, schedule, guidance_scales(steps, 4), None) is None:
+        guidance = guidance_scales(steps, 4)
+        if (
+            not hasattr(unet, "start_loop")
+            or unet.start_loop(x, schedule, guidance, whole_steps(guidance, 2), None) is None
+        ):
             return None
-        ways = (unet, lambda sample, timestep: unet(sample, timestep))  # a plain function has no loop of its own
+        run = partial(denoise, x=x, schedule=schedule, guidance_scale=4, cache_interval=2)
+        ways = (unet, lambda *arguments, **keywords: unet(*arguments, **keywords))  # a function has no loop of its own
         (given, seconds), (wanted, other) = (
-            _timed(lambda way=way: denoise(way, x, schedule, guidance_scale=4, noise=NoiseStream(0)).copy())
-            for way in ways
+            _timed(lambda way=way: run(way, noise=NoiseStream(0)).copy()) for way in ways
         )
     difference = _difference({"x": given}, {"x": wanted})
     what = f"{bundle.engine(stage).backend} {stage}: loop of {steps} steps"

@@ -80,7 +80,7 @@ class StageRun:
         return sum(call.seconds for call in self.calls)
 
     def _step_calls(self) -> list[EngineCall]:
-        return [call for call in self.calls if call.graph == "step"]
+        return [call for call in self.calls if call.graph in ("step", "shallow")]
 
     def set_up(self) -> float:
         """Before every loop's first engine call of a step: text context, noise, resizing, VAE encoder."""

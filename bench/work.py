@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
-from runtime.sampler import guidance_scales
+from runtime.sampler import guidance_scales, whole_steps
 
 NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
 COST_STAGES = ("text", *DIFFUSION_STAGES)
@@ -34,6 +36,14 @@ PUBLISHED_FLOP = {
     "sr2": 51_727_786_557_440,
     "vae_encoder": 777_978_224_640,
     "vae_decoder": 1_760_848_865_280,
+}
+# Of one guided shallow step (`export.modules.unet.UNetShallow`), likewise.
+SHALLOW_FLOP = {
+    "base": 2_216_039_219_200,
+    "interp": 1_385_626_009_600,
+    "if2": 560_689_152_000,
+    "sr1": 4_158_239_670_272,
+    "sr2": 18_898_317_967_360,
 }
 
 
@@ -88,17 +98,20 @@ def published_flop(settings: Settings) -> dict[str, int]:
     """FLOP by stage of a video with these steps and guidance, made by the published networks at their sizes.
 
     Size and key frames of `settings` do not count. A step without guidance sees half a guided one's batch: half the
-    work. Everything else is counted as the reference does it (`PUBLISHED_FLOP`).
+    work; one that reuses deep features is of `SHALLOW_FLOP`. Everything else is counted as the reference does it
+    (`PUBLISHED_FLOP`).
     """
     lengths = step_counts(settings)
     flop = dict.fromkeys(COST_STAGES, 0)
     for name, calls in reference_calls(Settings(), lengths, latents=4, factor=8).items():
-        work = calls.count * PUBLISHED_FLOP[name]
         if name in DIFFUSION_STAGES:
             stage = getattr(settings, name)
-            guided = int((guidance_scales(lengths[name], stage.guidance_scale, stage.guided) > 1).sum())
-            work = work * (lengths[name] + guided) // (2 * lengths[name])
-        flop[calls.stage] += work
+            guidance = guidance_scales(lengths[name], stage.guidance_scale, stage.guided)
+            whole = whole_steps(guidance, stage.cache_interval)
+            steps = np.where(whole, PUBLISHED_FLOP[name], SHALLOW_FLOP[name]) * np.where(guidance > 1, 2, 1)
+            flop[calls.stage] += calls.count // lengths[name] * int(steps.sum()) // 2
+        else:
+            flop[calls.stage] += calls.count * PUBLISHED_FLOP[name]
     return flop
 
 

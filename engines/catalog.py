@@ -41,6 +41,7 @@ CATALOG: dict[str, Network] = {
 }
 
 UNETS = ("base", "interp", "if2", "sr1", "sr2")
+DEEP = "deep"  # what a UNet's coarser levels hand to its finest: an output of a step, an input of a shallow one
 
 TOKENIZERS = {"t5": _BASE, "clip": _SR2}
 
@@ -108,21 +109,20 @@ def step_graph(
     context: GraphSpec,
     size_multiple: int,
     levels: int,
+    deep_channels: int,
     size: tuple[int, int],
     dtype: str,
 ) -> GraphSpec:
     """One denoising step at (height, width) `size`, fed with the outputs of `context`."""
-    pixels = ("batch", noise_channels, "frames", "height", "width")
-    outputs = ("noise_pred", "variance_frac") if learned_variance else ("noise_pred",)
+    outputs = {"noise_pred": noise_channels}
+    if learned_variance:
+        outputs["variance_frac"] = noise_channels
+    outputs[DEEP] = deep_channels
     least = 2 ** (levels - 1)  # one pixel at the coarsest level
     return GraphSpec(
         "step",
-        (
-            Binding("sample", dtype, ("batch", in_channels, "frames", "height", "width")),
-            Binding("timestep", "float32", ("batch",)),
-            *context.outputs,
-        ),
-        tuple(Binding(name, dtype, pixels) for name in outputs),
+        (_pixels_of("sample", in_channels, dtype), Binding("timestep", "float32", ("batch",)), *context.outputs),
+        tuple(_pixels_of(name, channels, dtype) for name, channels in outputs.items()),
         {
             "default": {
                 "batch": Axis(*_BATCH[network]),
@@ -133,6 +133,23 @@ def step_graph(
             }
         },
     )
+
+
+def shallow_graph(step: GraphSpec, reads_text: bool) -> GraphSpec:
+    """A step that takes the coarser levels' part from one before (DeepCache): see `docs/engines.md`."""
+    sample, timestep, *context = step.inputs
+    *outputs, deep = step.outputs
+    read = [binding for binding in context if reads_text or binding.name != "text_kv"]
+    axes = {axis for binding in (sample, *read) for axis in binding.axes}
+    profiles = {
+        name: {axis: limits for axis, limits in profile.items() if axis in axes}
+        for name, profile in step.profiles.items()
+    }
+    return GraphSpec("shallow", (sample, timestep, deep, *read), tuple(outputs), profiles)
+
+
+def _pixels_of(name: str, channels: int, dtype: str) -> Binding:
+    return Binding(name, dtype, ("batch", channels, "frames", "height", "width"))
 
 
 # The autoencoder takes frames one by one or a few together: its activations are the largest of the cascade.

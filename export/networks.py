@@ -24,7 +24,7 @@ from export.checkpoint import (
     weight_files,
 )
 from export.modules.text import CLIPTextEncoder, T5Encoder
-from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
+from export.modules.unet import UNetConfig, UNetContext, UNetShallow, UNetStep, VideoUNet
 from export.modules.vae import Autoencoder, VAEDecoder, VAEEncoder, downscaling
 from runtime.config import stage_sizes
 from runtime.schedulers import SchedulerConfig
@@ -233,9 +233,11 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
         context,
         config.size_multiple,
         len(config.block_out_channels),
+        unet.deep_channels,
         (height, width),
         dtype,
     )
+    shallow = catalog.shallow_graph(step, unet.finest_attends)
     context_module, step_module = UNetContext(unet), UNetStep(unet, noise_channels)
 
     def context_example(sizes: Mapping[str, int], generator: torch.Generator) -> list[Tensor]:
@@ -250,7 +252,16 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
         with torch.no_grad():
             return [sample, timestep, *context_module(*context_example(sizes, generator))]
 
-    graphs = [Graph(context, context_module, context_example), Graph(step, step_module, step_example)]
+    def shallow_example(sizes: Mapping[str, int], generator: torch.Generator) -> list[Tensor]:
+        sample, timestep, *made = step_example({"tokens": 2, **sizes}, generator)
+        read = made if unet.finest_attends else made[1:]  # text_kv comes first
+        return [sample, timestep, _random(shallow.inputs[2], sizes, generator), *read]
+
+    graphs = [
+        Graph(context, context_module, context_example),
+        Graph(step, step_module, step_example),
+        Graph(shallow, UNetShallow(unet, noise_channels), shallow_example),
+    ]
     properties = {
         "text_dim": config.text_dim,
         "size_multiple": config.size_multiple,

@@ -97,13 +97,17 @@ def check_parity(
             np.abs(actual[b.name].astype(np.float32) - reference)
             for b, reference in zip(graph.spec.outputs, references, strict=True)
         ]
-        largest = max(float(np.abs(reference).max()) for reference in references)
+        largest = [float(np.abs(reference).max()) for reference in references]
+        allowed = [tolerance * max(value, 1.0) for value in largest]
+        # The row is of the output that comes nearest to what is allowed, or beyond; NaN is beyond.
+        shares = [np.nan_to_num(error.max() / most, nan=np.inf) for error, most in zip(errors, allowed, strict=True)]
+        worst = int(np.argmax(shares))
         row = {
             **sizes,
-            "max_error": max(float(error.max()) for error in errors),
-            "mean_error": max(float(error.mean()) for error in errors),
-            "max_value": largest,
-            "tolerance": tolerance * max(largest, 1.0),
+            "max_error": float(errors[worst].max()),
+            "mean_error": float(errors[worst].mean()),
+            "max_value": largest[worst],
+            "tolerance": allowed[worst],
         }
         if not row["max_error"] <= row["tolerance"]:  # NaN fails too
             raise ParityError(
@@ -174,8 +178,9 @@ class DetachedRunner:
         self._session = ort.InferenceSession(model.graph, options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+    def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        wanted = list(wanted or self._outputs)
+        return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
 
     def close(self) -> None:
         del self._session

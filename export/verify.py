@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.catalog import CATALOG, UNETS
+from engines.catalog import CATALOG, DEEP, UNETS
 from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -266,8 +266,9 @@ def _forward(case: str, engine: Engine, data: Arrays, suffix: str, timestep: str
         sample, expected = sample[:, :, None], expected[:, :, None]
     noise_level = {"noise_level": data["class_labels"]} if engine.properties["noise_level"] else {}
     context = engine.run("context", prompt_embeds=text, **noise_level)
-    outputs = engine.run("step", sample=sample, timestep=np.broadcast_to(t, len(sample)), **context)
-    actual = np.concatenate([outputs[binding.name] for binding in engine.specs["step"].outputs], axis=1)
+    predicted = [binding.name for binding in engine.specs["step"].outputs if binding.name != DEEP]
+    outputs = engine.run("step", predicted, sample=sample, timestep=np.broadcast_to(t, len(sample)), **context)
+    actual = np.concatenate([outputs[name] for name in predicted], axis=1)
     # Where the scheduler drops the predicted variance, the engine does not compute it.
     yield from _compare(case, actual, expected[:, : actual.shape[1]], 1e-4)
 
@@ -430,10 +431,10 @@ class _RecordingPool(EnginePool):
         with super().use(name) as engine:
             run = engine.run
 
-            def record(graph: str, **feeds: Array) -> dict[str, Array]:
+            def record(graph: str, *wanted: Any, **feeds: Array) -> dict[str, Array]:
                 if graph == "step" and not self.first.size:
                     self.first = feeds["sample"].copy()
-                return run(graph, **feeds)
+                return run(graph, *wanted, **feeds)
 
             engine.run = record  # type: ignore[method-assign]
             engine.start_loop = lambda *_: None  # type: ignore[method-assign]  # a device's memory is not seen here

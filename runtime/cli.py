@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
     add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
     add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
+    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
     add("--size", metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
     add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
@@ -87,6 +88,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         guidance=arguments.guidance,
         guided=arguments.guided,
         spacing=arguments.spacing,
+        cache=arguments.cache,
         keyframes=arguments.keyframes,
         size=arguments.size,
     )

@@ -26,13 +26,15 @@ class StageSettings:
     """Settings of a denoising stage.
 
     `guided` is the part of its steps that guidance is applied in, `spacing` how they are spread over the noise levels
-    (one of `runtime.schedulers.SPACINGS`; None: as the checkpoint's scheduler says).
+    (one of `runtime.schedulers.SPACINGS`; None: as the checkpoint's scheduler says). Every `cache_interval`-th step
+    runs the whole network, those between reuse what its coarser levels said (`runtime.sampler.whole_steps`).
     """
 
     num_inference_steps: int
     guidance_scale: float
     guided: Interval = ALL_STEPS
     spacing: str | None = None
+    cache_interval: int = 1
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
@@ -67,6 +69,8 @@ class Settings:
                 raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
             if not 0 <= stage.guidance_scale < float("inf"):
                 raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
+            if stage.cache_interval < 1:
+                raise SettingsError(f"cache interval of {name}: {stage.cache_interval}; allowed: 1 (none) or more.")
             begin, end = stage.guided
             if not 0 <= begin <= end <= 1:
                 raise SettingsError(
@@ -119,13 +123,14 @@ class Settings:
         guidance: str | None = None,
         guided: str | None = None,
         spacing: str | None = None,
+        cache: str | None = None,
         keyframes: int | None = None,
         size: str | None = None,
     ) -> "Settings":
         """As the options of a command line say, None leaves what is.
 
         E.g. steps "base=75,sr1=125", guidance "base=9", guided "base=0.5,sr1=0.1-0.6", spacing "sr1=logsnr",
-        keyframes 8, size "576x320".
+        cache "sr1=2", keyframes 8, size "576x320".
         """
         settings = self.with_preset(preset)
         if steps is not None:
@@ -137,6 +142,8 @@ class Settings:
             settings = settings.with_guided(parse_stage_values(guided, parse_interval, wanted, example))
         if spacing is not None:
             settings = settings.with_spacing(parse_stage_values(spacing, _word, "SPACING", "sr1=logsnr"))
+        if cache is not None:
+            settings = settings.with_cache(parse_stage_values(cache, int))
         if keyframes is not None:
             settings = replace(settings, keyframes=keyframes)
         if size is not None:
@@ -154,6 +161,9 @@ class Settings:
 
     def with_spacing(self, spacing: Mapping[str, str | None]) -> "Settings":
         return self._with_stages("spacing", spacing)
+
+    def with_cache(self, intervals: Mapping[str, int]) -> "Settings":
+        return self._with_stages("cache_interval", intervals)
 
     def _with_stages(self, field: str, values: Mapping[str, Any]) -> "Settings":
         unknown = set(values) - set(DIFFUSION_STAGES)

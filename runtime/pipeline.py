@@ -154,5 +154,8 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
             spec.check_sizes("vae_encoder", {"height": height, "width": width})
             width, height = width // factor, height // factor
         sizes = {"frames": frames[name], "height": height, "width": width}
-        bundle.engine(name).graphs["step"].spec.check_sizes(name, sizes)
-        stage_schedule(bundle, name, getattr(settings, name), settings.strength if name == "sr2" else 1.0)
+        entry, stage = bundle.engine(name), getattr(settings, name)
+        entry.graphs["step"].spec.check_sizes(name, sizes)
+        if stage.cache_interval > 1 and "shallow" not in entry.graphs:
+            raise BundleError(f"{name}: built before steps could reuse features: {bundle.rebuild_command(name)}.")
+        stage_schedule(bundle, name, stage, settings.strength if name == "sr2" else 1.0)

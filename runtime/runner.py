@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -22,9 +22,9 @@ Array = NDArray[Any]
 
 
 class Runner(Protocol):
-    """One loaded plan. `infer` takes and gives arrays in the bindings' own types."""
+    """One loaded plan. `infer` takes and gives arrays in the bindings' own types; by default all outputs."""
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+    def infer(self, feeds: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]: ...
 
     def close(self) -> None: ...
 
@@ -43,15 +43,18 @@ class Loop(Protocol):
 class LoopRunner(Protocol):
     """A runner of a UNet's step that can run the loop itself; meaning and arguments are those of `sampler.denoise`.
 
-    `guidance` [N] is the scale of each step (`sampler.guidance_scales`); `context` has the network's inputs besides
-    sample and timestep, in the bindings' types; `dtype` is the sample's.
+    `guidance` [N] is the scale of each step (`sampler.guidance_scales`), `whole` [N] which steps run the whole network
+    (`sampler.whole_steps`); the others run `shallow`. `context` has the network's inputs besides sample and timestep,
+    in the bindings' types; `dtype` is the sample's.
     """
 
     def start_loop(
         self,
+        shallow: Runner | None,
         x: Array,
         schedule: Schedule,
         guidance: Array,
+        whole: Array,
         condition: Array | None,
         context: Mapping[str, Array],
         dtype: str,
@@ -100,37 +103,54 @@ class Engine:
         self.calls = 0
         self.on_call: Callable[[str, float, float], None] | None = None
         self.on_feeds: Callable[[str, Mapping[str, Array]], None] | None = None
+        self._bundle, self._entry = bundle, entry
         self._runners: dict[str, Runner] = {}
         if reason := why_unusable(bundle, entry):
             raise BundleError(f"{entry.name}: {reason}.")
         try:
-            for name, graph in entry.graphs.items():
-                if graph.weights:
-                    bundle.path(graph.weights)
-                self._runners[name] = open_runner(entry.backend, bundle.path(graph.plan))
+            for name in entry.graphs:
+                if name != "shallow":  # few runs need it
+                    self._runner(name)
         except BaseException:
             self.close()
             raise
 
-    def run(self, graph: str, **feeds: Array) -> dict[str, Array]:
-        """Run one graph. Raises ProfileError for shapes that the engine was not built for."""
+    def _runner(self, name: str) -> Runner:
+        """A graph's, opened at its first use."""
+        if name not in self._runners:
+            graph = self._entry.graphs[name]
+            if graph.weights:
+                self._bundle.path(graph.weights)
+            self._runners[name] = open_runner(self._entry.backend, self._bundle.path(graph.plan))
+        return self._runners[name]
+
+    def run(self, graph: str, wanted: Sequence[str] | None = None, /, **feeds: Array) -> dict[str, Array]:
+        """Run one graph; its outputs, all or `wanted`. Raises ProfileError for shapes that it was not built for."""
         turned = time.perf_counter()
         spec = self.specs[graph]
         spec.check(self.name, {name: array.shape for name, array in feeds.items()})
         typed = {b.name: np.asarray(feeds[b.name], dtype=b.dtype) for b in spec.inputs}
         if self.on_feeds is not None:
             self.on_feeds(graph, typed)
+        runner = self._runner(graph)
         with self._timed(graph, turned):
-            outputs = self._runners[graph].infer(typed)
+            outputs = runner.infer(typed, wanted)
         return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
     def start_loop(
-        self, x: Array, schedule: Schedule, guidance: Array, condition: Array | None, context: Mapping[str, Array]
+        self,
+        x: Array,
+        schedule: Schedule,
+        guidance: Array,
+        whole: Array,
+        condition: Array | None,
+        context: Mapping[str, Array],
     ) -> Loop | None:
         """A denoising loop on the backend's device, or None where the sampler has to run it.
 
-        `guidance` [N] is the scale of each step; `context` has the step's inputs besides sample and timestep, of which
-        a loop without a guided step takes the prompt's, the last. Raises ProfileError as `run` does.
+        `guidance` [N] is the scale of each step, `whole` [N] which steps run the whole network; `context` has the
+        step's inputs besides sample and timestep, of which a loop without a guided step takes the prompt's, the last.
+        Raises ProfileError as `run` does.
         """
         runner, spec = self._runners["step"], self.specs["step"]
         learned = any(binding.name == "variance_frac" for binding in spec.outputs)
@@ -144,8 +164,9 @@ class Engine:
         spec.check(self.name, shapes)
         dtypes = {binding.name: binding.dtype for binding in spec.inputs}
         typed = {name: np.asarray(array, dtype=dtypes[name]) for name, array in context.items()}
-        loop = runner.start_loop(x, schedule, guidance, condition, typed, dtypes["sample"])
-        return _TimedLoop(self, loop)
+        shallow = None if whole.all() else self._runner("shallow")
+        loop = runner.start_loop(shallow, x, schedule, guidance, whole, condition, typed, dtypes["sample"])
+        return _TimedLoop(self, loop, whole)
 
     @contextlib.contextmanager
     def _timed(self, graph: str | None, turned: float | None = None) -> Iterator[None]:
@@ -168,11 +189,12 @@ class Engine:
 class _TimedLoop:
     """A device works while its steps are queued: the time that is left is that of waiting for the sample."""
 
-    def __init__(self, engine: Engine, loop: Loop):
+    def __init__(self, engine: Engine, loop: Loop, whole: Array):
         self._engine, self._loop = engine, loop
+        self._graphs = iter(np.where(whole, "step", "shallow").tolist())
 
     def step(self, noise: Array | None) -> None:
-        with self._engine._timed("step"):
+        with self._engine._timed(next(self._graphs)):
             self._loop.step(noise)
 
     def sample(self) -> Array:

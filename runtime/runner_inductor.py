@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from engines.catalog import DEEP
 from engines.errors import BundleError, EngineError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -169,7 +171,7 @@ class InductorRunner:
             with _quiet():
                 self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
             metadata = self._package.get_metadata()
-            self._inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
+            self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
             raise BundleError(
                 f"{plan}: torch {torch.__version__} cannot load it ({_first_line(error)}). "
@@ -183,35 +185,38 @@ class InductorRunner:
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the device, in and out; outputs may be views."""
         try:
-            outputs = self._package(*(feeds[name] for name in self._inputs))
+            outputs = self._package(*(feeds[name] for name in self.inputs))
         except Exception as error:
             raise EngineError(f"inductor failed: {_first_line(error)}") from None
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         return dict(zip(self._outputs, outputs, strict=True))
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def infer(self, feeds: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]:
         outputs = self.run({name: _from_numpy(array).to(self.device) for name, array in feeds.items()})
-        return {name: x.cpu().numpy() for name, x in outputs.items()}
+        return {name: outputs[name].cpu().numpy() for name in wanted or self._outputs}
 
     def start_loop(
         self,
+        shallow: "InductorRunner | None",
         x: Array,
         schedule: Schedule,
         guidance: Array,
+        whole: Array,
         condition: Array | None,
         context: Mapping[str, Array],
         dtype: str,
     ) -> "DeviceLoop":
         """A loop at its first step: see `runtime.runner.Loop`. `dtype` is the network's input's.
 
-        A loop's buffers, and on CUDA its graph, serve every later one of the same shapes.
+        A loop's buffers, and on CUDA its graphs, serve every later one of the same shapes.
         """
+        kinds = [Kind(bool(scale > 1), bool(all_of_it)) for scale, all_of_it in zip(guidance, whole, strict=True)]
         modes = step_modes(schedule)
         layout = _Layout(
             shape=x.shape,
             dtype=dtype,
             condition_channels=0 if condition is None else condition.shape[1],
-            guided=tuple(np.unique(guidance > 1).tolist()),
+            kinds=tuple(dict.fromkeys(kinds)),
             adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
             modes=tuple(modes.items()),
             steps=schedule.config.num_train_timesteps,
@@ -219,8 +224,8 @@ class InductorRunner:
         )
         loop = self._loops.get(layout)
         if loop is None:
-            self._loops[layout] = loop = DeviceLoop(self, layout)
-        loop.start(x, step_table(schedule, guidance), condition, context)
+            self._loops[layout] = loop = DeviceLoop(self, shallow, layout)
+        loop.start(x, step_table(schedule, guidance), kinds, condition, context)
         return loop
 
     def close(self) -> None:
@@ -252,6 +257,13 @@ def _from_numpy(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
+class Kind(NamedTuple):
+    """What steps have in common that run the same network on the same batch."""
+
+    guided: bool
+    whole: bool
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What a loop's buffers and its CUDA graph are made for."""
@@ -259,7 +271,7 @@ class _Layout:
     shape: tuple[int, ...]  # of the sample, [B, C, F, H, W]
     dtype: str  # of the network's input
     condition_channels: int
-    guided: tuple[bool, ...]  # whether steps are: one of them, or both
+    kinds: tuple[Kind, ...]  # of the steps, each once, in the order of their first
     adds_noise: bool
     modes: tuple[tuple[str, int | float], ...]
     steps: int  # at most
@@ -267,9 +279,10 @@ class _Layout:
 
 
 class _Buffers:
-    """What lasts from step to step on the device, whether a step is guided or not."""
+    """What lasts from step to step on the device, whatever their kind."""
 
     def __init__(self, runner: InductorRunner, layout: _Layout):
+        self.deep: dict[bool, Tensor] = {}  # guided -> what the last whole step of that batch kept
         _, channels, frames, height, width = layout.shape
         self.runner, self.layout = runner, layout
         self.kernels = _kernels(runner.device)
@@ -298,19 +311,29 @@ class DeviceLoop:
     The solver's step is the kernel `denoise_step`, or on the CPU its reference: the meaning is that of
     `runtime.sampler`. It reads the step's coefficients from a table by a counter that it advances itself, so that on
     CUDA network and solver are captured once and replayed for every step of every run; where only a part of the steps
-    is guided, once for either kind.
+    is guided or whole, once for every kind.
     """
 
-    def __init__(self, runner: InductorRunner, layout: _Layout):
+    def __init__(self, runner: InductorRunner, shallow: InductorRunner | None, layout: _Layout):
         self._buffers = _Buffers(runner, layout)
-        self._steps = {guided: _Step(self._buffers, guided) for guided in layout.guided}
+        self._steps: dict[Kind, _Step] = {}
+        for kind in layout.kinds:  # a whole step comes before the shallow ones that read what it keeps
+            network = runner if kind.whole or shallow is None else shallow
+            self._steps[kind] = _Step(self._buffers, network, kind)
         self._current: _Step | None = None
         self._index = 0
         self._host = self._buffers.sample  # where `sample` shows the result
         if runner.device == "cuda":
             self._host = torch.empty(layout.shape, pin_memory=True)
 
-    def start(self, x: Array, table: Array, condition: Array | None, context: Mapping[str, Array]) -> None:
+    def start(
+        self,
+        x: Array,
+        table: Array,
+        kinds: Sequence[Kind],
+        condition: Array | None,
+        context: Mapping[str, Array],
+    ) -> None:
         """Load sample [B, C, F, H, W], schedule, condition [B, K, F, H, W] and prompt, and go to the first step."""
         for step in self._steps.values():
             step.load(condition, context)
@@ -319,13 +342,13 @@ class DeviceLoop:
                 step.enter(float(table["timestep"][0]))
                 step.capture()
         self._buffers.rewind(x, table)
-        self._table, self._index, self._current = table, 0, None
+        self._table, self._kinds, self._index, self._current = table, kinds, 0, None
 
     def step(self, noise: Array | None) -> None:
         buffers, row = self._buffers, self._table[self._index]
         if noise is not None and buffers.noise is not None:
             buffers.noise.copy_(torch.from_numpy(noise))
-        step = self._steps[bool(row["guidance_scale"] > 1)]
+        step = self._steps[self._kinds[self._index]]
         if step is not self._current:  # the first, or the one before wrote the other kind's input
             step.enter(float(row["timestep"]))
         step.run()
@@ -343,16 +366,21 @@ class _Step:
     The solver writes the sample and timestep of a next step of the same kind; `enter` does for the first.
     """
 
-    def __init__(self, buffers: _Buffers, guided: bool):
+    def __init__(self, buffers: _Buffers, network: InductorRunner, kind: Kind):
         layout = buffers.layout
         batch, self._channels, frames, height, width = layout.shape
-        self._buffers = buffers
-        self._batch = batch * (2 if guided else 1)
+        self._buffers, self._network, self._kind = buffers, network, kind
+        self._keeps = kind.whole and Kind(kind.guided, whole=False) in layout.kinds
+        self._batch = batch * (2 if kind.guided else 1)
         network_input = (self._batch, self._channels + layout.condition_channels, frames, height, width)
         self._feeds = {
             "sample": buffers.zeros(network_input, layout.dtype),
             "timestep": buffers.zeros((self._batch,)),
-            **{name: buffers.zeros((self._batch, *shape[1:]), dtype) for name, shape, dtype in layout.context},
+            **{
+                name: buffers.zeros((self._batch, *shape[1:]), dtype)
+                for name, shape, dtype in layout.context
+                if name in network.inputs
+            },
         }
         self._halves = self._feeds["sample"].unflatten(0, (-1, batch))  # [1 or 2, B, C + K, F, H, W]
         self._args = DenoiseArgs(
@@ -361,7 +389,7 @@ class _Step:
             channels=self._channels,
             frames=frames,
             pixels=height * width,
-            guided=guided,
+            guided=kind.guided,
             table=buffers.table.data_ptr(),
             counter=buffers.counter.data_ptr(),
             sample=buffers.sample.data_ptr(),
@@ -382,8 +410,8 @@ class _Step:
     def load(self, condition: Array | None, context: Mapping[str, Array]) -> None:
         if condition is not None:
             self._halves[:, :, self._channels :] = _from_numpy(condition).to(self._halves.device)
-        for name, array in context.items():
-            self._feeds[name].copy_(_from_numpy(array[-self._batch :]))  # the prompt's are the last
+        for name in self._feeds.keys() & context.keys():
+            self._feeds[name].copy_(_from_numpy(context[name][-self._batch :]))  # the prompt's are the last
 
     def enter(self, timestep: float) -> None:
         """Go on from the sample as it is, at a step with this timestep."""
@@ -410,7 +438,11 @@ class _Step:
 
     def _enqueue(self) -> dict[str, Tensor]:
         buffers = self._buffers
-        outputs = {name: _with_planes(x) for name, x in buffers.runner.run(self._feeds).items()}
+        feeds = self._feeds if self._kind.whole else {**self._feeds, DEEP: buffers.deep[self._kind.guided]}
+        outputs = self._network.run(feeds)
+        if self._keeps:
+            buffers.deep[self._kind.guided] = outputs[DEEP].contiguous()
+        outputs = {name: _with_planes(x) for name, x in outputs.items() if name != DEEP}
         self._args.noise_pred = _planes(outputs["noise_pred"])
         if self._args.variance:
             # The guided variance is the prompt's, the last B of the network's batch.

@@ -1,6 +1,6 @@
 """Plans on ONNX Runtime: the embedded default, on any CPU and, with onnxruntime-gpu, on NVIDIA cards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ class OrtRunner:
             ) from None
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        wanted = list(wanted or self._outputs)
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+            return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed: {error}") from None
 

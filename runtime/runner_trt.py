@@ -3,7 +3,7 @@
 Not run yet, for want of a card that TensorRT-RTX serves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ class TrtRunner:
                 f"{plan}: {flavour} cannot load it ({error}). `show1-rt doctor` says what this machine can run."
             ) from None
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         try:
             outputs = self._runner.infer(dict(feeds))
         except Exception as error:
             raise EngineError(f"TensorRT failed: {error}") from None
-        return {name: np.array(array) for name, array in outputs.items()}  # its buffers serve the next call
+        # Copied: its buffers serve the next call.
+        return {name: np.array(array) for name, array in outputs.items() if wanted is None or name in wanted}
 
     def close(self) -> None:
         self._runner.deactivate()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.errors import BundleError
 from runtime.config import ALL_STEPS, Interval
@@ -11,8 +12,17 @@ from runtime.noise import NoiseStream
 from runtime.runner import Loop
 from runtime.schedulers import FloatArray, Schedule, advance, limit_x0, noise_std, predict_x0
 
-# (sample [G*B, C+K, F, H, W], timestep) -> (noise_pred, variance_frac), each [G*B, C, F, H, W]
-Unet = Callable[[FloatArray, int], tuple[FloatArray, FloatArray | None]]
+
+class Unet(Protocol):
+    """(sample [G*B, C+K, F, H, W], timestep) -> (noise_pred, variance_frac), each [G*B, C, F, H, W].
+
+    `whole` is given in loops that reuse deep features: True to compute and keep them, False to take those kept.
+    """
+
+    def __call__(
+        self, sample: FloatArray, timestep: int, whole: bool | None = None
+    ) -> tuple[FloatArray, FloatArray | None]: ...
+
 
 OnStep = Callable[[int, int, FloatArray], None]  # (index, steps, x)
 
@@ -22,7 +32,12 @@ class LoopingUnet(Protocol):
     """A Unet that may be able to run the loop where it is itself; None where it is not."""
 
     def start_loop(
-        self, x: FloatArray, schedule: Schedule, guidance: FloatArray, condition: FloatArray | None
+        self,
+        x: FloatArray,
+        schedule: Schedule,
+        guidance: FloatArray,
+        whole: NDArray[np.bool_],
+        condition: FloatArray | None,
     ) -> Loop | None: ...
 
 
@@ -38,6 +53,21 @@ def guidance_scales(count: int, scale: float, guided: Interval = ALL_STEPS) -> F
     return np.where((begin <= middles) & (middles < end) & (scale > 1), scale, 1).astype(np.float32)
 
 
+def whole_steps(guidance: FloatArray, interval: int) -> NDArray[np.bool_]:
+    """Which steps run the whole network, bool [N]: every `interval`-th, and where guidance begins or ends.
+
+    The steps between take what the coarser levels said in the last whole one: it changes slowly (DeepCache: Ma et al.
+    2023, arXiv 2312.00858).
+    """
+    whole = np.empty(len(guidance), bool)
+    last = 0
+    for index, scale in enumerate(guidance):
+        turned = index > 0 and (scale > 1) != (guidance[index - 1] > 1)  # deep features are of another batch
+        whole[index] = index == 0 or turned or index - last >= interval
+        last = index if whole[index] else last
+    return whole
+
+
 def denoise(
     unet: Unet,
     x: FloatArray,
@@ -45,6 +75,7 @@ def denoise(
     *,
     guidance_scale: float,
     guided: Interval = ALL_STEPS,
+    cache_interval: int = 1,
     noise: NoiseStream | None = None,
     condition: FloatArray | None = None,
     on_step: OnStep | None = None,
@@ -52,15 +83,18 @@ def denoise(
     """Take x, float32 [B, C, F, H, W], through all steps of the schedule and return the result in a new array.
 
     Above guidance 1 the network sees the batch twice (G = 2), first for the negative prompt, then for the prompt; in
-    steps outside the interval `guided` (see `guidance_scales`) once, for the prompt.
+    steps outside the interval `guided` (see `guidance_scales`) once, for the prompt. Every `cache_interval`-th step
+    runs the whole network (see `whole_steps`).
     `condition` [B, K, F, H, W] follows the sample's channels in every step. DDPM draws from `noise`.
     `on_step(index, total, x)` is called after each step; copy its x to keep it, the next step overwrites it.
     """
     if noise is None and schedule.adds_noise(0):
         raise ValueError("a DDPM schedule adds noise in its steps: pass a NoiseStream")
     guidance = guidance_scales(len(schedule), guidance_scale, guided)
-    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance, condition)):
+    whole = whole_steps(guidance, cache_interval)
+    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance, whole, condition)):
         return _denoise_on_device(loop, schedule, noise, x.shape, on_step)
+    reuse: list[dict[str, bool]] = [{} if whole.all() else {"whole": flag} for flag in whole.tolist()]
     batch, channels, frames, height, width = x.shape
     # What is as large as x is allocated here once; the steps only overwrite it.
     x = np.array(x, np.float32, order="C")
@@ -74,7 +108,7 @@ def denoise(
         seen = halves if guidance[index] > 1 else halves[:1]
         seen[:, :, :channels] = x
         network_input = seen.reshape(-1, *seen.shape[2:])  # the same memory as [G*B, C+K, F, H, W]
-        noise_pred, variance_frac = unet(network_input, int(timestep))
+        noise_pred, variance_frac = unet(network_input, int(timestep), **reuse[index])
         _check_outputs(noise_pred, variance_frac, (len(network_input), *x.shape[1:]), schedule)
         if guidance[index] > 1:
             noise_pred = _guide(noise_pred[:batch], noise_pred[batch:], guidance[index], out=scratch)

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.__main__ import main
-from bench.work import PUBLISHED_FLOP, published_flop, step_counts
+from bench.work import PUBLISHED_FLOP, SHALLOW_FLOP, published_flop, step_counts
 from runtime.config import DIFFUSION_STAGES, PRESETS, Settings
 
 
@@ -49,6 +49,41 @@ def test_a_step_without_guidance_is_half_a_step(stage: str) -> None:
     assert unet(whole) == steps
     assert unet(whole.with_guided({stage: (0, 0.25)})) == steps * 0.625
     assert unet(whole.with_guidance({stage: 1.0})) == unet(whole.with_guided({stage: (0.5, 0.5)})) == steps / 2
+
+
+@pytest.mark.parametrize("stage", DIFFUSION_STAGES)
+def test_steps_that_reuse_deep_features_count_as_shallow(stage: str) -> None:
+    whole = Settings().with_steps({stage: 20})
+    steps = step_counts(whole)[stage]
+    saved = published_flop(whole)[stage] - published_flop(whole.with_cache({stage: 2}))[stage]
+    runs = {"interp": 7, "sr1": 4}.get(stage, 1)
+    assert saved == runs * steps // 2 * (PUBLISHED_FLOP[stage] - SHALLOW_FLOP[stage])
+
+
+@pytest.mark.torch
+def test_shallow_work_is_what_torch_counts() -> None:
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    from bench.work import count_flop, reference_calls
+    from export.modules.unet import UNetConfig, UNetContext, UNetShallow, UNetStep, VideoUNet
+    from export.random_checkpoint import CONFIGS
+
+    for name, folder in {**{n: n for n in DIFFUSION_STAGES}, "interp": "interpolation"}.items():
+        batch, channels, frames, *pixels = reference_calls(Settings(), step_counts(Settings()), 4, 8)[name].shape
+        with torch.device("meta"):
+            unet = VideoUNet(UNetConfig.from_dict(CONFIGS["published"][f"{folder}/unet"], name))
+            noise = 4 if name == "sr2" else 3
+            if name != "if2":  # the others' schedulers read no variance
+                unet.drop_variance(noise)
+            levels = [torch.empty(batch)] if unet.config.class_embed_type else []
+            made = UNetContext(unet)(torch.empty(batch, 77, unet.config.text_dim), *levels)
+            sample, timestep = torch.empty(batch, channels, frames, *pixels), torch.empty(batch)
+            deep = torch.empty(batch, unet.deep_channels, frames, *pixels)
+            read = made if unet.finest_attends else made[1:]
+            shallow = UNetShallow(unet, noise)
+            assert (
+                count_flop(lambda given=(sample, timestep, deep, *read), run=shallow: run(*given)) == SHALLOW_FLOP[name]
+            )
+            assert UNetStep(unet, noise)(sample, timestep, *made)[-1].shape == deep.shape
 
 
 def test_the_size_of_the_video_does_not_count() -> None:

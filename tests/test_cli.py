@@ -167,6 +167,8 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--guided", "text=0.5"], "unknown stage text; allowed: base"),
         (["--spacing", "base=karras"], "base: spacing is 'karras'; allowed: linspace, leading, trailing, logsnr"),
         (["--spacing", "base"], "'base'; allowed: STAGE=SPACING, stages base, interp, if2, sr1, sr2, e.g. sr1=logsnr"),
+        (["--cache", "sr1=0"], "cache interval of sr1: 0; allowed: 1 (none) or more"),
+        (["--cache", "sr1=often"], "'sr1=often'; allowed: STAGE=NUMBER"),
         (["--guidance", "text=3"], "unknown stage text; allowed: base"),
         (["--steps", "sr1=0"], "steps of sr1: 0; allowed: 1 or more"),
         (["--steps", "if2=2000"], "if2: "),

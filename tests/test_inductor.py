@@ -309,18 +309,21 @@ def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
 
 # ---- The loop on the device
 
-# scheduler, guidance, the part that is guided, clips, steps
-LOOPS: dict[str, tuple[dict[str, Any], float, Interval, int, int]] = {
-    "interp": (PUBLISHED["base"], 4.0, ALL_STEPS, 3, 6),
-    "interp, guided at first": (PUBLISHED["base"], 4.0, (0, 0.5), 3, 6),
-    "interp, guided in the middle": (PUBLISHED["base"], 4.0, (0.3, 0.7), 3, 6),
-    "sr1, unguided": (PUBLISHED["sr1"], 1.0, ALL_STEPS, 1, 4),
-    "sr1, no step guided": (PUBLISHED["sr1"], 7.0, (0, 0), 1, 4),
-    "latents": (PUBLISHED["sr2"], 15.0, ALL_STEPS, 2, 5),
-    "learned variance": (PUBLISHED["if2"], 4.0, ALL_STEPS, 1, 4),
-    "learned variance, guided in the middle": (PUBLISHED["if2"], 4.0, (0.2, 0.8), 2, 5),
-    "learned variance, unguided": (PUBLISHED["if1"], 1.0, ALL_STEPS, 2, 3),
-    "fixed variance": ({**PUBLISHED["noising"], "clip_sample_range": 1.25}, 2.0, ALL_STEPS, 1, 4),
+# scheduler, guidance, the part that is guided, clips, steps, cache interval
+LOOPS: dict[str, tuple[dict[str, Any], float, Interval, int, int, int]] = {
+    "interp": (PUBLISHED["base"], 4.0, ALL_STEPS, 3, 6, 1),
+    "interp, guided at first": (PUBLISHED["base"], 4.0, (0, 0.5), 3, 6, 1),
+    "interp, guided in the middle": (PUBLISHED["base"], 4.0, (0.3, 0.7), 3, 6, 1),
+    "sr1, unguided": (PUBLISHED["sr1"], 1.0, ALL_STEPS, 1, 4, 1),
+    "sr1, no step guided": (PUBLISHED["sr1"], 7.0, (0, 0), 1, 4, 1),
+    "latents": (PUBLISHED["sr2"], 15.0, ALL_STEPS, 2, 5, 1),
+    "learned variance": (PUBLISHED["if2"], 4.0, ALL_STEPS, 1, 4, 1),
+    "learned variance, guided in the middle": (PUBLISHED["if2"], 4.0, (0.2, 0.8), 2, 5, 1),
+    "learned variance, unguided": (PUBLISHED["if1"], 1.0, ALL_STEPS, 2, 3, 1),
+    "fixed variance": ({**PUBLISHED["noising"], "clip_sample_range": 1.25}, 2.0, ALL_STEPS, 1, 4, 1),
+    "interp, every third step whole": (PUBLISHED["base"], 4.0, ALL_STEPS, 2, 7, 3),
+    "interp, every second step whole, guided at first": (PUBLISHED["base"], 4.0, (0, 0.6), 2, 7, 2),
+    "learned variance, every second step whole": (PUBLISHED["if2"], 1.0, ALL_STEPS, 2, 5, 2),
 }
 
 
@@ -335,7 +338,7 @@ def loop_inputs(engine: Engine, guidance: float, clips: int) -> tuple[Any, Any, 
 
 def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[Any]]:
     """Result, and x after every step."""
-    scheduler, guidance, guided, _, steps = LOOPS[case]
+    scheduler, guidance, guided, _, steps, interval = LOOPS[case]
     visited: list[Any] = []
     result = denoise(
         unet,
@@ -343,6 +346,7 @@ def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[An
         make_schedule(SchedulerConfig.from_dict(scheduler, case), steps),
         guidance_scale=guidance,
         guided=guided,
+        cache_interval=interval,
         noise=NoiseStream(7),
         condition=condition,
         on_step=lambda index, total, x: visited.append(x.copy()),
@@ -352,12 +356,12 @@ def run_loop(unet: Any, x: Any, condition: Any, case: str) -> tuple[Any, list[An
 
 @pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> None:
-    scheduler, guidance, _, clips, steps = LOOPS[case]
+    scheduler, guidance, _, clips, steps, _ = LOOPS[case]
     unet, x, condition = loop_inputs(engine, guidance, clips)
     # The same operations in the same order, but for exp()'s last bits in DDPM's noise, which the network multiplies.
     atol = 0 if DEVICE == "cpu" and scheduler["_class_name"] != "DDPMScheduler" else 2e-4
     before = x.copy()
-    expected, trajectory = run_loop(lambda sample, timestep: unet(sample, timestep), x, condition, case)
+    expected, trajectory = run_loop(unet.__call__, x, condition, case)
     for _ in range(2):  # the second time in the first one's buffers
         calls = engine.calls
         actual, visited = run_loop(unet, x, condition, case)
@@ -388,7 +392,7 @@ def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine
 def test_a_loop_in_half_precision_equals_the_sampler(float16: Bundle) -> None:
     with EnginePool(float16) as pool, pool.use("interp") as engine:
         unet, x, condition = loop_inputs(engine, 4.0, 1)
-        expected, _ = run_loop(lambda sample, timestep: unet(sample, timestep), x, condition, "interp")
+        expected, _ = run_loop(unet.__call__, x, condition, "interp")
         actual, _ = run_loop(unet, x, condition, "interp")
     # No exp() in this solver and the same network inputs; a GPU's sums need not have the same order twice.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 1e-2)

@@ -17,7 +17,7 @@ from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
-from runtime.pipeline import Show1Pipeline, Video
+from runtime.pipeline import Show1Pipeline, Video, check_run
 from runtime.runner import EnginePool
 from runtime.stages import interp, sr1
 from runtime.stages.base import run_base
@@ -339,6 +339,16 @@ def test_every_stage_reports_its_steps_and_its_clip(pipeline: Show1Pipeline) -> 
     }
 
 
+def test_engines_built_before_features_could_be_reused_are_refused_where_that_is_asked(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    entry = opened.engine("sr1")
+    old = replace(entry, graphs={name: graph for name, graph in entry.graphs.items() if name != "shallow"})
+    opened = Bundle(opened.root, replace(opened.manifest, engines={**opened.manifest.engines, "sr1": old}))
+    check_run(opened, DRAFT)
+    with pytest.raises(BundleError, match="sr1: built before steps could reuse features: .*python -m export build"):
+        check_run(opened, DRAFT.with_cache({"sr1": 2}))
+
+
 def test_metadata_are_plain_json_from_which_the_settings_come_back(video: Video) -> None:
     about = json.loads(json.dumps(video.metadata()))
     assert about["prompt"] == PROMPT
@@ -386,6 +396,21 @@ def test_engines_are_dropped_when_a_stage_fails(bundle: Path, runners: list[str]
     with Show1Pipeline.from_bundle(bundle) as pipeline, pytest.raises(KeyboardInterrupt):
         run_base(pipeline.engines, text, DRAFT, SEED, progress=interrupt)
     assert runners == []
+
+
+def test_the_shallow_graph_is_loaded_where_steps_reuse_features(
+    bundle: Path, runners: list[str], text: PromptEmbeds
+) -> None:
+    settings = DRAFT.with_steps({"base": 4}).with_cache({"base": 2})
+    calls: list[str] = []
+    with Show1Pipeline.from_bundle(bundle, keep_loaded=True) as pipeline:
+        with pipeline.engines.use("base") as engine:
+            engine.on_call = lambda graph, start, seconds: calls.append(graph)
+        reusing = run_base(pipeline.engines, text, settings, SEED)
+        assert sorted(runners) == ["base/context", "base/shallow", "base/step"]
+        assert calls == ["context", *["step", "shallow"] * 2]
+        whole = run_base(pipeline.engines, text, settings.with_cache({"base": 1}), SEED)
+    assert not np.array_equal(reusing, whole)
 
 
 def test_the_bundles_defaults_are_the_reference_settings(pipeline: Show1Pipeline) -> None:

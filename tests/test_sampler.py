@@ -9,7 +9,7 @@ from test_schedulers import published
 from engines.errors import BundleError
 from runtime.noise import NoiseStream
 from runtime.ops import cross_fade, resize_bilinear
-from runtime.sampler import FloatArray, Interval, Unet, denoise, guidance_scales
+from runtime.sampler import FloatArray, Interval, Unet, denoise, guidance_scales, whole_steps
 from runtime.schedulers import add_noise, make_schedule
 
 SEED = 345
@@ -203,6 +203,27 @@ def test_unguided_steps_see_the_prompt_alone_and_the_solver_goes_on(name: str, g
         for unet, guidance_scale in ((halves, 7.0), (combined, 1.0))
     )
     np.testing.assert_array_equal(given, expected)
+
+
+def test_every_nth_step_is_whole_and_so_is_the_first_of_another_batch() -> None:
+    unguided, late = np.ones(7, np.float32), np.array([1, 1, 1, 4, 4, 4, 1], np.float32)
+    assert whole_steps(unguided, 1).all()
+    assert whole_steps(unguided, 3).tolist() == [True, False, False, True, False, False, True]
+    assert whole_steps(late, 3).tolist() == [True, False, False, True, False, False, True]
+    assert whole_steps(late, 2).tolist() == [True, False, True, True, False, True, True]
+
+
+def test_only_loops_that_reuse_features_tell_the_network_which_steps_are_whole() -> None:
+    told: list[bool | None] = []
+
+    def unet(sample: FloatArray, timestep: int, whole: bool | None = None) -> tuple[FloatArray, None]:
+        told.append(whole)
+        return pointwise_unet(sample, timestep)[0], None
+
+    schedule = make_schedule(published("base"), 4)
+    for interval in (1, 2):
+        denoise(unet, random_clips(1), schedule, guidance_scale=1.0, cache_interval=interval)
+    assert told == [None] * 4 + [True, False] * 2
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])

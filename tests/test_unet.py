@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 import onnx
 from torch import Tensor
 
-from engines.catalog import CATALOG
+from engines.catalog import CATALOG, UNETS
 from engines.store import Bundle
 from export import networks
 from export.modules.unet import UNetConfig, UNetContext, UNetStep, VideoUNet
@@ -39,7 +39,11 @@ class Net:
 
     @classmethod
     def of(cls, golden: Path, name: str) -> "Net":
-        return cls(*(graph.module for graph in load(golden, name, keep_variance=True).graphs))
+        return cls.of_graphs(load(golden, name, keep_variance=True))
+
+    @classmethod
+    def of_graphs(cls, network: LoadedNetwork) -> "Net":
+        return cls(*(graph.module for graph in network.graphs if graph.spec.name != "shallow"))
 
     @property
     def unet(self) -> VideoUNet:
@@ -49,7 +53,7 @@ class Net:
         with torch.no_grad():
             times = torch.full((len(sample),), float(timestep))
             context = self.context(text) if noise_level is None else self.context(text, noise_level)
-            return torch.cat(self.step(sample, times, *context), dim=1)
+            return torch.cat(self.step(sample, times, *context)[:-1], dim=1)
 
 
 # Every module against the authors'
@@ -104,13 +108,13 @@ def test_a_step_holds_variance_rows_only_where_its_scheduler_reads_them(bundle: 
     (filters,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("conv_out.weight"))
     assert list(filters.dims) == [rows, 32, 3, 3]
     outputs = ["noise_pred", "variance_frac"] if rows == 6 else ["noise_pred"]
-    assert [value.name for value in model.graph.output] == outputs
+    assert [value.name for value in model.graph.output] == [*outputs, "deep"]
 
 
 def test_keep_variance_keeps_the_rows_that_the_scheduler_drops(golden: Path) -> None:
     lean, full = load(golden, "base"), load(golden, "base", keep_variance=True)
-    assert output_names(lean) == ["noise_pred"]
-    assert output_names(full) == ["noise_pred", "variance_frac"]
+    assert output_names(lean) == ["noise_pred", "deep"]
+    assert output_names(full) == ["noise_pred", "variance_frac", "deep"]
     dropped, kept = (network.graphs[1].module.unet.conv_out.weight for network in (lean, full))
     torch.testing.assert_close(dropped, kept[:3], rtol=0, atol=0)
     assert kept.shape[0] == 6
@@ -119,9 +123,44 @@ def test_keep_variance_keeps_the_rows_that_the_scheduler_drops(golden: Path) -> 
 def test_dropping_the_variance_leaves_the_noise_prediction(golden: Path) -> None:
     inputs = np.load(golden / "unet_base.npz")
     sample, text = (torch.from_numpy(inputs[key]) for key in ("sample_f5", "ehs_f5"))
-    lean = Net(*(graph.module for graph in load(golden, "base").graphs))
+    lean = Net.of_graphs(load(golden, "base"))
     full = Net.of(golden, "base")
     torch.testing.assert_close(lean(sample, 500, text), full(sample, 500, text)[:, :3], rtol=0, atol=1e-5)
+
+
+# Shallow steps
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_shallow_step_with_its_own_deep_features_is_the_whole_step(golden: Path, name: str) -> None:
+    network = load(golden, name, keep_variance=True)
+    _, step, shallow = network.graphs
+    sizes = {"batch": 2, "frames": 1 if name == "if2" else 3, "tokens": 7, "height": 8, "width": 16}
+    sample, timestep, *made = step.example(sizes, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        *whole, deep = step.module(sample, timestep, *made)
+        given = dict(zip([binding.name for binding in step.spec.inputs], (sample, timestep, *made), strict=True))
+        given["deep"] = deep
+        read = [given[binding.name] for binding in shallow.spec.inputs]
+        again = shallow.module(*read)
+        read[0] = sample + 1
+        other = shallow.module(*read)
+        assert list(deep.shape[2:]) == [sizes["frames"], 8, 16]
+        for value, expected in zip(again, whole, strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+        assert (other[0] - whole[0]).abs().max() > 1e-2, "it reads the sample"
+        read[0], read[2] = sample, deep + 1
+        assert (shallow.module(*read)[0] - whole[0]).abs().max() > 1e-2, "and the deep features"
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_shallow_step_holds_the_finest_level_alone_and_reads_text_where_that_does(golden: Path, name: str) -> None:
+    _, step, shallow = load(golden, name).graphs
+    read = [binding.name for binding in shallow.spec.inputs]
+    attends = hasattr(step.module.unet.down_blocks[0], "attentions")
+    assert ("text_kv" in read) == attends
+    axes = {axis for binding in shallow.spec.inputs for axis in binding.axes if isinstance(axis, str)}
+    assert set(shallow.spec.profiles["default"]) == axes
 
 
 # Who sees whom

@@ -111,7 +111,7 @@ class Stage(ABC):
         """First changes to new networks."""
 
     def inherit(self, parent: VideoUNet) -> None:
-        """Start from another network's weights: those of the same shape, and filters of its inputs, which come first."""
+        """Start from another network's weights: those of the same shape, and filters of its inputs, which go first."""
         (network,) = self.networks.values()
         with torch.no_grad():
             for name, value in parent.state_dict().items():

@@ -62,13 +62,11 @@ class Recipe:
 
 
 # Base learns from still pictures what things look like, then how they move: a step costs what its pixels cost. The last
-# lesson of each stage is what the runtime asks for, whole frames included: norms see whole frames there.
+# lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the autoencoder's.
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False, compiled=False),
-    "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, FULL_SIZE, batch=1 / 32))),
-    "base": Recipe(
-        stages.Base, 0.4, 192, (Lesson(0.35, KEYFRAME_SIZE), Lesson(0.65, KEYFRAME_SIZE, 8, batch=0.25))
-    ),
+    "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, (128, 128), batch=1 / 4))),
+    "base": Recipe(stages.Base, 0.4, 192, (Lesson(0.35, KEYFRAME_SIZE), Lesson(0.65, KEYFRAME_SIZE, 8, batch=0.25))),
     "interp": Recipe(stages.Interp, 0.12, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
     "if2": Recipe(stages.FirstFrame, 0.08, 96, (Lesson(0.5, (64, 64)), Lesson(0.5, LARGE_SIZE, batch=1 / 8))),
     "sr1": Recipe(
@@ -146,9 +144,7 @@ class Trainer:
         batch = self.stage.draw(max(1, round(self.run.batch * lesson.batch)), generator)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             loss = self.loss(*batch)
-        gradients = torch.autograd.grad(
-            loss, list(self.weights.values()), allow_unused=True, materialize_grads=True
-        )
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
         self._update(gradients)
         return loss.detach()
 
@@ -168,8 +164,11 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), old)
 
     def _rate(self) -> float:
-        """Rising over the first steps, falling over the last; in shares of the full rates."""
-        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.progress) / _FALL)
+        """Rising over the first steps, falling over the last; in shares of the full rates.
+
+        Muon's steps are as long on noisy gradients as on clear ones: lessons of small batches take shorter ones.
+        """
+        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.progress) / _FALL) * self.stage.lesson.batch**0.5
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes; what optimizers keep is there after the first step only."""

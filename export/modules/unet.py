@@ -235,12 +235,16 @@ class DownBlock(Layers):
 
     def forward(self, x: Tensor, emb: Tensor, texts: Iterator[Tensor], frames: int) -> list[Tensor]:
         """Every layer's output, the downsampler's last: each becomes a skip."""
+        skips = self.on_level(x, emb, texts, frames)
+        if hasattr(self, "downsamplers"):
+            skips.append(self.downsamplers[0](skips[-1], emb, frames))
+        return skips
+
+    def on_level(self, x: Tensor, emb: Tensor, texts: Iterator[Tensor], frames: int) -> list[Tensor]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, texts, frames)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
-            skips.append(self.downsamplers[0](x, emb, frames))
         return skips
 
 
@@ -338,6 +342,16 @@ class VideoUNet(nn.Module):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from getattr(block, "attentions", ())
 
+    @property
+    def finest_attends(self) -> bool:
+        """Whether the finest level reads the text."""
+        return hasattr(self.down_blocks[0], "attentions")
+
+    @property
+    def deep_channels(self) -> int:
+        """Of what the coarser levels hand to the finest."""
+        return self.config.block_out_channels[1]
+
     def drop_variance(self, channels: int) -> None:
         """Keep the first `channels` rows of the last convolution: DPM-Solver and fixed variances read no others."""
         self.conv_out.weight = nn.Parameter(self.conv_out.weight[:channels].clone())
@@ -379,7 +393,8 @@ class UNetStep(nn.Module):
     """One evaluation of the network in the denoising loop.
 
     sample [B, C, F, H, W], timestep float32 [B], text_kv and cond_emb from `UNetContext`
-    -> noise_pred [B, N, F, H, W], variance_frac of the same shape where the scheduler learned its variance.
+    -> noise_pred [B, N, F, H, W], variance_frac of the same shape where the scheduler learned its variance,
+       deep [B, D, F, H, W]: what the coarser levels hand to the finest, for `UNetShallow`.
     """
 
     def __init__(self, unet: VideoUNet, noise_channels: int):
@@ -390,24 +405,81 @@ class UNetStep(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, text_kv: Tensor, cond_emb: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        unet, config = self.unet, self.unet.config
-        frames, dtype = sample.shape[2], unet.conv_in.weight.dtype
-        emb = unet.embed_time(unet.time_embedding, timestep)
-        if cond_emb is not None:
-            emb = emb + cond_emb.to(dtype)
-        if config.time_embedding_act_fn:
-            emb = ACTIVATIONS[config.time_embedding_act_fn](emb)
-        texts = iter(text_kv.to(dtype).split([2 * attn.channels for attn in unet.text_attentions()], dim=-1))
-
-        x = unet.conv_in(sample.to(dtype).transpose(1, 2).flatten(0, 1))  # [B*F, C0, H, W]
-        if config.transformer_in:
-            x = unet.transformer_in(x, frames)
+        unet, frames = self.unet, sample.shape[2]
+        emb = _embedding(unet, timestep, cond_emb)
+        texts = iter(_texts(unet, text_kv))
+        x = _enter(unet, sample)
         skips = [x]
         for block in unet.down_blocks:
             skips += block(skips[-1], emb, texts, frames)
         x = unet.mid_block(skips[-1], emb, texts, frames)
-        for block in unet.up_blocks:
+        for block in unet.up_blocks[:-1]:
             x = block(x, emb, texts, skips, frames)
-        x = unet.conv_out(ACTIVATIONS[config.act_fn](unet.conv_norm_out(x)))
-        x = x.unflatten(0, (-1, frames)).transpose(1, 2)  # [B, N or 2N, F, H, W]
-        return as_binding(x).split(self.noise_channels, dim=1)
+        deep = as_binding(_unfold(x, frames))
+        x = unet.up_blocks[-1](x, emb, texts, skips, frames)
+        return *_leave(unet, x, frames).split(self.noise_channels, dim=1), deep
+
+
+class UNetShallow(nn.Module):
+    """The same evaluation with the coarser levels' part taken from a step before (Ma et al. 2023, arXiv 2312.00858).
+
+    Only the finest level is computed; text_kv is an input where that level attends to the text.
+    """
+
+    def __init__(self, unet: VideoUNet, noise_channels: int):
+        super().__init__()
+        self.unet = unet
+        self.noise_channels = noise_channels
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        deep: Tensor,
+        context: Tensor | None = None,
+        more: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`context` and `more` are what the level reads of `UNetContext`'s outputs, in their order."""
+        unet, frames = self.unet, sample.shape[2]
+        first, last = unet.down_blocks[0], unet.up_blocks[-1]
+        given = [value for value in (context, more) if value is not None]
+        texts: Iterator[Tensor] = iter(())
+        if unet.finest_attends:
+            parts = _texts(unet, given.pop(0))
+            texts = iter(parts[: len(first.attentions)] + parts[-len(last.attentions) :])
+        emb = _embedding(unet, timestep, *given)
+        x = _enter(unet, sample)
+        skips = [x, *first.on_level(x, emb, texts, frames)]
+        x = last(deep.to(x.dtype).transpose(1, 2).flatten(0, 1), emb, texts, skips, frames)
+        return _leave(unet, x, frames).split(self.noise_channels, dim=1)
+
+
+def _embedding(unet: VideoUNet, timestep: Tensor, cond_emb: Tensor | None = None) -> Tensor:
+    emb = unet.embed_time(unet.time_embedding, timestep)
+    if cond_emb is not None:
+        emb = emb + cond_emb.to(emb.dtype)
+    act = unet.config.time_embedding_act_fn
+    return ACTIVATIONS[act](emb) if act else emb
+
+
+def _texts(unet: VideoUNet, text_kv: Tensor) -> list[Tensor]:
+    """Each text attention's part."""
+    channels = [2 * attn.channels for attn in unet.text_attentions()]
+    return list(text_kv.to(unet.conv_in.weight.dtype).split(channels, dim=-1))
+
+
+def _enter(unet: VideoUNet, sample: Tensor) -> Tensor:
+    """[B, C, F, H, W] -> [B*F, C0, H, W]."""
+    x = unet.conv_in(sample.to(unet.conv_in.weight.dtype).transpose(1, 2).flatten(0, 1))
+    return unet.transformer_in(x, sample.shape[2]) if unet.config.transformer_in else x
+
+
+def _leave(unet: VideoUNet, x: Tensor, frames: int) -> Tensor:
+    """[B*F, C0, H, W] -> [B, N or 2N, F, H, W]."""
+    x = unet.conv_out(ACTIVATIONS[unet.config.act_fn](unet.conv_norm_out(x)))
+    return as_binding(_unfold(x, frames))
+
+
+def _unfold(x: Tensor, frames: int) -> Tensor:
+    """[B*F, C, H, W] -> [B, C, F, H, W]."""
+    return x.unflatten(0, (-1, frames)).transpose(1, 2)

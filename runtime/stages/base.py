@@ -30,6 +30,7 @@ def run_base(
             schedule,
             guidance_scale=settings.base.guidance_scale,
             guided=settings.base.guided,
+            cache_interval=settings.base.cache_interval,
             noise=noise,
             on_step=step_counter(progress, "base"),
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.catalog import DEEP
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import StageSettings
@@ -40,23 +41,39 @@ def stage_schedule(bundle: Bundle, name: str, stage: StageSettings, strength: fl
         raise SettingsError(f"{name}: {error}") from None
 
 
-@dataclass(frozen=True)
 class PromptedUnet:
     """A UNet with its prompt: a `sampler.Unet`, and where the backend can, a loop on its device."""
 
-    engine: Engine
-    context: Mapping[str, FloatArray]  # [G * clips, ...]
+    def __init__(self, engine: Engine, context: Mapping[str, FloatArray]):
+        """`context` [G * clips, ...] is what the prompt contributes."""
+        self._engine, self._context = engine, context
+        self._deep: FloatArray | None = None
 
-    def __call__(self, sample: FloatArray, timestep: int) -> tuple[FloatArray, FloatArray | None]:
-        timesteps = np.full(len(sample), timestep, np.float32)
-        context = {name: value[-len(sample) :] for name, value in self.context.items()}  # the prompt's are the last
-        outputs = self.engine.run("step", sample=sample, timestep=timesteps, **context)
+    def __call__(
+        self, sample: FloatArray, timestep: int, whole: bool | None = None
+    ) -> tuple[FloatArray, FloatArray | None]:
+        feeds = {name: value[-len(sample) :] for name, value in self._context.items()}  # the prompt's are the last
+        feeds |= {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32)}
+        if whole is False:
+            assert self._deep is not None, "the first step is whole"
+            feeds[DEEP] = self._deep
+            read = [binding.name for binding in self._engine.specs["shallow"].inputs]
+            outputs = self._engine.run("shallow", **{name: feeds[name] for name in read})
+        else:
+            kept = [b.name for b in self._engine.specs["step"].outputs if whole or b.name != DEEP]
+            outputs = self._engine.run("step", kept, **feeds)
+            self._deep = outputs.get(DEEP)
         return outputs["noise_pred"], outputs.get("variance_frac")
 
     def start_loop(
-        self, x: FloatArray, schedule: Schedule, guidance: FloatArray, condition: FloatArray | None
+        self,
+        x: FloatArray,
+        schedule: Schedule,
+        guidance: FloatArray,
+        whole: NDArray[np.bool_],
+        condition: FloatArray | None,
     ) -> Loop | None:
-        return self.engine.start_loop(x, schedule, guidance, condition, self.context)
+        return self._engine.start_loop(x, schedule, guidance, whole, condition, self._context)
 
 
 def prompted(

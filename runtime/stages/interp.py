@@ -67,6 +67,7 @@ def fill_gaps(
                     schedule,
                     guidance_scale=guidance,
                     guided=settings.interp.guided,
+                    cache_interval=settings.interp.cache_interval,
                     noise=noise,
                     condition=batch,
                     on_step=step_counter(progress, "interp", number, len(batches)),

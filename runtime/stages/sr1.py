@@ -94,6 +94,7 @@ def upscale(
         stage_schedule(bundle, name, stage),
         guidance_scale=stage.guidance_scale,
         guided=stage.guided,
+        cache_interval=stage.cache_interval,
         noise=noise,
         condition=condition,
         on_step=on_step,

@@ -62,6 +62,7 @@ def refine(
             schedule,
             guidance_scale=guidance,
             guided=settings.sr2.guided,
+            cache_interval=settings.sr2.cache_interval,
             noise=noise,
             on_step=on_step,
         )
