@@ -345,7 +345,7 @@ def test_engines_built_before_features_could_be_reused_are_refused_where_that_is
     old = replace(entry, graphs={name: graph for name, graph in entry.graphs.items() if name != "shallow"})
     opened = Bundle(opened.root, replace(opened.manifest, engines={**opened.manifest.engines, "sr1": old}))
     check_run(opened, DRAFT)
-    with pytest.raises(BundleError, match="sr1: built before steps could reuse features: .*python -m export build"):
+    with pytest.raises(BundleError, match=r"sr1: built before steps could reuse features: .*python -m export build"):
         check_run(opened, DRAFT.with_cache({"sr1": 2}))
 
 

@@ -350,7 +350,7 @@ class VideoUNet(nn.Module):
     @property
     def deep_channels(self) -> int:
         """Of what the coarser levels hand to the finest."""
-        return self.config.block_out_channels[1]
+        return self.config.block_out_channels[:2][-1]
 
     def drop_variance(self, channels: int) -> None:
         """Keep the first `channels` rows of the last convolution: DPM-Solver and fixed variances read no others."""
