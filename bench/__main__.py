@@ -191,14 +191,14 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _quality(arguments: argparse.Namespace) -> None:
-    from bench import quality
     from bench.cost import Cost
     from bench.machine import describe_bundle, describe_machine
     from bench.report import Report
     from engines.store import Bundle
+    from export.demo.faithfulness import load_prompts
     from runtime.pipeline import Show1Pipeline, check_run
 
-    prompts = quality.load_prompts(arguments.prompts)
+    prompts = load_prompts(arguments.prompts)
     presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
     if arguments.presets and arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")

@@ -1,7 +1,8 @@
 """Presets side by side on one bundle: what they cost, how long they take, and what becomes of the videos.
 
-Faithfulness is that of `bench.quality`; its change is between videos of the same prompt and seed, the distance too.
-Work is counted at published sizes (`bench.cost`), whatever the bundle's networks are; seconds are this bundle's.
+Faithfulness is that of `export.demo.faithfulness`; its change is between videos of the same prompt and seed, the
+distance too. Work is counted at published sizes (`bench.cost`), whatever the bundle's networks are; seconds are this
+bundle's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from bench.cost import Cost
-from bench.judge import Frames, bootstrap
 from bench.plots import Axis, Chart
-from bench.quality import Faithfulness, Prompt, percent, percent_range, run_quality
+from bench.quality import bootstrap, percent, percent_range, run_quality
 from bench.report import NOTHING, Table, median, number, spread
 from bench.timing import Summary, summarize
+from export.demo.faithfulness import Faithfulness, Prompt
+from export.demo.judge import Frames
 from runtime.config import Settings
 
 

@@ -1,15 +1,15 @@
 """Quality of a bundle's videos: do they show what held-out prompts ask for, and how far are they from a reference?
 
-Faithfulness counts questions about the finished pixels (`bench.judge`): colour, shape and motion of every thing asked
-for, and the background. As a control every video is also asked the questions of all other prompts: chance. A distance
-to a reference says what a change of precision or steps did to the pixels, the same seeds on both sides.
+Faithfulness (`export.demo.faithfulness`) counts questions about the finished pixels: colour, shape and motion of every
+thing asked for, and the background. As a control every video is also asked the questions of all other prompts: chance.
+A distance to a reference says what a change of precision or steps did to the pixels, the same seeds on both sides.
 """
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from bench.judge import Frames, Reading, answers, bootstrap, read, wilson
 from bench.report import NOTHING, Table, number
-from engines.errors import OutputError, SettingsError
+from engines.errors import OutputError
 from engines.store import write_atomically
-from export.demo.captions import Scene, Thing, evaluation_scenes
-from runtime.config import SEED
+from export.demo.faithfulness import ALSO_SHOWN, ASKED, Faithfulness, Prompt, faithfulness
+from export.demo.judge import Frames, Reading, read
 from runtime.ops import psnr
 
-PROMPTS = Path(__file__).parent / "quality_prompts.json"
-ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
-ALSO_SHOWN = ("motion", "count")
 _SHEET_FRAMES, _SHEET_ROWS, _SHEET_WIDTH = 8, 8, 192
 
 
-@dataclass(frozen=True)
-class Prompt:
-    prompt: str
-    seed: int
-    scene: Scene
-
-
-def make_prompts(count: int = 48, seed: int = SEED) -> str:
-    """The text of quality_prompts.json. It was committed before training and is not to be made anew."""
-    rows = [
-        {"prompt": caption, "seed": seed + index, "scene": asdict(scene)}
-        for index, (scene, caption) in enumerate(evaluation_scenes(count, seed))
-    ]
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-
-
-def load_prompts(count: int | None = None) -> list[Prompt]:
-    rows = json.loads(PROMPTS.read_text(encoding="utf-8"))
-    if count is not None and not 2 <= count <= len(rows):
-        raise SettingsError(f"--prompts {count}; allowed: 2 to {len(rows)} (the control needs two).")
-    prompts = []
-    for row in rows[:count]:
-        scene = row["scene"]
-        things = tuple(Thing(**thing) for thing in scene["things"])
-        prompts.append(Prompt(row["prompt"], row["seed"], Scene(things, scene["background"], scene["pattern"])))
-    return prompts
-
-
 # Faithfulness
-
-
-@dataclass(frozen=True)
-class Faithfulness:
-    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video."""
-
-    right: dict[str, int]
-    asked: dict[str, int]
-    scores: list[float]
-    chance: dict[str, float]  # share of right answers to other prompts' questions
-
-    @property
-    def score(self) -> float:
-        return float(np.mean(self.scores))
-
-    @property
-    def chance_score(self) -> float:
-        return self.chance["faithfulness"]
-
-
-def faithfulness(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Faithfulness:
-    own = [answers(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
-    others = [answers(scene, reading) for i, reading in enumerate(readings) for j, scene in enumerate(scenes) if i != j]
-    keys = (*ASKED, *ALSO_SHOWN)
-    right = {key: sum(sum(a[key]) for a in own) for key in keys}
-    asked = {key: sum(len(a[key]) for a in own) for key in keys}
-    chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in keys}
-    chance["faithfulness"] = float(np.mean([_score(a) for a in others]))
-    return Faithfulness(right, asked, [_score(a) for a in own], chance)
-
-
-def _score(answered: dict[str, list[bool]]) -> float:
-    return float(np.mean([x for key in ASKED for x in answered[key]]))
 
 
 def faithfulness_table(result: Faithfulness) -> Table:
@@ -128,6 +63,23 @@ def percent(share: float) -> str:
 
 def percent_range(interval: tuple[float, float]) -> str:
     return "{:.0f}-{:.0f} %".format(*(100 * bound for bound in interval))
+
+
+def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    if asked == 0:
+        return 0.0, 1.0
+    p, n = right / asked, asked
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def bootstrap(scores: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean, resampling videos (Efron 1979)."""
+    values = np.asarray(scores)
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 # Distances, all of uint8 [F, H, W, 3]

@@ -31,8 +31,9 @@ def _build(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {arguments.engine}.")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise SettingsError(f"--jobs {arguments.jobs}; allowed: 1 or more.")
-    if arguments.calibration is not None and arguments.precision != INT8:
-        raise SettingsError(f"--calibration is for --precision {INT8}; this is {arguments.precision}.")
+    for option in ("calibration", "judge"):
+        if getattr(arguments, option) is not None and arguments.precision != INT8:
+            raise SettingsError(f"--{option} is for --precision {INT8}; this is {arguments.precision}. Leave it out.")
     precision, layers = arguments.precision, None
     if precision == INT8:
         judged = _build_int8(arguments, targets)
@@ -61,11 +62,16 @@ def _build(arguments: argparse.Namespace) -> None:
 def _build_int8(arguments: argparse.Namespace, targets: list[str]) -> Bundle:
     """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
     from export.build import Backend, build
-    from export.int8 import build_int8
+    from export.demo.faithfulness import load_prompts
+    from export.int8 import JUDGE_PROMPTS, build_int8
 
     backend = Backend.choose(arguments.engine, "fp16", targets, arguments.attention)
     if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
         raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
+    prompts = load_prompts()
+    judge = JUDGE_PROMPTS if arguments.judge is None else arguments.judge
+    if not 0 <= judge <= len(prompts):
+        raise SettingsError(f"--judge {judge}; allowed: 0 (faithfulness is not measured) to {len(prompts)} prompts.")
     if arguments.calibration is not None:
         floats = Bundle.open(arguments.calibration)
     else:
@@ -73,11 +79,12 @@ def _build_int8(arguments: argparse.Namespace, targets: list[str]) -> Bundle:
         print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
         size = parse_size(arguments.size)
         floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
-    out = arguments.out
-    if backend.name in tensorrt.FLAVOURS:
+    out, for_memory = arguments.out, backend.name in tensorrt.FLAVOURS
+    if for_memory:
         out = out.with_name(f"{out.name}-onnx")
     print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
-    return build_int8(floats, out, arguments.stage.split(","), arguments.force)
+    stages = arguments.stage.split(",")
+    return build_int8(floats, out, prompts[:judge], stages, arguments.force, for_memory=for_memory)
 
 
 def _checkpoint(given: Path | None) -> Path:
@@ -143,15 +150,16 @@ def _int8_table(bundle: Bundle) -> Iterator[str]:
     if not any(verdicts.values()):
         return
     yield ""
-    yield "| engine | precision | layers in int8 | speed | steps | video | bytes | because |"
-    yield "|---|---|--:|--:|--:|--:|--:|---|"
+    yield "| engine | precision | layers in int8 | speed | steps | video | faithfulness | bytes | because |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|---|"
     for name in CATALOG:
         if verdict := verdicts.get(name):
             entry, modes = bundle.manifest.engines[name], [layer["mode"] for layer in verdict["layers"].values()]
             video = "" if verdict["psnr_db"] is None else f"{verdict['psnr_db']:.1f} dB"
+            judged = "" if verdict.get("points") is None else f"{verdict['points']:+.1f} points"
             yield (
                 f"| {name} | {entry.precision} | {sum(mode != 'float' for mode in modes)} of {len(modes)} "
-                f"| {verdict['speed']:.2f} x | {verdict['sqnr_db']:.1f} dB | {video} "
+                f"| {verdict['speed']:.2f} x | {verdict['sqnr_db']:.1f} dB | {video} | {judged} "
                 f"| {verdict['bytes'] / verdict['float_bytes']:.0%} | {verdict['why']} |"
             )
 
@@ -261,6 +269,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="BUNDLE",
         help="int8: float32 bundle of the same checkpoint (default: OUT-fp32, which is built first)",
+    )
+    build.add_argument(
+        "--judge",
+        type=int,
+        metavar="N",
+        help="int8: held-out prompts that faithfulness is judged by, 0 leaves that out (default: 16)",
     )
     build.add_argument(
         "--size", default="576x320", help="video size that the engines are tuned for (default: %(default)s)"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from numpy.typing import NDArray
 from engines import quantize
 from engines.catalog import TOKENIZERS, networks_of
 from engines.compile_ort import BACKEND, compile_int8
-from engines.errors import SettingsError
+from engines.errors import ProfileError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
 from engines.store import Bundle, BundleWriter, file_entry
-from runtime.config import Settings
+from export.demo.faithfulness import Prompt, score
+from export.demo.judge import answers, read
+from export.replay import Take, make_videos
+from runtime.config import SEED, Settings
 from runtime.ops import psnr
-from runtime.pipeline import Show1Pipeline
+from runtime.pipeline import check_run
 from runtime.runner import Array, Engine, EnginePool, open_runner
 
 # Plain scenes: any text-to-video model can be asked for them, and the demo checkpoint knows the words.
@@ -42,10 +46,14 @@ _STEPS = {"base": 10, "interp": 6, "if2": 8, "sr1": 4, "sr2": 5}  # of the video
 _FEEDS = 8  # calls of each graph that are kept, at least; up to twice as many
 _JUDGED = 3  # of the held-out video's
 _ROUNDS = 3  # of timing
+_CODE = ("engines/quantize.py", "export/int8.py", "export/replay.py")  # that verdicts depend on
+_CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
+JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for
 
 LEAST_LAYER_SQNR = 25.0  # dB, of a layer's output: below, the layer keeps half or full precision
 LEAST_PSNR = 30.0  # dB, of the held-out video with this engine in int8 to the one without
+MOST_LOST = 2.0  # points of faithfulness, mean over the prompts, with this engine in int8
 LEAST_SPEED = 1.05  # times float32's
 MOST_BYTES = 0.75  # of float32's, where memory is the reason
 
@@ -74,7 +82,7 @@ class _Pool(EnginePool):
     """Engines of a bundle, some of them swapped for candidates; notes what they are given."""
 
     def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
-        super().__init__(bundle)
+        super().__init__(bundle, keep_loaded=True)
         self._swapped = swapped or {}
         self.calls: dict[tuple[str, str], _Spread] = {}
 
@@ -90,8 +98,9 @@ class Verdict:
     """What became of an engine, kept in the manifest (`properties["int8"]`).
 
     `speed` is in float32's, `sqnr_db` of the main graph's output on steps of the held-out video, `psnr_db` of that
-    video with this engine alone in int8. `layers` has for each layer of the main graph its mode, its ranges, and the dB
-    that int8, and int8 weights alone, leave of its output.
+    video with this engine alone in int8; `points` is the change in faithfulness, likewise, in percentage points, None
+    where it was not measured. `layers` has for each layer of the main graph its mode, its ranges, and the dB that int8,
+    and int8 weights alone, leave of its output.
     """
 
     kept: bool
@@ -99,23 +108,87 @@ class Verdict:
     speed: float
     sqnr_db: float
     psnr_db: float
+    points: float | None
     bytes: int
     float_bytes: int
     layers: dict[str, dict[str, Any]]
+
+    def with_psnr(self, decibels: float) -> "Verdict":
+        """The verdict after the held-out video."""
+        verdict = replace(self, psnr_db=min(decibels, _EQUAL))
+        if decibels >= LEAST_PSNR:
+            return verdict
+        return replace(verdict, kept=False, why=f"changes the video: {decibels:.1f} dB")
+
+    def with_faithfulness(self, points: float | None) -> "Verdict":
+        """And after the judge; None: nothing was asked."""
+        if points is None:
+            return replace(self, why=f"{self.why}; faithfulness not measured")
+        verdict, change = replace(self, points=points), f"faithfulness {points:+.1f} points"
+        if points >= -MOST_LOST:
+            return replace(verdict, why=f"{self.why}; {change}")
+        return replace(verdict, kept=False, why=f"follows prompts less: {change}")
+
+
+class _Judge:
+    """Asks videos of held-out prompts what these ask for (`export.demo.faithfulness`)."""
+
+    def __init__(self, floats: Bundle, prompts: Sequence[Prompt], settings: Settings):
+        self.floats, self.prompts, self.settings = floats, prompts, _halved(floats, settings)
+
+    def points(self, engines: EnginePool, first: str) -> float | None:
+        """The change in faithfulness by these engines, float32's but for `first`, in percentage points.
+
+        None without prompts.
+        """
+        if not self.prompts:
+            return None
+        takes, before = self._reference
+        change = self._faithfulness(make_videos(engines, takes, first)) - before
+        return round(100 * change, 6)  # sums of shares are not exact, and two points are to be two
+
+    @cached_property
+    def _reference(self) -> tuple[list[Take], float]:
+        """Float32's videos and their faithfulness, made when the first engine comes so far."""
+        _say("judging by {} prompts at {}x{}".format(len(self.prompts), *self.settings.size))
+        takes = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in self.prompts]
+        takes = make_videos(_Pool(self.floats), takes)
+        before = self._faithfulness(takes)
+        _say(f"float32's faithfulness is {before:.0%}")
+        return takes, before
+
+    def _faithfulness(self, takes: Iterable[Take]) -> float:
+        pairs = zip(self.prompts, takes, strict=True)
+        return float(np.mean([score(answers(prompt.scene, read(take.frames))) for prompt, take in pairs]))
+
+
+def _halved(bundle: Bundle, settings: Settings) -> Settings:
+    """For videos half as wide and high, a quarter of the work; as given where the engines do not take that."""
+    width, height = settings.size
+    try:
+        half = replace(settings, size=(width // 16 * 8, height // 16 * 8))  # in multiples of 8
+        check_run(bundle, half)
+    except (SettingsError, ProfileError):
+        return settings
+    return half
 
 
 def build_int8(
     floats: Bundle,
     out: Path,
+    prompts: Sequence[Prompt],
     stages: Iterable[str] = ("all",),
     force: bool = False,
     settings: Settings | None = None,
+    for_memory: bool = False,
 ) -> Bundle:
     """Quantise the engines of `stages` of a float32 ONNX Runtime bundle into the bundle `out`.
 
-    Engines that int8 does not serve are taken over as they are. `settings` are those of the videos made for it, by
-    default the bundle's with few steps. Raises SettingsError for a bundle of other engines,
-    BundleError where one is missing or `out` cannot take the result.
+    Engines that int8 does not serve are taken over as they are. `prompts` are those that faithfulness is judged by;
+    without any it is not measured. `settings` are those of the videos made for it, by default the bundle's with few
+    steps. `for_memory`: engines that are not faster here are judged as well, for `plans_of`. Raises SettingsError for
+    a bundle of other engines and impossible settings, BundleError where one is missing or `out` cannot take the
+    result.
     """
     for network in networks_of(["all"]):
         entry = floats.engine(network.name)
@@ -125,7 +198,8 @@ def build_int8(
             )
     wanted = [network.name for network in networks_of(stages)]
     settings = settings or Settings.from_dict(floats.manifest.defaults).with_steps(_STEPS)
-    calibration = _fingerprint(floats, settings)
+    check_run(floats, settings)
+    calibration = _fingerprint(floats, settings, prompts, for_memory)
     with Bundle.writer(out) as bundle:
         pending = []
         for name in wanted:
@@ -138,7 +212,7 @@ def build_int8(
         for tokenizer in manifest.tokenizers:
             bundle.install_tokenizer(tokenizer, floats.tokenizer(tokenizer).read_text(encoding="utf-8"))
         if pending:
-            _build(floats, bundle, pending, settings)
+            _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory)
         bundle.update(
             versions=manifest.versions,
             size=manifest.size,
@@ -148,18 +222,25 @@ def build_int8(
         return Bundle(bundle.root, bundle.manifest)
 
 
-def _build(floats: Bundle, bundle: BundleWriter, pending: list[tuple[str, dict[str, str]]], settings: Settings) -> None:
+def _build(
+    floats: Bundle,
+    bundle: BundleWriter,
+    pending: list[tuple[str, dict[str, str]]],
+    settings: Settings,
+    judge: _Judge,
+    for_memory: bool,
+) -> None:
     started = time.perf_counter()
     calls: dict[tuple[str, str], list[Feeds]] = {}
     for prompt in CALIBRATION_PROMPTS:
         _say(f"calibrating on {prompt!r}")
         pool = _Pool(floats)
-        _video(pool, prompt, settings)
+        make_videos(pool, [Take(prompt, SEED, settings)])
         for key, spread in pool.calls.items():
             calls.setdefault(key, []).extend(spread.feeds)
-    _say(f"judging by {HELD_OUT_PROMPT!r}")
+    _say(f"comparing on {HELD_OUT_PROMPT!r}")
     pool = _Pool(floats)
-    reference = _video(pool, HELD_OUT_PROMPT, settings)
+    (reference,) = make_videos(pool, [Take(HELD_OUT_PROMPT, SEED, settings)])
     each = (time.perf_counter() - started) / len(pending)
     for name, source in pending:
         started = time.perf_counter()
@@ -170,11 +251,11 @@ def _build(floats: Bundle, bundle: BundleWriter, pending: list[tuple[str, dict[s
             held_out = pool.calls[name, graph].feeds
             held_out = held_out[:: max(1, len(held_out) // _JUDGED)]
             candidate, verdict = _quantized(floats, entry, calls[name, graph], held_out, folder, scratch)
-            swapped = Bundle(folder, Manifest(engines={name: candidate}))
-            decibels = psnr(reference, _video(_Pool(floats, {name: swapped}), HELD_OUT_PROMPT, settings))
-            verdict = replace(verdict, psnr_db=min(decibels, _EQUAL))
-            if decibels < LEAST_PSNR:
-                verdict = replace(verdict, kept=False, why=f"changes the video: {decibels:.1f} dB")
+            engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
+            (video,) = make_videos(engines, [reference], name)
+            verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
+            if verdict.kept or (for_memory and verdict.psnr_db >= LEAST_PSNR):
+                verdict = verdict.with_faithfulness(judge.points(engines, name))
             if not verdict.kept:
                 shutil.rmtree(folder)
                 candidate = _copy(floats, entry, folder)
@@ -187,11 +268,6 @@ def _build(floats: Bundle, bundle: BundleWriter, pending: list[tuple[str, dict[s
             )
             bundle.install(folder, candidate)
         _say(f"{name}: {'int8' if verdict.kept else 'stays float32'}, {verdict.why}")
-
-
-def _video(pool: _Pool, prompt: str, settings: Settings) -> NDArray[np.uint8]:
-    with Show1Pipeline(pool) as pipeline:
-        return pipeline(prompt, settings=settings).frames
 
 
 def _quantized(
@@ -221,7 +297,7 @@ def _quantized(
         layer: {"mode": plans[layer].mode, "reads": r, "writes": w, "int8_db": int8, "weights_db": weights}
         for layer, ((r, w), int8, weights) in measured.items()
     }
-    return candidate, Verdict(kept, why, speed, sqnr, 0.0, size, was, layers)
+    return candidate, Verdict(kept, why, speed, sqnr, 0.0, None, size, was, layers)
 
 
 def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
@@ -234,7 +310,8 @@ def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
 
 def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
     """Engine -> layers, of a bundle made by `build_int8`, for cards whose memory is the reason: whatever was fast on
-    this machine, all engines that leave the video as it was, and layers that do not bear int8 in their weights.
+    this machine, all engines that leave the video and its faithfulness as they were, and layers that do not bear int8
+    in their weights.
     """
     verdicts = {name: entry.properties[INT8] for name, entry in bundle.manifest.engines.items()}
     return {
@@ -246,7 +323,7 @@ def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
             for layer, row in verdict["layers"].items()
         }
         for name, verdict in verdicts.items()
-        if verdict["psnr_db"] >= LEAST_PSNR
+        if verdict["psnr_db"] >= LEAST_PSNR and (verdict.get("points") or 0.0) >= -MOST_LOST
     }
 
 
@@ -322,12 +399,12 @@ def _copy(floats: Bundle, entry: EngineEntry, folder: Path, without: str | None 
     return replace(entry, graphs=graphs)
 
 
-def _fingerprint(floats: Bundle, settings: Settings) -> str:
+def _fingerprint(floats: Bundle, settings: Settings, prompts: Sequence[Prompt], for_memory: bool) -> str:
     """Everything that the decisions depend on, but the machine's speed."""
-    engines = floats.manifest.engines
-    code = [Path(quantize.__file__).read_bytes(), Path(__file__).read_bytes()]
-    seals = json.dumps([{name: entry.seal for name, entry in engines.items()}, settings.to_dict()])
-    return hashlib.sha256(b"".join(part.replace(b"\r\n", b"\n") for part in (*code, seals.encode()))).hexdigest()
+    code = [(Path(__file__).parents[1] / name).read_bytes() for name in _CODE]
+    seals = {name: entry.seal for name, entry in floats.manifest.engines.items()}
+    given = json.dumps([seals, settings.to_dict(), [asdict(prompt) for prompt in prompts], for_memory])
+    return hashlib.sha256(b"".join(part.replace(b"\r\n", b"\n") for part in (*code, given.encode()))).hexdigest()
 
 
 def _say(line: str) -> None:

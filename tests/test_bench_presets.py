@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run 
 from bench import presets
 from bench.__main__ import main
 from bench.cost import Cost
-from bench.judge import Frames
 from bench.presets import PresetResult, run_presets
-from bench.quality import Prompt, load_prompts
 from engines.errors import OutputError
+from export.demo.faithfulness import Prompt, load_prompts
+from export.demo.judge import Frames
 from runtime.config import Settings
 from runtime.pipeline import Show1Pipeline, Video
 

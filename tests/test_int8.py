@@ -1,7 +1,7 @@
 """INT8: which layers, what the rewritten graphs compute, and a whole cascade quantised and judged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from engines.spec import INT8, Axis, Binding, GraphSpec
 from engines.store import Bundle
 from export import int8
 from export.__main__ import main
+from export.demo.faithfulness import Prompt, load_prompts
 from export.int8 import LEAST_LAYER_SQNR, build_int8, choose, measure_layers, plans_of
 from export.to_onnx import trace
 from runtime.config import Settings
@@ -33,6 +34,7 @@ from runtime.runner_ort import OrtRunner
 pytestmark = pytest.mark.torch
 
 SETTINGS = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
+PROMPTS = load_prompts(2)
 
 
 class Tiny(nn.Module):
@@ -235,7 +237,7 @@ def quantised(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "LEAST_SPEED", 0.0)
         patch.setattr(int8, "LEAST_PSNR", 12.0)
-        build_int8(Bundle.open(bundle), out, settings=SETTINGS)
+        build_int8(Bundle.open(bundle), out, [], settings=SETTINGS)
     return out
 
 
@@ -249,7 +251,8 @@ def test_a_cascade_in_int8_makes_a_video(quantised: Path, bundle: Path) -> None:
         assert not opened.problems(entry)
         verdict = entry.properties[INT8]
         assert verdict["kept"] == (entry.precision == INT8)
-        assert verdict["why"] and verdict["psnr_db"] > 0
+        assert verdict["why"] and verdict["psnr_db"] > 0 and verdict["points"] is None
+        assert not verdict["kept"] or verdict["why"].endswith("; faithfulness not measured")
     sr1 = opened.engine("sr1").properties[INT8]
     modes = [layer["mode"] for layer in sr1["layers"].values()]
     assert modes.count("int8") > 20 and set(modes) <= {"int8", "float"}
@@ -265,7 +268,7 @@ def test_what_is_up_to_date_is_not_judged_again(
     quantised: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "_build", lambda *_: pytest.fail("nothing has changed"))
-    build_int8(Bundle.open(bundle), quantised, settings=SETTINGS)
+    build_int8(Bundle.open(bundle), quantised, [], settings=SETTINGS)
     assert capsys.readouterr().err.count("up to date") == len(CATALOG)
     assert main(["list", str(quantised)]) == 0
     table = capsys.readouterr().out
@@ -277,8 +280,9 @@ def test_an_engine_that_int8_does_not_serve_stays_as_it_was(
 ) -> None:
     monkeypatch.setattr(int8, "LEAST_SPEED", 1e9)
     monkeypatch.setattr(int8, "LEAST_PSNR", 0.0)
+    monkeypatch.setattr(int8._Judge, "points", lambda *_: pytest.fail("its speed has decided"))
     floats = Bundle.open(bundle)
-    built = build_int8(floats, tmp_path / "out", ["base"], settings=SETTINGS)
+    built = build_int8(floats, tmp_path / "out", PROMPTS, ["base"], settings=SETTINGS)
     entry = built.engine("base")
     assert entry.precision == "fp32" and "times float32's speed" in entry.properties[INT8]["why"]
     theirs = [(file.sha256, file.bytes) for file in floats.engine("base").files()]
@@ -290,25 +294,110 @@ def test_an_engine_that_int8_does_not_serve_stays_as_it_was(
     json.dumps(entry.properties)
 
 
+def test_an_engine_stays_as_it_was_where_prompts_are_followed_less(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(int8, "LEAST_SPEED", 0.0)
+    monkeypatch.setattr(int8, "LEAST_PSNR", 0.0)
+    monkeypatch.setattr(int8._Judge, "points", lambda self, engines, first: {"if2": -2.5, "sr1": -2.0}[first])
+    floats = Bundle.open(bundle)
+    built = build_int8(floats, tmp_path / "out", PROMPTS, ["sr1"], settings=SETTINGS)
+    if2, sr1 = built.engine("if2"), built.engine("sr1")
+    assert if2.precision == "fp32" and if2.properties[INT8]["points"] == -2.5
+    assert if2.properties[INT8]["why"] == "follows prompts less: faithfulness -2.5 points"
+    assert [file.sha256 for file in if2.files()] == [file.sha256 for file in floats.engine("if2").files()]
+    assert sr1.precision == INT8 and sr1.properties[INT8]["points"] == -2.0  # at the limit
+    assert set(plans_of(built)) == {"sr1"}
+    said = capsys.readouterr().err
+    assert "if2: stays float32, follows prompts less: faithfulness -2.5 points" in said
+    assert "sr1: int8, " in said and said.count("; faithfulness -2.0 points") == 1
+    assert main(["list", str(built.root)]) == 0
+    table = capsys.readouterr().out
+    assert "| -2.5 points |" in table and "| -2.0 points |" in table
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 16), (["--judge", "3"], 3), (["--judge", "0"], 0)])
+def test_the_command_says_by_how_many_prompts_engines_are_judged(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], count: int
+) -> None:
+    asked: list[int] = []
+
+    def build(floats: Bundle, out: Path, prompts: Sequence[Prompt], *_: object, **__: object) -> Bundle:
+        asked.append(len(prompts))
+        return Bundle.open(out)
+
+    monkeypatch.setattr(int8, "build_int8", build)
+    command = ["build", "--precision", "int8", "--calibration", str(bundle), "--out", str(bundle), *options]
+    assert main(command) == 0 and asked == [count]
+
+
+def test_what_is_for_memory_is_judged_although_it_is_slow(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "LEAST_SPEED", 1e9)
+    monkeypatch.setattr(int8, "LEAST_PSNR", 0.0)
+    monkeypatch.setattr(int8._Judge, "points", lambda *_: -3.0)
+    built = build_int8(Bundle.open(bundle), tmp_path / "out", PROMPTS, ["base"], settings=SETTINGS, for_memory=True)
+    assert built.engine("base").properties[INT8]["points"] == -3.0
+    assert plans_of(built) == {}
+
+
+def test_the_judge_counts_points_against_float32s_videos_made_once(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floats = Bundle.open(bundle)
+    judge, engines = int8._Judge(floats, PROMPTS, SETTINGS), int8._Pool(floats)
+    assert judge.points(engines, "vae_decoder") == 0.0
+    shares = iter([0.52, 0.5])
+    monkeypatch.setattr(int8, "score", lambda _: next(shares))
+    judge._reference = (judge._reference[0], 0.53)
+    assert judge.points(engines, "vae_decoder") == -2.0
+    assert capsys.readouterr().err.count("judging by 2 prompts at 112x64") == 1
+    assert int8._Judge(floats, [], SETTINGS).points(engines, "t5") is None
+
+
+def test_videos_to_be_judged_are_half_as_large_where_engines_take_that(bundle: Path) -> None:
+    floats = Bundle.open(bundle)
+    sizes = {(576, 320): (288, 160), (144, 136): (72, 64), (112, 64): (112, 64)}
+    for given, half in sizes.items():
+        assert int8._halved(floats, replace(SETTINGS, size=given)).size == half
+    step = floats.engine("sr2").graphs["step"]
+    profile = {**step.spec.profiles["default"], "height": Axis(80, 80, 160, 80)}  # of latents: 320 pixels or more
+    entry = replace(
+        floats.engine("sr2"),
+        graphs={
+            **floats.engine("sr2").graphs,
+            "step": replace(step, spec=replace(step.spec, profiles={"default": profile})),
+        },
+    )
+    narrow = Bundle(floats.root, replace(floats.manifest, engines={**floats.manifest.engines, "sr2": entry}))
+    assert int8._halved(narrow, replace(SETTINGS, size=(576, 320))).size == (576, 320)
+
+
 def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Path) -> None:
     floats = Bundle.open(bundle)
-    before = int8._fingerprint(floats, SETTINGS)
+    before = int8._fingerprint(floats, SETTINGS, PROMPTS, False)
     for name in CATALOG:
         engines = {**floats.manifest.engines, name: replace(floats.engine(name), seal="another")}
         changed = Bundle(floats.root, replace(floats.manifest, engines=engines))
-        assert int8._fingerprint(changed, SETTINGS) != before, name
-    assert int8._fingerprint(floats, replace(SETTINGS, keyframes=3)) != before
+        assert int8._fingerprint(changed, SETTINGS, PROMPTS, False) != before, name
+    assert int8._fingerprint(floats, replace(SETTINGS, keyframes=3), PROMPTS, False) != before
+    assert int8._fingerprint(floats, SETTINGS, PROMPTS[:1], False) != before
+    assert int8._fingerprint(floats, SETTINGS, PROMPTS, True) != before
 
 
 def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="calibration needs onnxruntime fp32"):
-        build_int8(Bundle.open(quantised), tmp_path / "out", settings=SETTINGS)
+        build_int8(Bundle.open(quantised), tmp_path / "out", [], settings=SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--precision", "fp32", "--calibration", "x"], "--calibration is for --precision int8"),
+        (["--judge", "8"], "--judge is for --precision int8; this is fp32. Leave it out."),
+        (["--precision", "int8", "--judge", "-1"], "--judge -1; allowed: 0 (faithfulness is not measured) to 48"),
+        (["--precision", "int8", "--judge", "49"], "--judge 49; allowed: 0"),
         (["--precision", "int8", "--engine", "inductor"], "for onnxruntime and TensorRT"),
         (["--precision", "int8", "--target", "sm89"], "onnxruntime has no targets"),
     ],

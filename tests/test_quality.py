@@ -10,10 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench import quality
-from bench.judge import Frames, bootstrap, read, wilson
-from bench.quality import Prompt, faithfulness, feature_distance, flicker, load_prompts, make_prompts, ssim
+from bench.quality import bootstrap, feature_distance, flicker, ssim, wilson
 from engines.errors import OutputError, SettingsError
 from export.demo.captions import held_out
+from export.demo.faithfulness import PROMPTS_FILE, Prompt, faithfulness, load_prompts, make_prompts
+from export.demo.judge import Frames, read
 from runtime.ops import psnr
 
 PROMPTS = load_prompts(16)
@@ -34,7 +35,7 @@ def videos() -> list[Frames]:
 
 
 def test_the_committed_prompts_are_those_that_training_never_sees() -> None:
-    assert quality.PROMPTS.read_text(encoding="utf-8") == make_prompts()
+    assert PROMPTS_FILE.read_text(encoding="utf-8") == make_prompts()
     assert all(held_out(thing) for prompt in load_prompts() for thing in prompt.scene.things)
 
 

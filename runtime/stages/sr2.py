@@ -27,11 +27,16 @@ def run_sr2(
     `text` is CLIP's. The detour through 8 bits is the reference's.
     """
     noise = NoiseStream(seed)
-    mean, logvar = encode(engines, frames_to_clip(resize_frames(frames, settings.size)))
-    # One draw for all frames' posteriors: Kingma & Welling (2013), eq. 10.
-    latents = mean + np.exp(0.5 * logvar) * noise.normal(mean.shape)
+    latents = draw_latents(engines, frames, settings, noise)
     latents = refine(engines, text, latents, settings, noise, step_counter(progress, "sr2"))
     return decode(engines, latents)
+
+
+def draw_latents(engines: EnginePool, frames: Frames, settings: Settings, noise: NoiseStream) -> FloatArray:
+    """Frames uint8 [F, h, w, 3] of any size -> latents [F, 4, H/8, W/8] of `settings.size`, unscaled."""
+    mean, logvar = encode(engines, frames_to_clip(resize_frames(frames, settings.size)))
+    # One draw for all frames' posteriors: Kingma & Welling (2013), eq. 10.
+    return mean + np.exp(0.5 * logvar) * noise.normal(mean.shape)
 
 
 def encode(engines: EnginePool, clip: FloatArray) -> tuple[FloatArray, FloatArray]:

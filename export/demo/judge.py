@@ -5,7 +5,6 @@ centre, x to the right and y down, as in `export.demo.scenes`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -220,20 +219,3 @@ def _motion(travel: tuple[float, float], swing: NDArray, growth: float, turn: fl
     if shape not in ROUND and abs(turn) > _TURNED:
         return "clockwise" if turn > 0 else "counterclockwise"
     return "still"
-
-
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    if asked == 0:
-        return 0.0, 1.0
-    p, n = right / asked, asked
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-
-
-def bootstrap(scores: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of a mean, resampling videos (Efron 1979)."""
-    values = np.asarray(scores)
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)

@@ -1,0 +1,83 @@
+"""Faithfulness: the share of right answers to questions about a video's pixels, of prompts that training never shows.
+
+Asked are colour, shape and motion of every thing that the prompt names, and the background.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.errors import SettingsError
+from export.demo.captions import Scene, Thing, evaluation_scenes
+from export.demo.judge import Reading, answers
+from runtime.config import SEED
+
+PROMPTS_FILE = Path(__file__).parent / "quality_prompts.json"
+ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
+ALSO_SHOWN = ("motion", "count")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    prompt: str
+    seed: int
+    scene: Scene
+
+
+def make_prompts(count: int = 48, seed: int = SEED) -> str:
+    """The text of quality_prompts.json. It was committed before training and is not to be made anew."""
+    rows = [
+        {"prompt": caption, "seed": seed + index, "scene": asdict(scene)}
+        for index, (scene, caption) in enumerate(evaluation_scenes(count, seed))
+    ]
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+def load_prompts(count: int | None = None) -> list[Prompt]:
+    """The first `count` of the list, or all. Raises SettingsError for a count out of range."""
+    rows = json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
+    if count is not None and not 2 <= count <= len(rows):
+        raise SettingsError(f"--prompts {count}; allowed: 2 to {len(rows)} (the control needs two).")
+    prompts = []
+    for row in rows[:count]:
+        scene = row["scene"]
+        things = tuple(Thing(**thing) for thing in scene["things"])
+        prompts.append(Prompt(row["prompt"], row["seed"], Scene(things, scene["background"], scene["pattern"])))
+    return prompts
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video."""
+
+    right: dict[str, int]
+    asked: dict[str, int]
+    scores: list[float]
+    chance: dict[str, float]  # share of right answers to other prompts' questions
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def chance_score(self) -> float:
+        return self.chance["faithfulness"]
+
+
+def faithfulness(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Faithfulness:
+    own = [answers(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    others = [answers(scene, reading) for i, reading in enumerate(readings) for j, scene in enumerate(scenes) if i != j]
+    keys = (*ASKED, *ALSO_SHOWN)
+    right = {key: sum(sum(a[key]) for a in own) for key in keys}
+    asked = {key: sum(len(a[key]) for a in own) for key in keys}
+    chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in keys}
+    chance["faithfulness"] = float(np.mean([score(a) for a in others]))
+    return Faithfulness(right, asked, [score(a) for a in own], chance)
+
+
+def score(answered: dict[str, list[bool]]) -> float:
+    """Share of right answers (`judge.answers`) of those asked."""
+    return float(np.mean([x for key in ASKED for x in answered[key]]))
