@@ -21,9 +21,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines import quantize
-from engines.catalog import TOKENIZERS, networks_of
+from engines.catalog import DEEP, TOKENIZERS, networks_of
 from engines.compile_ort import BACKEND, compile_int8
-from engines.errors import ProfileError, SettingsError
+from engines.errors import SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
@@ -134,7 +134,7 @@ class _Judge:
     """Asks videos of held-out prompts what these ask for (`export.demo.faithfulness`)."""
 
     def __init__(self, floats: Bundle, prompts: Sequence[Prompt], settings: Settings):
-        self.floats, self.prompts, self.settings = floats, prompts, _halved(floats, settings)
+        self.floats, self.prompts, self.settings = floats, prompts, settings
 
     def points(self, engines: EnginePool, first: str) -> float | None:
         """The change in faithfulness by these engines, float32's but for `first`, in percentage points.
@@ -160,17 +160,6 @@ class _Judge:
     def _faithfulness(self, takes: Iterable[Take]) -> float:
         pairs = zip(self.prompts, takes, strict=True)
         return float(np.mean([score(answers(prompt.scene, read(take.frames))) for prompt, take in pairs]))
-
-
-def _halved(bundle: Bundle, settings: Settings) -> Settings:
-    """For videos half as wide and high, a quarter of the work; as given where the engines do not take that."""
-    width, height = settings.size
-    try:
-        half = replace(settings, size=(width // 16 * 8, height // 16 * 8))  # in multiples of 8
-        check_run(bundle, half)
-    except (SettingsError, ProfileError):
-        return settings
-    return half
 
 
 def build_int8(
@@ -284,7 +273,8 @@ def _quantized(
     quantize.quantize(model, plans)
     written, weights = folder / f"{name}.onnx", folder / f"{name}.weights"
     compile_int8(model, written, weights)
-    sqnr, speed, rows = _compare(plan, written, held_out)
+    wanted = [binding.name for binding in entry.graphs[name].spec.outputs if binding.name != DEEP]
+    sqnr, speed, rows = _compare(plan, written, held_out, wanted)
     file = file_entry(written)
     graph = GraphEntry(entry.graphs[name].spec, file, file_entry(weights), file.sha256, rows)
     candidate = replace(others, precision=INT8, graphs={**others.graphs, name: graph})
@@ -351,13 +341,15 @@ def _scalars(model: ir.Model, feeds: list[Feeds], path: Path) -> NDArray[np.floa
         runner.close()
 
 
-def _compare(float_plan: Path, plan: Path, feeds: list[Feeds]) -> tuple[float, float, list[dict[str, Any]]]:
-    """SQNR of the outputs in dB, speed in float32's (the faster of interleaved runs), and a row of errors per feed."""
+def _compare(
+    float_plan: Path, plan: Path, feeds: list[Feeds], wanted: Sequence[str]
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """SQNR of the outputs `wanted` in dB, speed in float32's (the faster of interleaved runs), a row per feed."""
     runners = [open_runner(BACKEND, path) for path in (float_plan, plan)]
     try:
         rows, signal, noise = [], 0.0, 0.0
         for row in feeds:
-            reference, actual = (runner.infer(row) for runner in runners)
+            reference, actual = (runner.infer(row, wanted) for runner in runners)
             errors = [np.abs(actual[key] - reference[key]).astype(np.float64) for key in reference]
             signal += sum(float(np.square(value, dtype=np.float64).sum()) for value in reference.values())
             noise += sum(float(np.square(error).sum()) for error in errors)
@@ -368,7 +360,9 @@ def _compare(float_plan: Path, plan: Path, feeds: list[Feeds]) -> tuple[float, f
                     "max_value": max(float(np.abs(value).max()) for value in reference.values()),
                 }
             )
-        rounds = [[_timed(runner.infer, feeds[0]) for runner in runners] for _ in range(_ROUNDS)]
+        rounds = [
+            [_timed(lambda run=runner.infer: run(feeds[0], wanted)) for runner in runners] for _ in range(_ROUNDS)
+        ]
         seconds = np.min(rounds, axis=0)
     finally:
         for runner in runners:
@@ -376,9 +370,9 @@ def _compare(float_plan: Path, plan: Path, feeds: list[Feeds]) -> tuple[float, f
     return signal_to_noise(signal, noise), float(seconds[0] / seconds[1]), rows
 
 
-def _timed(infer: Callable[[Feeds], Any], feeds: Feeds) -> float:
+def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    infer(feeds)
+    call()
     return time.perf_counter() - start
 
 

@@ -216,7 +216,7 @@ class InductorRunner:
             shape=x.shape,
             dtype=dtype,
             condition_channels=0 if condition is None else condition.shape[1],
-            kinds=tuple(dict.fromkeys(kinds)),
+            kinds=tuple(sorted(set(kinds), reverse=True)),
             adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
             modes=tuple(modes.items()),
             steps=schedule.config.num_train_timesteps,
@@ -271,7 +271,7 @@ class _Layout:
     shape: tuple[int, ...]  # of the sample, [B, C, F, H, W]
     dtype: str  # of the network's input
     condition_channels: int
-    kinds: tuple[Kind, ...]  # of the steps, each once, in the order of their first
+    kinds: tuple[Kind, ...]  # of the steps, each once, whole ones before shallow ones
     adds_noise: bool
     modes: tuple[tuple[str, int | float], ...]
     steps: int  # at most

@@ -18,6 +18,7 @@ from export.demo.scenes import lay_out, render
 from export.demo.stages import Lesson, Pool
 from export.demo.train import RECIPES, train
 from export.modules.ops import attention, temporal_attention
+from export.modules.unet import UNetContext, UNetStep
 from export.networks import Source
 from export.random_checkpoint import random_checkpoint
 from export.tokenizers import convert_clip, convert_t5
@@ -105,8 +106,14 @@ def test_a_checkpoint_recommends_guidance_and_strength(checkpoint: Path, tmp_pat
 # Batches
 
 
-def make(name: str, checkpoint: Path) -> stages.Stage:
-    kinds = {"if2": stages.FirstFrame, "interp": stages.Interp, "sr1": stages.Sr1, "vae": stages.Vae}
+def make(name: str, checkpoint: Path) -> Any:
+    kinds: dict[str, type[stages.Stage]] = {
+        "base": stages.Base,
+        "if2": stages.FirstFrame,
+        "interp": stages.Interp,
+        "sr1": stages.Sr1,
+        "vae": stages.Vae,
+    }
     torch.manual_seed(0)
     return kinds[name](Pool(4, 0, "cpu"), checkpoint)
 
@@ -163,6 +170,50 @@ def test_the_target_gives_back_the_clean_clip_in_the_runtimes_schedule(checkpoin
         kept = stage.kept[number].item()
         noise = (sample[i] - x0 * kept**0.5) / (1 - kept) ** 0.5
         assert 0.8 < noise.std() < 1.2
+
+
+def test_the_loss_is_the_error_of_the_clean_sample(checkpoint: Path) -> None:
+    stage = make("base", checkpoint)
+    stage.lesson = Lesson(1, (16, 8), 2)
+    sample, timestep, embeds, target = stage.draw(3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = stage.loss(sample, timestep, embeds, target)
+        predicted = UNetStep(stage.unet, 3)(sample, timestep, *UNetContext(stage.unet)(embeds))[0]
+    kept = stage.kept[timestep.long()].reshape(-1, 1, 1, 1, 1)
+    clean, given = (kept.sqrt() * sample - (1 - kept).sqrt() * v for v in (target, predicted))
+    torch.testing.assert_close(loss, (given - clean).square().mean())
+
+
+def test_single_pictures_train_the_same_parameters_without_the_layers_over_time(checkpoint: Path) -> None:
+    stage = make("base", checkpoint)
+    stage.prepare()
+    stage.lesson = Lesson(1, (16, 8))
+    batch = stage.draw(2, torch.Generator().manual_seed(0))
+    # These layers begin as identities: both networks give the same until they are trained.
+    with torch.no_grad():
+        still, video = (
+            UNetStep(unet, 3)(*batch[:2], *UNetContext(unet)(batch[2]))[0] for unet in (stage.still, stage.unet)
+        )
+    torch.testing.assert_close(still, video)
+    names = {name for name, _ in stage.still.named_parameters()}
+    for name, parameter in stage.unet.named_parameters():
+        assert (name in names) == ("temp_" not in name)
+        if name in names:
+            assert stage.still.get_parameter(name) is parameter
+    assert make("if2", checkpoint).still is not None
+
+
+def test_a_stage_starts_from_the_weights_of_its_parent(checkpoint: Path) -> None:
+    base, interp = cascade.load_network(checkpoint, "base"), make("interp", checkpoint)
+    interp.inherit(base)
+    filters = interp.unet.conv_in.weight
+    torch.testing.assert_close(filters[:, :3], base.conv_in.weight, rtol=0, atol=0)
+    assert not filters[:, 3:].any(), "cross-fade and mask are new"
+    torch.testing.assert_close(interp.unet.conv_out.weight, base.conv_out.weight, rtol=0, atol=0)
+    if2, sr1 = cascade.load_network(checkpoint, "if2"), make("sr1", checkpoint)
+    sr1.inherit(if2)
+    for name, value in if2.named_parameters():
+        torch.testing.assert_close(sr1.unet.get_parameter(name), value, rtol=0, atol=0)
 
 
 def test_every_stage_ends_with_what_the_runtime_asks_for() -> None:
@@ -270,9 +321,18 @@ def test_a_stage_asks_for_what_it_builds_on(tmp_path: Path) -> None:
         train(tmp_path, ["base"], steps=1, pool=4, report=lambda _: None)
 
 
-def test_time_is_turned_into_steps_once(tmp_path: Path) -> None:
+def test_the_time_of_every_lesson_is_turned_into_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPES["text"], lessons=(Lesson(0.5, (1, 1)), Lesson(0.5, (1, 1), batch=2.0)))
+    monkeypatch.setitem(RECIPES, "text", recipe)
     lines: list[str] = []
     assert train(tmp_path, ["text"], minutes=0.02, batch=1, pool=4, compiled=False, report=lines.append)
     planned = [line for line in lines if "steps planned" in line]
-    assert len(planned) == 1
-    assert "text: step" in lines[-1]
+    assert [line.split(": ")[1] for line in planned] == ["lesson 1", "lesson 2"]
+    assert "text: step" in lines[-1] and "100.0% of the training" in lines[-1]
+
+
+def test_a_stage_waits_for_its_parent(tmp_path: Path) -> None:
+    options = {"steps": 1, "batch": 1, "pool": 4, "compiled": False, "report": lambda _: None}
+    assert train(tmp_path, ["text"], **options)
+    with pytest.raises(CheckpointError, match=r"interp starts from base's weights. Train that first"):
+        train(tmp_path, ["interp"], **options)

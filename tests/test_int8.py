@@ -356,24 +356,6 @@ def test_the_judge_counts_points_against_float32s_videos_made_once(
     assert int8._Judge(floats, [], SETTINGS).points(engines, "t5") is None
 
 
-def test_videos_to_be_judged_are_half_as_large_where_engines_take_that(bundle: Path) -> None:
-    floats = Bundle.open(bundle)
-    sizes = {(576, 320): (288, 160), (144, 136): (72, 64), (112, 64): (112, 64)}
-    for given, half in sizes.items():
-        assert int8._halved(floats, replace(SETTINGS, size=given)).size == half
-    step = floats.engine("sr2").graphs["step"]
-    profile = {**step.spec.profiles["default"], "height": Axis(80, 80, 160, 80)}  # of latents: 320 pixels or more
-    entry = replace(
-        floats.engine("sr2"),
-        graphs={
-            **floats.engine("sr2").graphs,
-            "step": replace(step, spec=replace(step.spec, profiles={"default": profile})),
-        },
-    )
-    narrow = Bundle(floats.root, replace(floats.manifest, engines={**floats.manifest.engines, "sr2": entry}))
-    assert int8._halved(narrow, replace(SETTINGS, size=(576, 320))).size == (576, 320)
-
-
 def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Path) -> None:
     floats = Bundle.open(bundle)
     before = int8._fingerprint(floats, SETTINGS, PROMPTS, False)

@@ -209,6 +209,9 @@ class Diffusion(Stage):
 
     encoder = "t5"
     negative = ""
+    # Count errors of v as errors in the clean sample, sigma times as large: those of little noise are the hardest to
+    # avoid and decide nothing that is seen.
+    of_clean = True
     noise_level: int | None = None
 
     def __init__(self, pool: Pool, checkpoint: Path):
@@ -266,7 +269,10 @@ class Diffusion(Stage):
         unet = self.still if target.shape[2] == 1 else self.unet
         context = UNetContext(unet)(embeds, *levels)
         predicted = UNetStep(unet, target.shape[1])(sample, timestep, *context)[0]
-        return (predicted.float() - target).square().mean()
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3, 4))
+        if self.of_clean:
+            error = error * (1 - self.kept[timestep.long()])
+        return error.mean()
 
     def with_condition(
         self, index: Tensor, numbers: Tensor, levels: Tensor | None, generator: torch.Generator
@@ -361,6 +367,7 @@ class Sr2(Diffusion):
     ships = ("sr2",)
     encoder = "clip"
     negative = NEGATIVE_PROMPT
+    of_clean = False  # SDEdit may begin where there is little noise, and nowhere else
 
     def __init__(self, pool: Pool, checkpoint: Path):
         super().__init__(pool, checkpoint)
@@ -427,9 +434,9 @@ def _start_as_identity(network: nn.Module) -> None:
     last |= {SpatialTransformer: "proj_out", AddedKVAttention: "to_out", VAEResnet: "conv2", VAEAttention: "to_out"}
     for module in network.modules():
         if type(module) in last:
-            for weight in getattr(module, last[type(module)]).parameters():
-                if weight.ndim > 1:
-                    nn.init.zeros_(weight)
+            layer = getattr(module, last[type(module)])
+            for parameter in (layer[-1] if isinstance(layer, nn.Sequential) else layer).parameters():
+                nn.init.zeros_(parameter)  # norms, in front of some, stay
 
 
 def without_time(unet: VideoUNet) -> VideoUNet:
