@@ -20,7 +20,7 @@ from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
 from bench.work import Calls, matrix_rate, reference_calls, step_counts
-from engines.catalog import CATALOG, UNETS
+from engines.catalog import CATALOG, UNETS, predictions
 from engines.errors import SettingsError
 from engines.store import Bundle
 from export import networks
@@ -191,7 +191,7 @@ def difference_of(bundle: Bundle, source: Source, unet: Any, place: Place) -> fl
         timestep = np.array([900, 100], np.float32)
         level = {"noise_level": np.full(2, 150, np.float32)} if entry.properties["noise_level"] else {}
         context = engine.run("context", prompt_embeds=text, **level)
-        outputs = engine.run("step", sample=sample, timestep=timestep, **context)
+        outputs = engine.run("step", predictions(engine.specs["step"]), sample=sample, timestep=timestep, **context)
         ours = np.concatenate([*outputs.values()], axis=1)
     finally:
         engine.close()

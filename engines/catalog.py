@@ -148,6 +148,11 @@ def shallow_graph(step: GraphSpec, reads_text: bool) -> GraphSpec:
     return GraphSpec("shallow", (sample, timestep, deep, *read), tuple(outputs), profiles)
 
 
+def predictions(graph: GraphSpec) -> list[str]:
+    """Names of a graph's outputs, less what a step hands on to shallow ones."""
+    return [binding.name for binding in graph.outputs if binding.name != DEEP]
+
+
 def _pixels_of(name: str, channels: int, dtype: str) -> Binding:
     return Binding(name, dtype, ("batch", channels, "frames", "height", "width"))
 

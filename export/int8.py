@@ -21,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines import quantize
-from engines.catalog import DEEP, TOKENIZERS, networks_of
+from engines.catalog import TOKENIZERS, networks_of, predictions
 from engines.compile_ort import BACKEND, compile_int8
 from engines.errors import SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
@@ -273,8 +273,7 @@ def _quantized(
     quantize.quantize(model, plans)
     written, weights = folder / f"{name}.onnx", folder / f"{name}.weights"
     compile_int8(model, written, weights)
-    wanted = [binding.name for binding in entry.graphs[name].spec.outputs if binding.name != DEEP]
-    sqnr, speed, rows = _compare(plan, written, held_out, wanted)
+    sqnr, speed, rows = _compare(plan, written, held_out, predictions(entry.graphs[name].spec))
     file = file_entry(written)
     graph = GraphEntry(entry.graphs[name].spec, file, file_entry(weights), file.sha256, rows)
     candidate = replace(others, precision=INT8, graphs={**others.graphs, name: graph})

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.catalog import CATALOG, DEEP, UNETS
+from engines.catalog import CATALOG, UNETS, predictions
 from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -266,7 +266,7 @@ def _forward(case: str, engine: Engine, data: Arrays, suffix: str, timestep: str
         sample, expected = sample[:, :, None], expected[:, :, None]
     noise_level = {"noise_level": data["class_labels"]} if engine.properties["noise_level"] else {}
     context = engine.run("context", prompt_embeds=text, **noise_level)
-    predicted = [binding.name for binding in engine.specs["step"].outputs if binding.name != DEEP]
+    predicted = predictions(engine.specs["step"])
     outputs = engine.run("step", predicted, sample=sample, timestep=np.broadcast_to(t, len(sample)), **context)
     actual = np.concatenate([outputs[name] for name in predicted], axis=1)
     # Where the scheduler drops the predicted variance, the engine does not compute it.

@@ -399,24 +399,41 @@ _SR_CONTEXT = (
     "prompt_embeds[batch, tokens, 64], noise_level:float32[batch] -> text_kv[batch, tokens, 512], cond_emb[batch, 64]"
 )
 _STEP = (
-    "sample[batch, {channels}, frames, height, width], timestep:float32[batch], text_kv[batch, tokens, 512], "
-    "cond_emb[batch, {emb}] -> noise_pred[batch, 3, frames, height, width]"
+    "sample[{shape}], timestep:float32[batch], text_kv[batch, tokens, 512], cond_emb[batch, {emb}] -> "
+    "noise_pred[{noise}], deep[{deep}]"
 )
+_SHALLOW = "sample[{shape}], timestep:float32[batch], deep[{deep}], cond_emb[batch, {emb}] -> noise_pred[{noise}]"
+
+
+def _pixels(channels: int) -> str:
+    return f"batch, {channels}, frames, height, width"
+
+
+_KEYFRAMES = {"shape": _pixels(3), "noise": _pixels(3), "deep": _pixels(64), "emb": 128}
+_INTERP = {**_KEYFRAMES, "shape": _pixels(7)}
+_SR = {"shape": _pixels(6), "noise": _pixels(3), "deep": _pixels(32), "emb": 64}
+_IF2 = {**_SR, "noise": f"{_pixels(3)}], variance_frac[{_pixels(3)}"}
 CONTRACT = {
     "t5/encode": "input_ids:int64[batch, tokens], attention_mask:int64[batch, tokens] -> "
     "prompt_embeds[batch, tokens, 64]",
     "base/context": _PIXEL_CONTEXT.format(emb=128),
-    "base/step": _STEP.format(channels=3, emb=128),
+    "base/step": _STEP.format(**_KEYFRAMES),
+    "base/shallow": _SHALLOW.format(**_KEYFRAMES),
     "interp/context": _PIXEL_CONTEXT.format(emb=128),
-    "interp/step": _STEP.format(channels=7, emb=128),
+    "interp/step": _STEP.format(**_INTERP),
+    "interp/shallow": _SHALLOW.format(**_INTERP),
     "if2/context": _SR_CONTEXT,
-    "if2/step": _STEP.format(channels=6, emb=64) + ", variance_frac[batch, 3, frames, height, width]",
+    "if2/step": _STEP.format(**_IF2),
+    "if2/shallow": _SHALLOW.format(**_IF2),
     "sr1/context": _SR_CONTEXT,
-    "sr1/step": _STEP.format(channels=6, emb=64),
+    "sr1/step": _STEP.format(**_SR),
+    "sr1/shallow": _SHALLOW.format(**_SR),
     "clip/encode": "input_ids:int64[batch, tokens] -> prompt_embeds[batch, tokens, 32]",
     "sr2/context": "prompt_embeds[batch, tokens, 32] -> text_kv[batch, tokens, 320]",
-    "sr2/step": "sample[batch, 4, frames, height, width], timestep:float32[batch], text_kv[batch, tokens, 320] -> "
-    "noise_pred[batch, 4, frames, height, width]",
+    "sr2/step": f"sample[{_pixels(4)}], timestep:float32[batch], text_kv[batch, tokens, 320] -> "
+    f"noise_pred[{_pixels(4)}], deep[{_pixels(64)}]",
+    "sr2/shallow": f"sample[{_pixels(4)}], timestep:float32[batch], deep[{_pixels(64)}], "
+    f"text_kv[batch, tokens, 320] -> noise_pred[{_pixels(4)}]",  # its finest level attends to the text
     "vae_encoder/encode": "image[frames, 3, height, width] -> mean[frames, 4, height/4, width/4], "
     "logvar[frames, 4, height/4, width/4]",
     "vae_decoder/decode": "latents[frames, 4, height, width] -> image[frames, 3, height*4, width*4]",
@@ -485,6 +502,8 @@ def test_profiles_hold_every_axis_of_the_inputs_with_the_ranges_of_the_contract(
             assert ranges.pop("tokens") == ("1 77 77" if name == "clip/encode" else "1 77 512"), name
         if name in PROFILES:
             profiles[name] = ranges
+        elif name.endswith("/shallow"):
+            assert ranges == PROFILES[name.replace("shallow", "step")]
         else:
             assert ranges == {"batch": "1 2 8"}, name
     assert profiles == PROFILES

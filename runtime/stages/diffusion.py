@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.catalog import DEEP
+from engines.catalog import DEEP, predictions
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import StageSettings
@@ -60,8 +60,8 @@ class PromptedUnet:
             read = [binding.name for binding in self._engine.specs["shallow"].inputs]
             outputs = self._engine.run("shallow", **{name: feeds[name] for name in read})
         else:
-            kept = [b.name for b in self._engine.specs["step"].outputs if whole or b.name != DEEP]
-            outputs = self._engine.run("step", kept, **feeds)
+            wanted = None if whole else predictions(self._engine.specs["step"])
+            outputs = self._engine.run("step", wanted, **feeds)
             self._deep = outputs.get(DEEP)
         return outputs["noise_pred"], outputs.get("variance_frac")
 
