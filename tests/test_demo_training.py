@@ -16,7 +16,7 @@ from export.demo import cascade, stages
 from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
 from export.demo.scenes import lay_out, render
 from export.demo.stages import Lesson, Pool
-from export.demo.train import RECIPES, train
+from export.demo.train import RECIPES, Run, Trainer, train
 from export.modules.ops import attention, temporal_attention
 from export.modules.unet import UNetContext, UNetStep
 from export.networks import Source
@@ -201,6 +201,30 @@ def test_single_pictures_train_the_same_parameters_without_the_layers_over_time(
         if name in names:
             assert stage.still.get_parameter(name) is parameter
     assert make("if2", checkpoint).still is not None
+
+
+def test_weights_that_a_lesson_does_not_use_stay_as_they_are(checkpoint: Path) -> None:
+    stage = make("base", checkpoint)
+    recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8)),))
+    before = {name: value.detach().clone() for name, value in stage.unet.named_parameters()}
+    Trainer(stage, recipe, Run(0, 2, 4, 10), compiled=False).advance()
+    for name, value in stage.unet.named_parameters():
+        assert torch.equal(value, before[name]) or "temp_" not in name, name
+    assert not torch.equal(stage.unet.conv_in.weight, before["conv_in.weight"])
+
+
+def test_slow_clips_are_parts_of_their_motions(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, shown = make("base", checkpoint), []
+    monkeypatch.setattr(stage.pool, "frames", lambda index, numbers, size: shown.append(numbers))
+    for speed in (0.0, 1.0):
+        stage.lesson = Lesson(1, (16, 8), 8, speed=speed)
+        stage.clip(torch.zeros(500, dtype=torch.long), None, torch.Generator().manual_seed(0))
+    slow, full = shown
+    assert (full == torch.arange(0, 29, 4.0)).all()
+    assert slow.min() >= 0 and slow.max() <= 28
+    spacing = slow.diff(dim=1)
+    torch.testing.assert_close(spacing, spacing[:, :1].expand(-1, 7), rtol=0, atol=1e-4)
+    assert spacing.min() < 0.1 and spacing.max() > 3.9
 
 
 def test_a_stage_starts_from_the_weights_of_its_parent(checkpoint: Path) -> None:

@@ -50,6 +50,7 @@ EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts abo
 _VAE_SCALE = downscaling(cascade.NETWORKS["vae"][1])
 _ANYWHERE = 0.3  # share of windows that need not hold a thing
 READING_STEPS, _READING_RATE = 700, 3e-3
+_DECIDING, _DECIDING_WIDTH = 2.2, 0.8  # logits of base's timesteps: the middle two thirds are 800 to 950 of 1000
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
@@ -60,13 +61,15 @@ class Lesson:
     """What a part of the training sees: for how long, and how much of each clip.
 
     `share` is of the stage's time. `size` is (width, height): of frames in base and interp, and of the part that is cut
-    out of frames in the stages that add detail. `batch` is in the stage's own.
+    out of frames in the stages that add detail. `batch` is in the stage's own. `speed` is the least at which base's
+    clips are seen, the highest being 1: what hardly moves is where frames learn to agree.
     """
 
     share: float
     size: tuple[int, int]
     frames: int = 1
     batch: float = 1.0
+    speed: float = 1.0
 
 
 class Pool:
@@ -242,12 +245,15 @@ class Diffusion(Stage):
             clean, condition = self.clip(index, levels, generator)
             drop = torch.rand(batch, generator=generator, device=device) < NO_TEXT
             embeds = torch.where(drop[:, None, None], self.no_text, self.embeds[index]).float()
-            timestep = torch.randint(self.timesteps, (batch,), generator=generator, device=device)
+            timestep = self.draw_timesteps(batch, generator)
             noise = self.random(generator, like=clean)
             sample, target = add_noise(self.kept, clean, noise, timestep), add_noise(self.kept, noise, -clean, timestep)
             if condition is not None:
                 sample = torch.cat([sample, condition], dim=1)
         return sample, timestep.float(), embeds, target, *([] if levels is None else [levels.float()])
+
+    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.timesteps, (batch,), generator=generator, device=self.pool.device)
 
     def consecutive(self, index: Tensor, generator: torch.Generator, of: int = FRAMES) -> Tensor:
         """Numbers of as many frames as the lesson has, [B, F], from anywhere in clips of `of` frames."""
@@ -317,9 +323,19 @@ class Base(Diffusion):
             told(head(pooling(self.embeds[index].float())), labels[index]).backward()
             optimizer.step()
 
+    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Mostly those at which frames agree where things are, and outlines form: logit-normal (Esser et al. 2024)."""
+        uniform = super().draw_timesteps(batch, generator)
+        share = torch.sigmoid(_DECIDING + _DECIDING_WIDTH * self.random(generator, batch))
+        anywhere = torch.rand(batch, generator=generator, device=self.pool.device) < 0.25
+        return torch.where(anywhere, uniform, (share * self.timesteps).long())
+
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        keyframes = self.consecutive(index, generator, of=SETTINGS.keyframes)
-        return self.pool.frames(index, keyframes * (INTERP_FRAMES - 1), self.lesson.size), None
+        numbers = self.consecutive(index, generator, of=SETTINGS.keyframes) * (INTERP_FRAMES - 1)
+        slowest, draws = self.lesson.speed, torch.rand(2, len(index), 1, generator=generator, device=index.device)
+        speed = slowest + (1 - slowest) * draws[0]
+        start = (FRAMES - 1) * (1 - speed) * draws[1]
+        return self.pool.frames(index, start + speed * numbers, self.lesson.size), None
 
 
 class Interp(Diffusion):

@@ -61,12 +61,18 @@ class Recipe:
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-# Base learns from still pictures what things look like, then how they move: a step costs what its pixels cost. The last
-# lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the autoencoder's.
+# Base learns from still pictures what things look like, from slow clips that frames agree, then how things move.
+_BASE_LESSONS = (
+    Lesson(0.35, KEYFRAME_SIZE),
+    Lesson(0.35, KEYFRAME_SIZE, 8, batch=0.25, speed=0),
+    Lesson(0.3, KEYFRAME_SIZE, 8, batch=0.25),
+)
+# The last lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the
+# autoencoder's.
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False, compiled=False),
     "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, (128, 128), batch=1 / 4))),
-    "base": Recipe(stages.Base, 0.4, 192, (Lesson(0.35, KEYFRAME_SIZE), Lesson(0.65, KEYFRAME_SIZE, 8, batch=0.25))),
+    "base": Recipe(stages.Base, 0.4, 192, _BASE_LESSONS),
     "interp": Recipe(stages.Interp, 0.12, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
     "if2": Recipe(stages.FirstFrame, 0.08, 96, (Lesson(0.5, (64, 64)), Lesson(0.5, LARGE_SIZE, batch=1 / 8))),
     "sr1": Recipe(
@@ -144,14 +150,15 @@ class Trainer:
         batch = self.stage.draw(max(1, round(self.run.batch * lesson.batch)), generator)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             loss = self.loss(*batch)
-        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
         self._update(gradients)
         return loss.detach()
 
     @torch.no_grad()
-    def _update(self, gradients: tuple[Tensor, ...]) -> None:
+    def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Weights that the batch did not use stay as they are: no decay either."""
         for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = gradient.view_as(value)
+            value.grad = None if gradient is None else gradient.view_as(value)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         rate = self._rate()
         self.step += 1
