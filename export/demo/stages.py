@@ -50,7 +50,7 @@ EXPERT_TIMESTEPS = 900  # sr2 is trained below this one: SDEdit never starts abo
 _VAE_SCALE = downscaling(cascade.NETWORKS["vae"][1])
 _ANYWHERE = 0.3  # share of windows that need not hold a thing
 READING_STEPS, _READING_RATE = 700, 3e-3
-_DECIDING, _DECIDING_WIDTH = 2.2, 0.8  # logits of base's timesteps: the middle two thirds are 800 to 950 of 1000
+_DECIDING, _DECIDING_WIDTH = 1.7, 1.0  # logits of base's timesteps: the middle two thirds are 670 to 940 of 1000
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
@@ -390,6 +390,11 @@ class Sr2(Diffusion):
         self.timesteps = EXPERT_TIMESTEPS
         self.vae = VAEEncoder(self.frozen("vae"))
         self.scale = cascade.NETWORKS["vae"][1]["scaling_factor"]
+
+    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
+        """More of little noise: most of SDEdit is there."""
+        share = torch.rand(batch, generator=generator, device=self.pool.device).square()
+        return (share * self.timesteps).long()
 
     def clip(self, index: Tensor, levels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         numbers = self.consecutive(index, generator)
