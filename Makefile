@@ -30,7 +30,7 @@ demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/de
 	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
 	mkdir -p out
 	$(VENV)/bin/show1-rt generate "a large red circle moving right over a white background" --bundle build/demo-bundle \
-		--preset draft --steps base=20,interp=8,sr1=4,sr2=7 --size 576x320 --out out/demo.mp4
+		--preset draft --steps base=40,interp=8,sr1=4,sr2=20 --size 576x320 --out out/demo.mp4
 
 train-demo: $(INSTALLED)  ## train the demo checkpoint anew, MINUTES=20 on a data-centre GPU; run again to continue
 	$(RUN) export train-demo --minutes $(MINUTES) --pack build/demo_checkpoint.tar.xz

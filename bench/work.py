@@ -16,6 +16,7 @@ import numpy as np
 
 from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
 from runtime.sampler import guidance_scales, whole_steps
+from runtime.schedulers import executed_steps
 
 NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
 COST_STAGES = ("text", *DIFFUSION_STAGES)
@@ -91,7 +92,7 @@ def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, 
 def step_counts(settings: Settings) -> dict[str, int]:
     """Steps of a denoising loop of each stage; sr2's without what `strength` skips."""
     lengths = {stage: getattr(settings, stage).num_inference_steps for stage in DIFFUSION_STAGES}
-    return {**lengths, "sr2": int(lengths["sr2"] * settings.strength)}
+    return {**lengths, "sr2": executed_steps(lengths["sr2"], settings.strength)}
 
 
 def published_flop(settings: Settings) -> dict[str, int]:

@@ -225,10 +225,15 @@ class Schedule:
         return bool(self.max_log_var[index] > _NO_NOISE)
 
 
+def executed_steps(num_inference_steps: int, strength: float) -> int:
+    """How many of the steps run, the last ones; few steps at little strength leave one, at more noise than asked."""
+    return max(1, int(num_inference_steps * strength))
+
+
 def make_schedule(
     config: SchedulerConfig, num_inference_steps: int, strength: float = 1.0, spacing: str | None = None
 ) -> Schedule:
-    """Lay out a run of `num_inference_steps`, of which the last int(num_inference_steps * strength) are executed.
+    """Lay out a run of `num_inference_steps`, of which the last `executed_steps` are executed.
 
     strength < 1 starts from a noised clip instead of pure noise (SDEdit, Meng et al. 2021). Its first executed step
     has no history and is of first order. `spacing` is one of SPACINGS instead of the scheduler's own. "logsnr" puts
@@ -247,10 +252,9 @@ def make_schedule(
             f"{config.steps_offset} starts at timestep {timesteps[0]}; allowed: 0 to {config.num_train_timesteps - 1}. "
             "Ask for fewer steps."
         )
-    count = int(num_inference_steps * strength) if 0 < strength <= 1 else 0
-    executed = timesteps[num_inference_steps - count :]
-    if len(executed) == 0:
-        raise SettingsError(f"strength is {strength}; allowed: 1/{num_inference_steps} (one step) to 1 (all steps).")
+    if not 0 < strength <= 1:
+        raise SettingsError(f"strength is {strength}; allowed: above 0, up to 1.")
+    executed = timesteps[num_inference_steps - executed_steps(num_inference_steps, strength) :]
     if config.solver == "ddpm":
         ends = executed - config.num_train_timesteps // num_inference_steps
         if spacing == LOGSNR:

@@ -256,10 +256,6 @@ def test_steps_out_of_range_are_refused_with_the_name_of_the_stage(bundle: Path,
     assert_refused(bundle, SettingsError, rf"{stage}: .*{steps}", settings=DRAFT.with_steps({stage: steps}))
 
 
-def test_too_few_steps_for_the_strength_are_refused(bundle: Path) -> None:
-    assert_refused(bundle, SettingsError, "sr2: ", settings=DRAFT.with_steps({"sr2": 1}))
-
-
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seeds_out_of_range_are_refused(bundle: Path, seed: int) -> None:
     assert_refused(bundle, SettingsError, f"seed is {seed}; allowed: 0 to", seed=seed)

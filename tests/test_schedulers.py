@@ -263,10 +263,15 @@ def test_an_offset_beyond_training_is_refused() -> None:
         make_schedule(published("noising", steps_offset=1), 1000)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.01, -1.0, 1.1, float("nan")])
-def test_strengths_that_leave_no_step_are_refused(strength: float) -> None:
-    with pytest.raises(SettingsError, match=r"strength is .*; allowed: 1/50"):
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.1, float("nan")])
+def test_strengths_out_of_range_are_refused(strength: float) -> None:
+    with pytest.raises(SettingsError, match=r"strength is .*; allowed: above 0, up to 1"):
         make_schedule(published("sr2"), 50, strength)
+
+
+def test_a_strength_below_one_step_runs_the_last() -> None:
+    whole, part = make_schedule(published("sr2"), 4), make_schedule(published("sr2"), 4, strength=0.1)
+    assert part.timesteps.tolist() == whole.timesteps[-1:].tolist()
 
 
 def test_every_scheduler_file_of_the_tiny_checkpoints_is_understood(golden: Path) -> None:

@@ -173,7 +173,7 @@ NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 
 # The published guidance belongs to networks that follow a text loosely. Here the clips leave little else to say.
 GUIDANCE = {"base": 2.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
-STRENGTH = 0.3  # of sr2: trained as shortly as it is, it redraws things that it meets at more noise
+STRENGTH = 0.1  # of sr2: trained as shortly as it is, it redraws things that it meets at more noise
 
 
 def make_network(name: str) -> Any:
