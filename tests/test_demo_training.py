@@ -112,6 +112,7 @@ def make(name: str, checkpoint: Path) -> Any:
         "if2": stages.FirstFrame,
         "interp": stages.Interp,
         "sr1": stages.Sr1,
+        "sr2": stages.Sr2,
         "vae": stages.Vae,
     }
     torch.manual_seed(0)
@@ -211,6 +212,18 @@ def test_weights_that_a_lesson_does_not_use_stay_as_they_are(checkpoint: Path) -
     for name, value in stage.unet.named_parameters():
         assert torch.equal(value, before[name]) or "temp_" not in name, name
     assert not torch.equal(stage.unet.conv_in.weight, before["conv_in.weight"])
+
+
+def test_timesteps_are_drawn_where_much_is_decided(checkpoint: Path) -> None:
+    base = make("base", checkpoint)
+    timesteps = base.draw_timesteps(4000, torch.Generator().manual_seed(0))
+    assert timesteps.min() >= 0 and timesteps.max() < base.timesteps
+    # Two thirds of three in four, and of the rest what anywhere means; uniform would be 0.27.
+    assert 0.55 < ((timesteps > 670) & (timesteps < 940)).float().mean() < 0.63
+    sr2 = make("sr2", checkpoint)
+    timesteps = sr2.draw_timesteps(4000, torch.Generator().manual_seed(0))
+    assert timesteps.min() >= 0 and timesteps.max() < stages.EXPERT_TIMESTEPS
+    assert 0.55 < (timesteps < 300).float().mean() < 0.61
 
 
 def test_slow_clips_are_parts_of_their_motions(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
