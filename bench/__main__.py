@@ -170,8 +170,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
     asked = {"architectures": arguments.arch, "warmup": arguments.warmup, "repeats": arguments.repeats}
     conditions = {"machine": describe_host(), "gpu": card, "run": asked}
     report = Report("kernels", _out(arguments, "kernels", kernels.card_name(card)), conditions, arguments.markdown)
-    result = kernels.run_kernels(torch, arguments.arch, arguments.warmup, arguments.repeats)
-    report.finish(*result)
+    counts = (arguments.warmup, arguments.repeats)
+    report.finish(*kernels.run_kernels(torch, arguments.arch, *counts, lambda sofar: report.save(*sofar)))
 
 
 def _cost(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from bench import baseline
 from bench.baseline import Measured, Place, Source
 from bench.kernels import STEP_SHAPES
-from bench.latency import STAGES, StageResult, loop_lengths, run_latency
+from bench.latency import StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
@@ -221,9 +221,8 @@ class Setup:
     def lengths(self) -> dict[str, int]:
         """Steps of each stage's loop in a reference video."""
         full = self.settings.with_steps(REFERENCE_STEPS)
-        if self.bundles:
-            return loop_lengths(self.bundles[0], full, STAGES)
-        return {**step_counts(full), "text": 0}
+        known = loop_lengths(self.bundles[0], full, self.stages) if self.bundles else {}
+        return {**step_counts(full), "text": 0, **known}
 
 
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":

@@ -134,10 +134,10 @@ def rates(clock: Clock, save: Any) -> Content:
     return {"matrix_rate_flop_per_s": found}, [Table("Matrix rate", ["type", "TFLOP/s"], rows)], {}
 
 
-def kernels(clock: Clock, save: Any) -> Content:
+def kernels(clock: Clock, save: Callable[[Content], None]) -> Content:
     from bench import kernels
 
-    return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50)
+    return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50, save=save)
 
 
 # ---- Engines against ONNX Runtime on the CPU

@@ -66,15 +66,22 @@ def test_a_wrong_result_is_not_timed_as_if_it_were_right(
     bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.kernels, "temporal_attention", lambda *_, **__: None)
-    with pytest.raises(EngineError, match=r"temporal attention, base .* wrong by nan"):
-        bench.run(on_row=lambda _: None)
+    monkeypatch.setattr(kernels, "build_kernels", lambda _: (bench.kernels, bench.references))
+    monkeypatch.setattr(kernels, "COPY_BYTES", 2**10)
+    saved: list[kernels.Content] = []
+    with pytest.raises(EngineError, match=r"results are wrong: temporal attention, base .*, by nan"):
+        kernels.run_kernels(bench.torch, "native", 1, 3, saved.append)
+    numbers, (table,), _ = saved[-1]
+    count = 2 * len(kernels.ATTENTION_SHAPES)
+    assert [row[1] for row in table.rows] == ["NO"] * count + ["yes"] * (len(table.rows) - count)
+    assert [row["right"] for row in numbers["kernels"]] == [row[1] == "yes" for row in table.rows]
 
 
 def test_shares_and_ratios_are_of_the_same_run() -> None:
     times = [Summary(5, value, value * 0.9, value * 1.2) for value in (1e-3, 8e-4, 4e-3)]
     row = kernels.Row("k", "s", 10**9, 0.0, 0.0, times[0], times[1], {"torch": times[2], "xformers": None})
     assert kernels.table([row], 2e12).rows == [
-        ["k: s", "1000", "900-1200", "1000", "80 %", "50 %", "-", "4.00", "-", "-"]
+        ["k: s", "yes", "1000", "900-1200", "1000", "80 %", "50 %", "-", "4.00", "-", "-"]
     ]
 
 

@@ -14,6 +14,7 @@ from engines.errors import CheckpointError, SettingsError
 from export import networks
 from export.demo import cascade, stages
 from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
+from export.demo.muon import Muon
 from export.demo.scenes import lay_out, render
 from export.demo.stages import Lesson, Pool
 from export.demo.train import RECIPES, Run, Trainer, train
@@ -373,3 +374,21 @@ def test_a_stage_waits_for_its_parent(tmp_path: Path) -> None:
     assert train(tmp_path, ["text"], **options)
     with pytest.raises(CheckpointError, match=r"interp starts from base's weights. Train that first"):
         train(tmp_path, ["interp"], **options)
+
+
+def test_muon_moves_matrices_as_torch_does() -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(4, 9), (4, 9), (9, 4), (6, 6), (4, 9)]
+    first = [torch.randn(shape, generator=random) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in first] for _ in range(2))
+    optimizers = Muon(ours, lr=0.03, weight_decay=0.01), torch.optim.Muon(theirs, lr=0.03, weight_decay=0.01)
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.clone()
+        if step == 2:
+            ours[1].grad = theirs[1].grad = None  # unused in this step
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, first, strict=True):
+        assert (a - b).norm() < 0.01 * (b - start).norm()  # the iteration is in bfloat16

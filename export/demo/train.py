@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engines.errors import CheckpointError, SettingsError
 from engines.store import write_atomically
 from export.demo import cascade, stages
+from export.demo.muon import Muon
 from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Lesson, Pool, Stage
 from runtime.config import INTERP_FRAMES
 
@@ -116,7 +117,7 @@ class Trainer:
             torch.optim.AdamW(adamw, lr=_OTHER_RATE, betas=(0.9, 0.99), weight_decay=0.01)
         ]
         if muon:
-            self.optimizers.append(torch.optim.Muon(muon, lr=_MATRIX_RATE, weight_decay=0.01))
+            self.optimizers.append(Muon(muon, lr=_MATRIX_RATE, weight_decay=0.01))
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
@@ -158,7 +159,7 @@ class Trainer:
     def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Weights that the batch did not use stay as they are: no decay either."""
         for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = None if gradient is None else gradient.view_as(value)
+            value.grad = None if gradient is None else gradient.reshape(value.shape)  # compiled: of any layout
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         rate = self._rate()
         self.step += 1
