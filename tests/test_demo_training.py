@@ -209,7 +209,7 @@ def test_weights_that_a_lesson_does_not_use_stay_as_they_are(checkpoint: Path) -
     stage = make("base", checkpoint)
     recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8)),))
     before = {name: value.detach().clone() for name, value in stage.unet.named_parameters()}
-    Trainer(stage, recipe, Run(0, 2, 4, 10), compiled=False).advance()
+    Trainer(stage, recipe, Run(0, 2, 4, 10)).advance()
     for name, value in stage.unet.named_parameters():
         assert torch.equal(value, before[name]) or "temp_" not in name, name
     assert not torch.equal(stage.unet.conv_in.weight, before["conv_in.weight"])
@@ -299,7 +299,7 @@ def weights(folder: Path) -> dict[Path, bytes]:
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = (Lesson(0.6, (8, 8), 2), Lesson(0.4, (16, 8), 8))
     monkeypatch.setitem(RECIPES, "base", replace(RECIPES["base"], lessons=lessons))
-    options = {"steps": 3, "batch": 2, "pool": 8, "compiled": False, "report": lambda _: None}
+    options = {"steps": 3, "batch": 2, "pool": 8, "report": lambda _: None}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, ["text", "base"], **options)
     calls = 0
@@ -313,14 +313,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeyp
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
-    options = {"steps": 3, "pool": 8, "compiled": False, "report": lambda _: None}
+    options = {"steps": 3, "pool": 8, "report": lambda _: None}
     assert not train(tmp_path, ["text"], batch=2, stop_after=0.0, **options)
     with pytest.raises(SettingsError, match=r"batch=2.*not.*batch=3.*Remove it"):
         train(tmp_path, ["text"], batch=3, **options)
 
 
 def test_a_stage_in_progress_can_be_shipped_as_it_is(tmp_path: Path) -> None:
-    options = {"steps": 1000, "pool": 8, "batch": 2, "compiled": False, "report": lambda _: None}
+    options = {"steps": 1000, "pool": 8, "batch": 2, "report": lambda _: None}
     assert not train(tmp_path, ["text"], stop_after=0.0, **options)
     assert train(tmp_path, ["text"], ship=True, **options)
     assert cascade.has_network(tmp_path, "clip")
@@ -338,7 +338,7 @@ def test_training_goes_on_from_a_finished_checkpoint(tmp_path: Path, monkeypatch
         return draw(stage, *arguments)
 
     monkeypatch.setattr(stages.Base, "draw", record)
-    options = {"steps": 2, "batch": 2, "pool": 8, "compiled": False, "report": lambda _: None}
+    options = {"steps": 2, "batch": 2, "pool": 8, "report": lambda _: None}
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(first, ["text", "base"], **options)
     seen.clear()
@@ -363,14 +363,14 @@ def test_the_time_of_every_lesson_is_turned_into_steps_once(tmp_path: Path, monk
     recipe = replace(RECIPES["text"], lessons=(Lesson(0.5, (1, 1)), Lesson(0.5, (1, 1), batch=2.0)))
     monkeypatch.setitem(RECIPES, "text", recipe)
     lines: list[str] = []
-    assert train(tmp_path, ["text"], minutes=0.02, batch=1, pool=4, compiled=False, report=lines.append)
+    assert train(tmp_path, ["text"], minutes=0.02, batch=1, pool=4, report=lines.append)
     planned = [line for line in lines if "steps planned" in line]
     assert [line.split(": ")[1] for line in planned] == ["lesson 1", "lesson 2"]
     assert "text: step" in lines[-1] and "100.0% of the training" in lines[-1]
 
 
 def test_a_stage_waits_for_its_parent(tmp_path: Path) -> None:
-    options = {"steps": 1, "batch": 1, "pool": 4, "compiled": False, "report": lambda _: None}
+    options = {"steps": 1, "batch": 1, "pool": 4, "report": lambda _: None}
     assert train(tmp_path, ["text"], **options)
     with pytest.raises(CheckpointError, match=r"interp starts from base's weights. Train that first"):
         train(tmp_path, ["interp"], **options)

@@ -17,7 +17,10 @@ class Muon(torch.optim.Optimizer):
     are thousands of launches a step: a GPU would wait for most of it.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], lr: float | Tensor, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
+        """A rate that is a tensor on the matrices' device is read there, for CUDA graphs."""
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -28,7 +31,7 @@ class Muon(torch.optim.Optimizer):
             if matrices:
                 self._update(matrices, group["lr"], group["momentum"], group["weight_decay"])
 
-    def _update(self, matrices: list[nn.Parameter], rate: float, momentum: float, decay: float) -> None:
+    def _update(self, matrices: list[nn.Parameter], rate: Any, momentum: float, decay: float) -> None:
         gradients: list[Any] = [p.grad for p in matrices]
         kept = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
         torch._foreach_lerp_(kept, gradients, 1 - momentum)
@@ -38,8 +41,9 @@ class Muon(torch.optim.Optimizer):
         for index, matrix in enumerate(matrices):
             shapes.setdefault(matrix.shape, []).append(index)
         for (rows, columns), members in shapes.items():
-            updates = orthogonalize(torch.stack([ahead[i] for i in members])).float().unbind()
-            torch._foreach_add_([matrices[i] for i in members], updates, alpha=-rate * max(1, rows / columns) ** 0.5)
+            updates = orthogonalize(torch.stack([ahead[i] for i in members])).float()
+            updates *= -rate * max(1, rows / columns) ** 0.5
+            torch._foreach_add_([matrices[i] for i in members], updates.unbind())
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """What each stage of the demo cascade is trained on: batches drawn as the runtime will see them, and losses.
 
 A stage has two halves. `draw` makes a batch from the pool of clips and seeded random numbers, without derivatives;
-`loss` is the part that is differentiated (and compiled). Conditions, noise levels and windows are those of
+`loss` is the part that is differentiated (on a GPU as a CUDA graph). Conditions, noise levels and windows are those of
 `runtime.stages`; the noise schedules are read from the scheduler files that the checkpoint ships.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -54,6 +55,12 @@ _DECIDING, _DECIDING_WIDTH = 1.7, 1.0  # logits of base's timesteps: the middle 
 NO_TEXT = 0.1  # share of captions replaced by the negative prompt, for guidance (Ho & Salimans 2022)
 
 Batch = tuple[Tensor, ...]
+
+
+@cache
+def _constant(values: tuple[float, ...], device: str) -> Tensor:
+    """Copied once: a copy to a GPU waits for what runs there."""
+    return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,8 @@ class Stage(ABC):
         thing = torch.randint(MOST_THINGS, (len(index),), generator=generator, device=device)
         thing = thing * (clips.radius[:, 1, 0] > 0)  # the first where there is one
         centre = centres(clips, numbers[:, :1])[rows, thing, :, 0]  # [B, 2]
-        whole = torch.tensor(size, device=device)
-        part = torch.tensor(self.lesson.size, device=device)
-        around = (centre / centre.new_tensor([HALF_WIDTH, HALF_HEIGHT]) + 1) / 2 * whole
+        whole, part = _constant(size, device), _constant(self.lesson.size, device)
+        around = (centre / _constant((HALF_WIDTH, HALF_HEIGHT), device) + 1) / 2 * whole
         corner = around - part * torch.rand(len(index), 2, generator=generator, device=device)
         anywhere = (whole - part) * torch.rand(len(index), 2, generator=generator, device=device)
         free = torch.rand(len(index), 1, generator=generator, device=device) < _ANYWHERE

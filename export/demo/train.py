@@ -26,11 +26,12 @@ from engines.errors import CheckpointError, SettingsError
 from engines.store import write_atomically
 from export.demo import cascade, stages
 from export.demo.muon import Muon
-from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Lesson, Pool, Stage
+from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Batch, Lesson, Pool, Stage
 from runtime.config import INTERP_FRAMES
 
 _TIMED_STEPS = 30  # at the start of a lesson, to plan how many fit into its time
-_UNTIMED_STEPS = 5  # of these, slowed by compilation
+_EAGER_STEPS = 3  # of these, before a CUDA graph is captured: libraries choose their algorithms in them
+_UNTIMED_STEPS = _EAGER_STEPS + 2
 _MATRIX_RATE, _OTHER_RATE = 0.03, 3e-3  # learning rates of Muon and of AdamW
 _WARM_UP = 100  # steps of rising learning rate
 _FALL = 0.3  # share of a stage in which it falls to 0
@@ -48,7 +49,6 @@ class Recipe:
     lessons: tuple[Lesson, ...]
     parent: str | None = None
     bfloat16: bool = True
-    compiled: bool = True  # on a GPU, where the stage lasts long enough to be worth the compiler's minute
 
     def without(self, lessons: int) -> "Recipe":
         """The same, less the first `lessons`; at least the last one stays."""
@@ -71,7 +71,7 @@ _BASE_LESSONS = (
 # The last lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the
 # autoencoder's.
 RECIPES: dict[str, Recipe] = {
-    "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False, compiled=False),
+    "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False),
     "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, (128, 128), batch=1 / 4))),
     "base": Recipe(stages.Base, 0.4, 192, _BASE_LESSONS),
     "interp": Recipe(stages.Interp, 0.12, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
@@ -94,13 +94,40 @@ class Run:
     skipped: int = 0  # lessons
 
 
+class _Graph:
+    """A step of one lesson, captured after a few that run as they are: all of them count."""
+
+    def __init__(self, lesson: int):
+        self.lesson, self._left = lesson, _EAGER_STEPS
+        self._captured: torch.cuda.CUDAGraph | None = None
+
+    def run(self, learn: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        if self._left:
+            self._left -= 1
+            return learn(batch)
+        if self._captured is None:
+            self._batch = tuple(tensor.clone() for tensor in batch)
+            self._captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._captured):  # recorded, not run
+                self._loss = learn(self._batch)
+        for kept, tensor in zip(self._batch, batch, strict=True):
+            kept.copy_(tensor)
+        self._captured.replay()
+        return self._loss.clone()
+
+
+def _set(variable: Any, value: float) -> Any:
+    """In place where it is a tensor."""
+    return variable.fill_(value) if isinstance(variable, Tensor) else value
+
+
 class Trainer:
     """One stage in training: weights, their moving average, the optimizers, the step.
 
     Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
     """
 
-    def __init__(self, stage: Stage, recipe: Recipe, run: Run, compiled: bool):
+    def __init__(self, stage: Stage, recipe: Recipe, run: Run):
         self.stage, self.recipe, self.run = stage, recipe, run
         self.device = stage.pool.device
         self.weights = dict(stage.modules().to(self.device).train().named_parameters())
@@ -113,15 +140,23 @@ class Trainer:
         }
         muon = [value for name, value in self.trained.items() if name in matrices]
         adamw = [value for name, value in self.trained.items() if name not in matrices]
+        captured = self.device == "cuda"  # so what changes from step to step lies there, in place
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adamw, lr=_OTHER_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+            torch.optim.AdamW(
+                adamw,
+                self._variable(_OTHER_RATE),
+                betas=(0.9, 0.99),
+                weight_decay=0.01,
+                capturable=captured,
+                fused=captured or None,
+            )
         ]
         if muon:
-            self.optimizers.append(Muon(muon, lr=_MATRIX_RATE, weight_decay=0.01))
-        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+            self.optimizers.append(Muon(muon, self._variable(_MATRIX_RATE), weight_decay=0.01))
+        self._pull = self._variable(1.0)  # of the weights on their average
+        self._graph: _Graph | None = None
         self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
-        self.loss = torch.compile(stage.loss, dynamic=False) if compiled else stage.loss
         self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     @property
@@ -149,27 +184,48 @@ class Trainer:
         self.stage.lesson = lesson = self.recipe.lessons[self.lesson]
         generator = torch.Generator(self.device).manual_seed(self.run.seed * 10**9 + self.step)
         batch = self.stage.draw(max(1, round(self.run.batch * lesson.batch)), generator)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
-            loss = self.loss(*batch)
-        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
-        self._update(gradients)
+        self._set_rates()
+        loss = self._replay(batch) if self.device == "cuda" else self._learn(batch)
+        self.step += 1
+        return loss
+
+    def _replay(self, batch: Batch) -> Tensor:
+        """`_learn` as a CUDA graph of the lesson: thousands of small kernels, launched one by one, leave a GPU idle."""
+        if self._graph is None or self._graph.lesson != self.lesson:
+            self._graph = _Graph(self.lesson)
+        return self._graph.run(self._learn, batch)
+
+    def _learn(self, batch: Batch) -> Tensor:
+        """Change the weights; the batch's loss."""
+        kind = {"enabled": self.bfloat16, "cache_enabled": self.device != "cuda"}  # a graph would keep what is cached
+        with torch.autocast(self.device, torch.bfloat16, **kind):
+            loss = self.stage.loss(*batch)
+        self._update(torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True))
         return loss.detach()
 
     @torch.no_grad()
     def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Weights that the batch did not use stay as they are: no decay either."""
         for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = None if gradient is None else gradient.reshape(value.shape)  # compiled: of any layout
+            value.grad = None if gradient is None else gradient.reshape(value.shape)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        rate = self._rate()
-        self.step += 1
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, full in zip(groups, self.rates, strict=True):
-            group["lr"] = full * rate
         for optimizer in self.optimizers:
             optimizer.step()
-        old = 1 - min(0.999, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), old)
+        changes = torch._foreach_sub(list(self.weights.values()), list(self.average.values()))
+        torch._foreach_mul_(changes, self._pull)
+        torch._foreach_add_(list(self.average.values()), changes)
+
+    def _variable(self, value: float) -> Any:
+        """A number that changes from step to step, where a CUDA graph finds it."""
+        return torch.tensor(value, device=self.device) if self.device == "cuda" else value
+
+    def _set_rates(self) -> None:
+        """For the next step."""
+        rate = self._rate()
+        for optimizer, full in zip(self.optimizers, (_OTHER_RATE, _MATRIX_RATE), strict=False):
+            (group,) = optimizer.param_groups
+            group["lr"] = _set(group["lr"], full * rate)
+        self._pull = _set(self._pull, 1 - min(0.999, (2 + self.step) / (11 + self.step)))
 
     def _rate(self) -> float:
         """Rising over the first steps, falling over the last; in shares of the full rates.
@@ -207,8 +263,7 @@ class Trainer:
                         getattr(self, kind)[name].copy_(file.get_tensor(key))
                     else:
                         value = self.trained[name]
-                        where = "cpu" if kind == "step" else self.device
-                        owners[id(value)].state[value][kind] = file.get_tensor(key).to(where)
+                        owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
         self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
@@ -232,7 +287,6 @@ def train(
     batch: int | None = None,
     pool: int = 32768,
     save_every: float = 30.0,
-    compiled: bool | None = None,
     ship: bool = False,
     init: Path | None = None,
     skip_lessons: int = 0,
@@ -267,8 +321,7 @@ def train(
         clips = clips or Pool(pool, seed, device)
         run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
         torch.manual_seed(seed)  # for the first weights
-        fast = recipe.compiled and device == "cuda" if compiled is None else compiled
-        trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run, fast)
+        trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run)
         if state.is_file():
             trainer.load(state)
         count = sum(weight.numel() for weight in trainer.weights.values())
@@ -323,9 +376,11 @@ def _run(
 ) -> bool:
     """Steps until all lessons are over (True) or the deadline is (False; the state is saved).
 
-    A lesson has its share of `budget` seconds, planned as a number of steps once its first have been timed.
+    Lessons end when their shares of `budget` seconds have passed: a number of steps, planned once the first have been
+    timed. What one leaves over goes to the next.
     """
-    saved = reported = begun = timed = time.monotonic()
+    saved = reported = timed = time.monotonic()
+    origin = saved - trainer.progress * (budget or 0)
     losses: list[Tensor] = []
     here = 0  # steps of this call, or of this lesson while it is not planned
     while not trainer.done:
@@ -336,12 +391,13 @@ def _run(
                 timed = _now(trainer)
             elif here == _TIMED_STEPS:
                 each = (_now(trainer) - timed) / (_TIMED_STEPS - _UNTIMED_STEPS)
-                left = budget * trainer.recipe.lessons[trainer.lesson].share - (_now(trainer) - begun)
+                ends = sum(lesson.share for lesson in trainer.recipe.lessons[: trainer.lesson + 1])
+                left = origin + budget * ends - _now(trainer)
                 steps = trainer.step - sum(trainer.plan) + max(0, int(left / each))
                 trainer.plan.append(steps)
                 report(f"{name}: lesson {len(trainer.plan)}: {each:.3f} s a step, {steps} steps planned")
         if trainer.step == sum(trainer.plan):
-            begun, here = time.monotonic(), 0
+            here = 0
         if trainer.device == "cuda" and here % 10 and not trainer.done:
             continue  # reading the clock there means waiting for the device
         now = _now(trainer)
