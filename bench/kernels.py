@@ -153,11 +153,12 @@ class KernelBench:
             return None
 
     def copy(self, count: int) -> Summary:
-        """A copy that reads count / 2 bytes and writes as many."""
+        """The faster of two ways to read count / 2 bytes and write as many: a memory copy, and a kernel."""
         if count not in self._copies:
-            source = self.torch.empty(count // 2, dtype=self.torch.uint8, device=DEVICE).random_(0, 255)
-            target = self.torch.empty_like(source)
-            self._copies[count] = self.time(lambda: target.copy_(source))
+            words = self.torch.randint(2**31, (count // 16,), device=DEVICE)
+            target = self.torch.empty_like(words)
+            ways = (lambda: target.copy_(words), lambda: self.torch.bitwise_not(words, out=target))
+            self._copies[count] = min(map(self.time, ways), key=lambda summary: summary.median)
         return self._copies[count]
 
     @property

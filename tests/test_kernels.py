@@ -604,10 +604,11 @@ def test_the_denoising_step_refuses_what_it_cannot_do(implementation: Implementa
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("frames_first", [False, True], ids=["C F", "F C"])
+@pytest.mark.parametrize("size", [(19, 23), (40, 56)], ids=["odd", "tiles"])  # the latter: more than a block's tile
 def test_frames_equal_those_of_the_runtime(
-    implementation: Implementation, dtype: str, channels: int, frames_first: bool
+    implementation: Implementation, dtype: str, channels: int, frames_first: bool, size: tuple[int, int]
 ) -> None:
-    loop = Loop(implementation, dtype, (1, channels, 3, 19, 23), guided=False, frames_first=frames_first)
+    loop = Loop(implementation, dtype, (1, channels, 3, *size), guided=False, frames_first=frames_first)
     clip = loop.planes("noise_pred", channels)
     values = rounded(np.random.default_rng(1).standard_normal(clip.shape, np.float32), dtype)
     values.ravel()[:4] = (-1, 1, np.inf, -np.inf)
@@ -616,10 +617,10 @@ def test_frames_equal_those_of_the_runtime(
     pointer = implementation.pointer(out)
     implementation.send()
     implementation.kernels.frames_to_uint8(
-        dtype, loop.args.noise_pred, pointer + GUARD, channels=channels, frames=3, pixels=19 * 23
+        dtype, loop.args.noise_pred, pointer + GUARD, channels=channels, frames=3, pixels=size[0] * size[1]
     )
     implementation.fetch()
-    np.testing.assert_array_equal(out[GUARD:-GUARD].reshape(3, 19, 23, channels), clip_to_frames(values))
+    np.testing.assert_array_equal(out[GUARD:-GUARD].reshape(3, *size, channels), clip_to_frames(values))
     assert (out[:GUARD] == 77).all() and (out[-GUARD:] == 77).all()
 
 

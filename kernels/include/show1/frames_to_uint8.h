@@ -6,8 +6,8 @@
 //
 // NaN becomes 0. The arithmetic is float32 and each result equals runtime.ops.clip_to_frames.
 //
-// Memory bound: 2 B (float32: 4 B) read and 1 B written per element, 48 MB for 29 frames of 320 x 576 in half. Once per
-// video, so a thread per pixel does.
+// Memory bound: 2 B (float32: 4 B) read and 1 B written per element, 48 MB for 29 frames of 320 x 576 in half. In pieces
+// of 16 bytes where the pointers and the strides allow it and pixels is a multiple of 16.
 #ifndef SHOW1_FRAMES_TO_UINT8_H
 #define SHOW1_FRAMES_TO_UINT8_H
 
