@@ -81,6 +81,7 @@ class Bundle:
                 options |= {"attention": entry.source.get("attention")}
         options |= {"size": "{}x{}".format(*self.manifest.size), **changes}
         words = " ".join(f"--{option} {value}" for option, value in options.items() if value)
+        words += " --no-autotune" if entry and entry.source.get("autotune") else ""
         return f"`python -m export build --checkpoint FOLDER {words} --out {self.root}`"
 
     def problems(self, entry: EngineEntry) -> list[str]:

@@ -34,6 +34,8 @@ def _build(arguments: argparse.Namespace) -> None:
     for option in ("calibration", "judge"):
         if getattr(arguments, option) is not None and arguments.precision != INT8:
             raise SettingsError(f"--{option} is for --precision {INT8}; this is {arguments.precision}. Leave it out.")
+    if arguments.no_autotune and arguments.engine != INDUCTOR:
+        raise SettingsError(f"--no-autotune is for {INDUCTOR}; this is for {arguments.engine}.")
     precision, layers = arguments.precision, None
     if precision == INT8:
         judged = _build_int8(arguments, targets)
@@ -52,7 +54,7 @@ def _build(arguments: argparse.Namespace) -> None:
         parse_size(arguments.size),
         arguments.force,
         arguments.jobs,
-        Backend.choose(arguments.engine, precision, targets, arguments.attention),
+        Backend.choose(arguments.engine, precision, targets, arguments.attention, not arguments.no_autotune),
         arguments.keep_onnx,
         layers,
     )
@@ -261,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["fused", "padded", "decomposed"],
         default="fused",
         help="TensorRT: form of attention over frames (default: %(default)s)",
+    )
+    build.add_argument(
+        "--no-autotune",
+        action="store_true",
+        help="inductor on a GPU: products and convolutions by its libraries' choice, several engines at a time, "
+        "instead of timing candidates",
     )
     build.add_argument("--keep-onnx", action="store_true", help="TensorRT: keep the ONNX files beside the plans")
     build.add_argument("--precision", choices=[*PRECISIONS, INT8], default="fp32", help="default: %(default)s")

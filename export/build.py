@@ -54,15 +54,18 @@ class Backend:
     """What engines are compiled by and for: "onnxruntime", "tensorrt-rtx", "tensorrt" or "inductor".
 
     `targets` are TensorRT's cards, or the one machine that inductor compiles for; `attention` (see
-    `compile_trt.prepare`) is TensorRT's.
+    `compile_trt.prepare`) is TensorRT's, `autotune` inductor's on a GPU.
     """
 
     name: str = compile_ort.BACKEND
     targets: tuple[str, ...] = ()
     attention: str = "fused"
+    autotune: bool = True
 
     @classmethod
-    def choose(cls, name: str, precision: str, targets: Sequence[str] = (), attention: str = "fused") -> "Backend":
+    def choose(
+        cls, name: str, precision: str, targets: Sequence[str] = (), attention: str = "fused", autotune: bool = True
+    ) -> "Backend":
         """Checked settings; "auto" for what runs best here. Raises SettingsError, EngineError if it is not usable."""
         if precision not in PRECISIONS:
             raise SettingsError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}.")
@@ -75,7 +78,7 @@ class Backend:
         if name == INDUCTOR:
             if targets:
                 raise SettingsError(f"--target {','.join(targets)}: inductor compiles for this machine; leave it out.")
-            return cls(name, (target(),))
+            return cls(name, (target(),), autotune=autotune)
         if name != compile_ort.BACKEND:
             allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS, INDUCTOR)
             raise SettingsError(f"engine {name!r}; allowed: {', '.join(allowed)}.")
@@ -155,6 +158,8 @@ class Job:
             made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
         if self.backend.name in tensorrt.FLAVOURS:
             made_from["attention"] = self.backend.attention
+        if self.backend.name == INDUCTOR and not self.backend.autotune:
+            made_from["autotune"] = "no"
         if self.layers:
             layers = json.dumps({name: asdict(plan) for name, plan in self.layers.items()})
             made_from |= {"precision": INT8, "layers": hashlib.sha256(layers.encode()).hexdigest()}
@@ -179,7 +184,7 @@ def _build_packages(job: Job, loaded: LoadedNetwork, folder: Path, report: Repor
         name, package = graph.spec.name, folder / f"{graph.spec.name}.pt2"
         report(f"compiling {name}")
         begun = time.perf_counter()
-        compile_inductor(graph, package, target)
+        compile_inductor(graph, package, target, job.backend.autotune)
         compiled = time.perf_counter()
         report(f"comparing {name}")
         runner = open_runner(INDUCTOR, package)
@@ -394,7 +399,7 @@ def build(
         for name, text in tokenizers.items():
             bundle.install_tokenizer(name, text)
         # Where kernels are chosen by timing, one engine at a time has the GPU.
-        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm")
+        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
         _build_all(bundle, pending, 1 if timed else jobs)
         bundle.update(
             versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},

@@ -30,8 +30,6 @@ from runtime.runner_inductor import (
     temporal_attention,
 )
 
-# Candidates are timed at the sizes tuned for. The layout is forced: its heuristic gives up where shapes are dynamic.
-_CUDA = {"max_autotune": True, "force_layout_optimization": True}
 # Vector code of one width for all processors of the level, whatever this one can do besides.
 _X86 = {"cpp.simdlen": 256, "cpp.march": X86_LEVEL}
 
@@ -48,11 +46,11 @@ def _temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tens
     return attention(q, k, v, num_heads)
 
 
-def compile_inductor(graph: Graph, package: Path, target: str) -> None:
+def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = True) -> None:
     """Write `package` (.pt2) for `target`, which is this machine's (`runtime.runner_inductor.target`).
 
-    The module is on the CPU before and afterwards, its filters then in another layout. Raises EngineError with the
-    compiler's words.
+    On a GPU `autotune` times candidates for products and convolutions, at the sizes tuned for. The module is on the CPU
+    before and afterwards, its filters then in another layout. Raises EngineError with the compiler's words.
     """
     spec, device = graph.spec, "cpu" if target.startswith("cpu") else "cuda"
     options: dict[str, Any] = {
@@ -62,9 +60,12 @@ def compile_inductor(graph: Graph, package: Path, target: str) -> None:
             for key, bindings in zip(BINDINGS, (spec.inputs, spec.outputs), strict=True)
         },
     }
-    options |= _CUDA if device == "cuda" else _X86 if target.endswith(X86_LEVEL) else {}
     if device == "cuda":
+        # The layout is forced: its heuristic gives up where shapes are dynamic.
+        options |= {"max_autotune": autotune, "force_layout_optimization": True}
         set_up_cuda()
+    elif target.endswith(X86_LEVEL):
+        options |= _X86
     inputs = graph.example(tuned_sizes(spec), torch.Generator().manual_seed(0))
     with (
         tempfile.TemporaryDirectory(dir=package.parent) as scratch,

@@ -376,6 +376,19 @@ def test_a_stage_waits_for_its_parent(tmp_path: Path) -> None:
         train(tmp_path, ["interp"], **options)
 
 
+@pytest.mark.gpu
+def test_a_captured_step_learns_what_a_plain_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(plain_steps: int) -> torch.Tensor:
+        monkeypatch.setattr("export.demo.train._EAGER_STEPS", plain_steps)
+        out = tmp_path / str(plain_steps)
+        train(out, ["text"], steps=8, batch=4, pool=64, report=lambda _: None)
+        return torch.cat([value.flatten() for value in cascade.load_network(out, "t5").parameters()])
+
+    torch.manual_seed(0)
+    captured, plain = trained(2), trained(8)
+    torch.testing.assert_close(captured, plain, rtol=0.02, atol=2e-3)  # sums in another order
+
+
 def test_muon_moves_matrices_as_torch_does() -> None:
     random = torch.Generator().manual_seed(0)
     shapes = [(4, 9), (4, 9), (9, 4), (6, 6), (4, 9)]

@@ -208,6 +208,7 @@ def test_a_full_disk_is_reported_as_such() -> None:
         (["--engine", RTX, "--target", "sm75,sm86"], "Turing (sm75) alone"),
         (["--engine", RTX, "--target", "sm75", "--precision", "bf16"], "use --precision fp16"),
         (["--target", "sm86"], "onnxruntime has no targets"),
+        (["--no-autotune"], "--no-autotune is for inductor; this is for onnxruntime"),
         (["--attention", "padded"], "--keep-onnx and --attention are for TensorRT"),
         (["--jobs", "0"], "--jobs 0; allowed: 1 or more"),
         (["--precision", "bf16"], "use --precision fp16, or --engine tensorrt-rtx"),
