@@ -19,7 +19,7 @@ from bench.latency import StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
-from bench.work import Calls, matrix_rate, reference_calls, step_counts
+from bench.work import STAGE_OF, Calls, matrix_rate, reference_calls, step_counts
 from engines.catalog import CATALOG, UNETS, predictions
 from engines.errors import SettingsError
 from engines.store import Bundle
@@ -72,12 +72,14 @@ class Contender:
         return None if None in times else sum(time.seconds for time in times if time)
 
 
-def sources(size: str, checkpoint: Path | None, precision: str) -> dict[str, Source]:
-    """Configs of the networks, and where there is a checkpoint, the weights that a bundle of `precision` is made of."""
-    if checkpoint:
-        found = {n: networks.Source.find(CATALOG[n], checkpoint, precision) for n in CATALOG}
-        return {name: Source(name, source.config, tuple(source.weights)) for name, source in found.items()}
-    return {n: Source(n, CONFIGS[size][f"{net.folders[0]}/{net.subfolder}"]) for n, net in CATALOG.items()}
+def sources(size: str, checkpoint: Path | None, precision: str, stages: Sequence[str]) -> dict[str, Source]:
+    """Configs of all networks; of those of `stages`, where there is a checkpoint, the weights that a bundle of
+    `precision` is made of."""
+    found = {n: Source(n, CONFIGS[size][f"{net.folders[0]}/{net.subfolder}"]) for n, net in CATALOG.items()}
+    for name in (n for n in CATALOG if checkpoint and STAGE_OF.get(n, n) in stages):
+        source = networks.Source.find(CATALOG[name], checkpoint, precision)
+        found[name] = Source(name, source.config, tuple(source.weights))
+    return found
 
 
 def count_work(
@@ -228,7 +230,7 @@ class Setup:
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
     """Measure; `said(what, result so far)` after every part. Raises SettingsError for a bundle of other networks."""
     precisions = [entry.precision for bundle in setup.bundles for entry in bundle.manifest.engines.values()]
-    found = sources(setup.size, setup.checkpoint, precisions[0] if precisions else "fp16")
+    found = sources(setup.size, setup.checkpoint, precisions[0] if precisions else "fp16", setup.stages)
     for bundle in setup.bundles:
         _check_networks(bundle, found, setup.stages)
     lengths = setup.lengths()

@@ -110,7 +110,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _random_checkpoint(arguments: argparse.Namespace) -> None:
     from export.random_checkpoint import random_checkpoint
 
-    random_checkpoint(arguments.out, arguments.size, arguments.seed)
+    random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.stage.split(","))
     print(arguments.out)
 
 
@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         default="golden",
         help="golden: some millions of weights; published: 12.1 billion, 24 GB (default: %(default)s)",
     )
+    random.add_argument("--stage", default="all", help="networks of these stages alone, as for build")
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")

@@ -7,7 +7,7 @@ size shows what the real checkpoints need.
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
 from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers, write_json
 from export.modules.text import CLIPTextEncoder, T5Encoder
@@ -176,8 +177,8 @@ _SCHEDULERS = {
 }
 
 
-def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
-    """Write the checkpoint folders base, interpolation, if2, sr1 and sr2 below `out`, which must not exist.
+def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: Iterable[str] = ("all",)) -> None:
+    """Write the checkpoint folders of `stages` (base, interpolation, if2, sr1, sr2) below `out`, which must not exist.
 
     Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 24 GB of them.
     """
@@ -187,7 +188,9 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
         raise SettingsError(f"seed {seed}; allowed: 0 to 2^64 - 1.")
     if out.exists():
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
-    need = 2 * sum(math.prod(shape) for f, c in CONFIGS[size].items() for shape in _shapes(f, c).values())
+    wanted = {f"{network.folders[0]}/{network.subfolder}" for network in networks_of(stages)}
+    configs = {folder: config for folder, config in CONFIGS[size].items() if folder in wanted}
+    need = 2 * sum(math.prod(shape) for f, c in configs.items() for shape in _shapes(f, c).values())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -197,7 +200,8 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0) -> None:
             )
         # Under another name until it is whole, lest an interrupted run is taken for a checkpoint.
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            _write(Path(folder) / out.name, CONFIGS[size], torch.Generator().manual_seed(seed))
+            _write(Path(folder) / out.name, configs, torch.Generator().manual_seed(seed))
+            (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
             (Path(folder) / out.name).rename(out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
@@ -211,9 +215,9 @@ def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Ge
         if folder == "sr2/vae":
             draws = _with_contrast(config, dict(draws))
         _save(out / folder, draws, 2 * sum(map(math.prod, shapes.values())))
-    if configs is CONFIGS["golden"]:
-        save_rest(out)
-        return
+
+
+def _save_published_rest(out: Path) -> None:
     save_tokenizers(out)
     for name, scheduler in _SCHEDULERS.items():
         write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ pytest.importorskip("diffusers", reason="needs the bench extra")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.__main__ import main
-from bench.e2e import Contender, Result, StageTime, Work, from_latency
+from bench.e2e import Contender, Result, Setup, StageTime, Work, from_latency, sources
 from bench.latency import EngineCall, StageResult, StageRun
 from bench.work import Calls, matrix_rate
+from engines.store import Bundle
+from export.random_checkpoint import random_checkpoint
+from runtime.config import Settings
 
 pytestmark = pytest.mark.torch
 
@@ -60,6 +64,16 @@ def test_ratios_and_rates_are_of_useful_work() -> None:
 def test_matrix_rate_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.work.MATRIX_SIZE", {"cpu": 64})
     assert 1e6 < matrix_rate("cpu", "float32", repeats=3) < 1e14
+
+
+def test_a_stage_alone_needs_no_other_networks(bundle: Path, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "base", stages=["base"])
+    found = sources("golden", tmp_path / "base", "fp16", ["base"])
+    assert found["base"].files and not found["sr2"].files and found["sr2"].config
+    whole = Bundle.open(bundle)
+    part = Bundle(whole.root, replace(whole.manifest, engines={"base": whole.engine("base")}))
+    lengths = Setup("golden", None, [part], Settings(), ["base"], [], 1, 1).lengths()
+    assert lengths["base"] == 75 and lengths["sr2"] == 40
 
 
 def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_the_same_seed_gives_the_same_weights(checkpoint: Path, tmp_path: Path) 
     assert first == again != other
 
 
+def test_stages_alone_are_what_build_needs_for_them(tmp_path: Path) -> None:
+    assert main(["random-checkpoint", "--out", str(tmp_path / "some"), "--stage", "base,sr1"]) == 0
+    configs = {path.parent.relative_to(tmp_path / "some").as_posix() for path in tmp_path.rglob("unet/config.json")}
+    assert configs == {"base/unet", "if2/unet", "sr1/unet"} and not (tmp_path / "some/base/text_encoder").exists()
+    for name in ("base", "if2", "sr1"):
+        assert Source.find(CATALOG[name], tmp_path / "some", "fp16").weights
+    with pytest.raises(SettingsError, match="unknown stage sr3; allowed: all, text"):
+        random_checkpoint.random_checkpoint(tmp_path / "other", stages=["sr3"])
+
+
 def test_published_networks_have_the_published_numbers_of_parameters() -> None:
     """The UNets' are the original classes'."""
     totals = {
