@@ -213,7 +213,7 @@ def _golden_folder(backend: str, precision: str) -> Path:
 def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
     out = _golden_folder(backend, precision)
     options = ["--engine", backend, "--precision", precision, "--out", str(out)]
-    options += ["--no-autotune"] if backend == INDUCTOR else []  # checked is what is computed, in minutes
+    options += ["--no-autotune"] if backend == INDUCTOR else []  # timing candidates takes too long here
     _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options)
     return Bundle.open(out)
 

@@ -6,7 +6,7 @@ graph, so that no launch gap is in it. The yardstick is a copy of as many bytes,
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -384,9 +384,8 @@ class KernelBench:
             others={"torch": self.time(plain), "compiled": self.try_to_time(compiled)},
         )
 
-    def run(self, on_row: Callable[[Row], None]) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         """Every kernel at every shape, wrong results too: a row says whether it is right."""
-        rows = []
         cases: list[Callable[[], Row]] = [
             *(
                 lambda shape=shape, first=first: self.attention(shape, first)
@@ -397,9 +396,7 @@ class KernelBench:
             self.frames,
         ]
         for case in cases:
-            rows.append(case())
-            on_row(rows[-1])
-        return rows
+            yield case()
 
 
 Content = tuple[dict[str, Any], list[Table], dict[str, Chart]]  # numbers, tables, plots
@@ -414,14 +411,12 @@ def run_kernels(torch: Any, architectures: str, warmup: int, repeats: int, save:
     def content() -> Content:
         return to_json(rows, large_copy), [table(rows, large_copy)], {"bandwidth": plot(rows, large_copy)}
 
-    def on_row(row: Row) -> None:
+    for row in bench.rows():
         rows.append(row)
         ratio = share(row.copy.median, row.ours.median)
         wrong = "" if row.right else f", WRONG by {row.error:.3g}, allowed {row.budget:.3g}"
         print(f"{row.kernel}: {row.shape}: {ratio} of copy{wrong}", file=sys.stderr, flush=True)
         save(content())
-
-    bench.run(on_row)
     if wrong := [f"{row.kernel}, {row.shape}, by {row.error:.3g}" for row in rows if not row.right]:
         raise EngineError(f"{len(wrong)} of {len(rows)} results are wrong: {'; '.join(wrong)}.")
     return content()

@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-autotune",
         action="store_true",
         help="inductor on a GPU: products and convolutions by its libraries' choice, several engines at a time, "
-        "instead of timing candidates",
+        "instead of timing candidates; --jobs 1 where they do not fit on the card together",
     )
     build.add_argument("--keep-onnx", action="store_true", help="TensorRT: keep the ONNX files beside the plans")
     build.add_argument("--precision", choices=[*PRECISIONS, INT8], default="fp32", help="default: %(default)s")

@@ -78,7 +78,8 @@ class Backend:
         if name == INDUCTOR:
             if targets:
                 raise SettingsError(f"--target {','.join(targets)}: inductor compiles for this machine; leave it out.")
-            return cls(name, (target(),), autotune=autotune)
+            here = target()
+            return cls(name, (here,), autotune=autotune or here.startswith("cpu"))  # on a CPU nothing is timed
         if name != compile_ort.BACKEND:
             allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS, INDUCTOR)
             raise SettingsError(f"engine {name!r}; allowed: {', '.join(allowed)}.")
@@ -158,7 +159,7 @@ class Job:
             made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
         if self.backend.name in tensorrt.FLAVOURS:
             made_from["attention"] = self.backend.attention
-        if self.backend.name == INDUCTOR and not self.backend.autotune:
+        if not self.backend.autotune:
             made_from["autotune"] = "no"
         if self.layers:
             layers = json.dumps({name: asdict(plan) for name, plan in self.layers.items()})

@@ -178,7 +178,8 @@ _SCHEDULERS = {
 
 
 def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: Iterable[str] = ("all",)) -> None:
-    """Write the checkpoint folders of `stages` (base, interpolation, if2, sr1, sr2) below `out`, which must not exist.
+    """Write the networks of `stages` in the published folders below `out`, which must not exist; schedulers and
+    tokenizers of all.
 
     Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 24 GB of them.
     """

@@ -1,7 +1,8 @@
 """AOTInductor's compiler: a torch module and its contract become a package of machine code and weights.
 
 In half precision attention over frames is our own kernel, which reads frames where the convolutions have them: nothing
-is permuted around it. Convolutions run channels-last; on CUDA they and the matrix products are chosen by timing.
+is permuted around it. Convolutions run channels-last; on CUDA they and the matrix products are chosen by timing, unless
+that takes too long.
 """
 
 import contextlib

@@ -244,14 +244,19 @@ def test_a_package_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path
         InductorRunner(package)
 
 
-def test_engines_without_autotuning_are_built_again_without_it(float32: Bundle, checkpoint: Path) -> None:
-    plain = job(checkpoint, "fp32", keep_variance=True)
+def test_engines_without_autotuning_are_built_again_without_it(
+    float32: Bundle, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = job(checkpoint, "fp32")
     untuned = replace(plain, backend=replace(plain.backend, autotune=False))
     assert why_stale(float32, untuned) == "changed: autotune"
     entry = replace(float32.engine("interp"), source=untuned.made_from())
     other = Bundle(float32.root, replace(float32.manifest, engines={"interp": entry}))
     assert "--no-autotune" in other.rebuild_command("interp")
     assert "--no-autotune" not in float32.rebuild_command("interp")
+    for target, autotune in (("sm90", False), ("cpu-x86-64-v3", True)):  # on a CPU nothing is timed
+        monkeypatch.setattr("export.build.target", lambda target=target: target)
+        assert Backend.choose(INDUCTOR, "fp16", autotune=False).autotune == autotune
 
 
 def test_settings_that_mean_nothing_to_inductor_are_refused(

@@ -33,7 +33,10 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, matrices: list[nn.Parameter], rate: Any, momentum: float, decay: float) -> None:
         gradients: list[Any] = [p.grad for p in matrices]
-        kept = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        kept = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(kept, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, kept, momentum)  # Nesterov's
         torch._foreach_mul_(matrices, 1 - rate * decay)

@@ -377,27 +377,28 @@ def _run(
     """Steps until all lessons are over (True) or the deadline is (False; the state is saved).
 
     Lessons end when their shares of `budget` seconds have passed: a number of steps, planned once the first have been
-    timed. What one leaves over goes to the next.
+    timed. What one leaves over goes to the next, which gives what one overruns, but no more than half of its share.
     """
-    saved = reported = timed = time.monotonic()
+    saved = reported = timed = _now(trainer)
     origin = saved - trainer.progress * (budget or 0)
     losses: list[Tensor] = []
-    here = 0  # steps of this call, or of this lesson while it is not planned
+    first = trainer.step  # of this call, or of the lesson
     while not trainer.done:
         losses.append(trainer.advance())
-        here += 1
+        here, in_lesson = trainer.step - first, trainer.step - sum(trainer.plan)
         if budget is not None and trainer.lesson == len(trainer.plan):
             if here == _UNTIMED_STEPS:
                 timed = _now(trainer)
-            elif here == _TIMED_STEPS:
-                each = (_now(trainer) - timed) / (_TIMED_STEPS - _UNTIMED_STEPS)
-                ends = sum(lesson.share for lesson in trainer.recipe.lessons[: trainer.lesson + 1])
-                left = origin + budget * ends - _now(trainer)
-                steps = trainer.step - sum(trainer.plan) + max(0, int(left / each))
+            elif here > _UNTIMED_STEPS and in_lesson >= _TIMED_STEPS:
+                now = _now(trainer)
+                each = (now - timed) / (here - _UNTIMED_STEPS)
+                shares = [lesson.share for lesson in trainer.recipe.lessons[: trainer.lesson + 1]]
+                left = max(origin + budget * sum(shares) - now, budget * shares[-1] / 2 - in_lesson * each)
+                steps = in_lesson + max(0, int(left / each))
                 trainer.plan.append(steps)
                 report(f"{name}: lesson {len(trainer.plan)}: {each:.3f} s a step, {steps} steps planned")
         if trainer.step == sum(trainer.plan):
-            here = 0
+            first = trainer.step
         if trainer.device == "cuda" and here % 10 and not trainer.done:
             continue  # reading the clock there means waiting for the device
         now = _now(trainer)
