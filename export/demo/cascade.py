@@ -1,8 +1,7 @@
 """The small cascade's networks: their configs in the published format, and folders that hold them.
 
 Every network has the block types, conditions and file names of the published ones; only widths and depths are small.
-All together they hold 4.7 million parameters, 9.4 MB in float16. The interp shipped
-is still a narrower one.
+All together they hold 4.7 million parameters, 9.4 MB in float16.
 """
 
 import io
