@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.machine import ROOT, package_version
-from bench.report import NOTHING, Plot, Report, Table, median, number
+from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Summary, measure, summarize
 from engines import tensorrt
 from engines.errors import EngineError, Show1Error
@@ -31,7 +31,6 @@ from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
 CHECKPOINT = ROOT / "build" / "random-golden"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
-Content = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]  # numbers, tables, plots
 
 
 class TimeIsUp(EngineError):

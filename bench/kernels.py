@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.machine import ROOT, package_version
 from bench.plots import Axis, Chart
-from bench.report import NOTHING, Table, median, number, share, spread
+from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from export.kernels import CUDA, REFERENCE, build_library
@@ -397,9 +397,6 @@ class KernelBench:
         ]
         for case in cases:
             yield case()
-
-
-Content = tuple[dict[str, Any], list[Table], dict[str, Chart]]  # numbers, tables, plots
 
 
 def run_kernels(torch: Any, architectures: str, warmup: int, repeats: int, save: Callable[[Content], None]) -> Content:

@@ -81,6 +81,9 @@ class Plot(Protocol):
     def svg(self) -> str: ...
 
 
+Content = tuple[Mapping[str, Any], Sequence[Table], Mapping[str, Plot]]  # of a result: numbers, tables, plots
+
+
 class Report:
     """A benchmark's result under one name: `x.json` with every number, `x.md` with tables and plots, `x-plot.svg`.
 

@@ -21,6 +21,11 @@ class Network:
     folders: tuple[str, ...]
     subfolder: str
 
+    @property
+    def path(self) -> str:
+        """Its folder in a checkpoint with short names."""
+        return f"{self.folders[0]}/{self.subfolder}"
+
 
 _BASE = ("base", "show-1-base")
 _SR2 = ("sr2", "show-1-sr2")

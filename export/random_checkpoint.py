@@ -189,7 +189,7 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: It
         raise SettingsError(f"seed {seed}; allowed: 0 to 2^64 - 1.")
     if out.exists():
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
-    wanted = {f"{network.folders[0]}/{network.subfolder}" for network in networks_of(stages)}
+    wanted = {network.path for network in networks_of(stages)}
     configs = {folder: config for folder, config in CONFIGS[size].items() if folder in wanted}
     need = 2 * sum(math.prod(shape) for f, c in configs.items() for shape in _shapes(f, c).values())
     try:

@@ -83,7 +83,7 @@ def test_the_work_of_a_video_is_that_counted_on_the_authors_code() -> None:
     total = 0
     for name in NETWORKS:
         network = CATALOG[name]
-        config = CONFIGS["published"][f"{network.folders[0]}/{network.subfolder}"]
+        config = CONFIGS["published"][network.path]
         flop = network_flop(Source(name, config), calls(name))
         assert flop == PUBLISHED_FLOP[name]
         assert flop / 1e12 == pytest.approx(COUNTED[name], rel=6e-3 if name in ("t5", "clip") else 2e-3)
