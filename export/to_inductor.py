@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.decomposition import register_decomposition
 from torch._inductor.package import package_aoti
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.errors import EngineError
 from engines.spec import GraphSpec
@@ -31,6 +32,9 @@ from runtime.runner_inductor import (
     temporal_attention,
 )
 
+# Of frames' pixels. Not cuDNN's, which is planned for one size at a time: a package serves many, whatever it was traced
+# with.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Vector code of one width for all processors of the level, whatever this one can do besides.
 _X86 = {"cpp.simdlen": 256, "cpp.march": X86_LEVEL}
 
@@ -74,6 +78,7 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         _quiet(),
         _on(device, graph.module),
         _frames_in_place(),
+        sdpa_kernel(_ATTENTION),
     ):
         _filters_channels_last(graph.module)
         try:
