@@ -409,7 +409,9 @@ def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypa
     for ours, theirs in zip(captured, plain, strict=True):
         moved = torch.stack([(theirs[n] - first[n]).norm() for n in first]).norm()
         apart = torch.stack([(theirs[n] - ours[n]).norm() for n in first]).norm()
-        assert moved > 0 and apart < 0.05 * moved  # sums in another order
+        # Sums are in another order, and Muon makes much of rounding: on the CPU a ten-millionth more in the first
+        # weights leaves 12 % here. A captured step that kept its batch would leave 130 %, one that kept its rate 58 %.
+        assert moved > 0 and apart < 0.25 * moved
 
 
 def test_muon_moves_matrices_as_torch_does() -> None:
