@@ -124,8 +124,11 @@ class Stage(ABC):
         """Start from another network's weights: those of the same shape, and filters of its inputs, which go first."""
         (network,) = self.networks.values()
         with torch.no_grad():
+            parameters = dict(network.named_parameters())
             for name, value in parent.state_dict().items():
-                own = network.get_parameter(name)
+                own = parameters.get(name)
+                if own is None:
+                    continue
                 if own.shape == value.shape:
                     own.copy_(value)
                 else:
