@@ -194,8 +194,8 @@ class _Bars:
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str) -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line."""
     arguments = parser.parse_args(argv)
-    if sys.__stderr__ and not faulthandler.is_enabled():  # engines and kernels are machine code: a crash there says where it was
-        faulthandler.enable(sys.__stderr__)
+    if sys.__stderr__ and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
     try:
         arguments.run(arguments)
     except Show1Error as error:

@@ -121,13 +121,15 @@ class Stage(ABC):
         """First changes to new networks."""
 
     def inherit(self, parent: VideoUNet) -> None:
-        """Start from another network's weights: those of the same shape, and filters of its inputs, which go first."""
+        """Start from another network's weights: those of the same shape, and filters of its inputs, which go first.
+
+        Layers that this one lacks are left out.
+        """
         (network,) = self.networks.values()
         with torch.no_grad():
             parameters = dict(network.named_parameters())
             for name, value in parent.state_dict().items():
-                own = parameters.get(name)
-                if own is None:
+                if (own := parameters.get(name)) is None:
                     continue
                 if own.shape == value.shape:
                     own.copy_(value)
