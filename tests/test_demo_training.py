@@ -394,24 +394,26 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
 
 @pytest.mark.gpu
 def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(plain_steps: int) -> list[dict[str, torch.Tensor]]:
-        monkeypatch.setattr("export.demo.train._EAGER_STEPS", plain_steps)
+    def make_trainer() -> Trainer:
         torch.manual_seed(0)
-        stage = stages.Base(Pool(4, 0, "cuda"), checkpoint)
         recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8), 2),), bfloat16=False)
-        trainer = Trainer(stage, recipe, Run(0, 2, 4, 12))
-        first = {name: value.clone() for name, value in trainer.average.items()}
-        for _ in range(12):
-            trainer.advance()
-        return [first, {n: v.detach() for n, v in trainer.weights.items()}, trainer.average]
+        return Trainer(stages.Base(Pool(4, 0, "cuda"), checkpoint), recipe, Run(0, 2, 4, 12))
 
-    (first, *captured), (_, *plain) = trained(3), trained(12)
-    for ours, theirs in zip(captured, plain, strict=True):
-        moved = torch.stack([(theirs[n] - first[n]).norm() for n in first]).norm()
-        apart = torch.stack([(theirs[n] - ours[n]).norm() for n in first]).norm()
-        # Sums are in another order, and Muon makes much of rounding: on the CPU a ten-millionth more in the first
-        # weights leaves 12 % here. A captured step that kept its batch would leave 130 %, one that kept its rate 58 %.
-        assert moved > 0 and apart < 0.25 * moved
+    captured, plain = make_trainer(), make_trainer()
+    for _ in range(12):
+        # From one state in every step: Muon makes so much of rounding that two runs part, by 12 % of the way in these.
+        first = {key: value.detach().clone() for key, value in captured.tensors().items()}
+        with torch.no_grad():
+            for key, value in plain.tensors().items():
+                value.copy_(first[key])
+        for trainer, plain_steps in ((captured, 3), (plain, 12)):
+            monkeypatch.setattr("export.demo.train._EAGER_STEPS", plain_steps)
+            trainer.advance()
+        for kind in ("weights", "average"):
+            ours, theirs = getattr(captured, kind), getattr(plain, kind)
+            moved = torch.stack([(theirs[n] - first[f"{kind}/{n}"]).norm() for n in theirs]).norm()
+            apart = torch.stack([(theirs[n] - ours[n]).norm() for n in theirs]).norm()
+            assert moved > 0 and apart < 0.05 * moved  # sums in another order
 
 
 def test_muon_moves_matrices_as_torch_does() -> None:
