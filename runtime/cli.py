@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
     )
-    add("--out", help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: an .mp4 named after the prompt)")
+    add("--out", help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: a new .mp4 named after the prompt)")
     add("--seed", type=int, default=SEED, help="default: %(default)s, the authors' script's")
     add(
         "--negative-prompt",
@@ -78,10 +79,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     from runtime.video import check_output, save_video
 
     check_prompt(arguments.prompt, arguments.negative_prompt)
-    out = arguments.out or _file_name(arguments.prompt, arguments.seed)
+    out = arguments.out or _free_name(arguments.prompt, arguments.seed)
     check_output(out)
     if arguments.save_stages:
         _make_folder(arguments.save_stages)
+        check_output(arguments.save_stages / "base.mp4")
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
     settings = pipeline.settings.with_options(
         preset=arguments.preset,
@@ -101,13 +103,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     def save_stage(stage: str, clip: Any) -> None:
         nonlocal last
         seconds[stage] = time.perf_counter() - last
-        last = time.perf_counter()
         if arguments.save_stages:
             save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
             _save_array(clip, arguments.save_stages / f"{stage}.npy")
+        last = time.perf_counter()
 
-    def say_cut(encoder: str, text: str) -> None:
-        print(f"warning: {encoder} reads 77 tokens; this end of the prompt was cut off: {text!r}", file=sys.stderr)
+    def say_cut(reader: str, text: str) -> None:
+        print(f"warning: {reader}: 77 tokens are read at most; this end was cut off: {text!r}", file=sys.stderr)
 
     with pipeline, _Bars() as bars:
         video = pipeline(
@@ -135,9 +137,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(out)
 
 
-def _file_name(prompt: str, seed: int) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return f"{words or 'video'}-{seed}.mp4"
+def _free_name(prompt: str, seed: int) -> str:
+    """Named after the prompt, in any script; numbered where a video has that name already."""
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    name = f"{words or 'video'}-{seed}"
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(file for file in (f"{name}.mp4" for name in names) if not Path(file).exists())
 
 
 def _make_folder(folder: Path) -> None:

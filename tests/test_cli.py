@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from engines.store import Bundle
-from runtime.cli import main
+from runtime.cli import _free_name, main
 from runtime.config import Settings
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
@@ -134,6 +134,15 @@ def test_without_out_the_video_is_named_after_its_prompt(generate: Callable[...,
     ]
 
 
+def test_a_name_that_is_not_asked_for_replaces_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("a-panda-7.mp4", "a-panda-7-2.mp4", "a-panda-7-3.mp4"):
+        assert _free_name("A panda!", 7) == expected
+        Path(expected).touch()
+    assert _free_name("熊猫在自拍", 345) == "熊猫在自拍-345.mp4"
+    assert _free_name("?!", 1) == "video-1.mp4"
+
+
 def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
     prompt = " ".join(f"Panda{number}" for number in range(80))
     result = generate("--out", "frames/", "--json", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2", prompt=prompt)
@@ -144,8 +153,8 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
     assert read_metadata(Path("frames"))["prompt"] == prompt
     assert set(json.loads(result.out)["cut"]) == {"T5", "CLIP"}
     warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1] for line in warnings] == ["T5", "CLIP"]
-    assert all("this end of the prompt was cut off" in line and "anda79'" in line for line in warnings)
+    assert [line.split(":")[1] for line in warnings] == [" T5", " CLIP"]
+    assert all("77 tokens are read at most; this end was cut off" in line and "anda79'" in line for line in warnings)
 
 
 # What stops it

@@ -10,7 +10,7 @@ from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 
 MAX_TOKENS = 77  # of both encoders, the end marker included; the UNets see all of them, padding too
 
-OnCut = Callable[[str, str], None]  # (encoder, the end of the prompt that did not fit)
+OnCut = Callable[[str, str], None]  # (encoder, as "T5" or "CLIP, negative prompt"; the end that did not fit)
 
 
 def run_text(engines: EnginePool, prompt: str, on_cut: OnCut | None = None) -> PromptEmbeds:
@@ -35,6 +35,7 @@ def run_clip_text(engines: EnginePool, prompt: str, negative_prompt: str, on_cut
 
 
 def _report_cut(encoder: str, cut: tuple[str, ...], on_cut: OnCut | None) -> None:
-    for text in filter(None, cut):
-        if on_cut is not None:
-            on_cut(encoder, text)
+    """Of the negative prompt's text and the prompt's."""
+    for reader, text in zip((f"{encoder}, negative prompt", encoder), cut, strict=True):
+        if text and on_cut is not None:
+            on_cut(reader, text)
