@@ -10,7 +10,7 @@ from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
 from engines.tensorrt import FLAVOURS, TARGETS, installed_version, load, serves, why_not_here
 
-_EXPORT = ("torch", "onnx", "onnxscript", "transformers", "safetensors", "sentencepiece", "psutil")
+_EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
 
 
 @dataclass
@@ -66,7 +66,7 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: `pip install -e '.[export]'`.")
     else:
-        result.builds.append("onnxruntime (fp32, fp16)")
+        result.builds.append("onnxruntime (fp32, fp16, int8)")
 
 
 def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
@@ -84,7 +84,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
         rtx = flavour == "tensorrt-rtx"
         if exports and (rtx or gpus):
             targets = f" for {', '.join(TARGETS)} (sm75 alone, and not in bf16)" if rtx else ""
-            result.builds.append(f"{flavour} (fp16, bf16, fp32){targets}")
+            result.builds.append(f"{flavour} (fp16, bf16, fp32, int8){targets}")
         if find_spec("polygraphy") is None:
             result.problems.append(
                 f"{flavour} runs through polygraphy, which is missing: `pip install -e '.[{flavour}]'`."
@@ -104,24 +104,28 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.found["torch"] = "none"
         return
     try:
-        version, target = _torch()
+        version, target, no_kernels = _torch()
     except (Show1Error, OSError) as error:  # OSError: its libraries do not load
         result.problems.append(f"torch is not usable ({error}): install it again, `pip install -e '.[inductor]'`.")
         return
     on_gpu = target.startswith("sm")
     result.found["torch"] = f"{version}, compiles for {target}"
-    result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
+    if no_kernels:
+        result.hints.append(f"inductor's UNets do not run yet: {no_kernels}; building such engines does it too.")
+    else:
+        result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
     if result.builds:
         result.builds.append(f"inductor (fp32, fp16, bf16) for {target}")
     if gpus and not on_gpu:
         result.hints.append("torch here leaves the GPU idle: install its CUDA build, as pytorch.org says.")
 
 
-def _torch() -> tuple[str, str]:
-    """torch's version and what it compiles for here."""
-    from runtime.runner_inductor import target, torch_version
+def _torch() -> tuple[str, str, str | None]:
+    """torch's version, what it compiles for here, and why there are no kernels for that."""
+    from runtime.runner_inductor import target, torch_version, why_no_kernels
 
-    return torch_version(), target()
+    here = target()
+    return torch_version(), here, why_no_kernels("cuda" if here.startswith("sm") else "cpu")
 
 
 def _no_cuda_runtime() -> str | None:

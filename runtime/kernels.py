@@ -19,8 +19,13 @@ DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
 LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
 INVALID = 1
+ABI = 1  # SHOW1_ABI
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "kernels"
+_BUILD_IT = (
+    "Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build build/kernels --config Release`, "
+    "or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
+)
 _SUFFIXES = (".so", ".dll", ".dylib")
 
 _WEIGHTS = ("pred_weight", "divisor", "sample_weight", "x0_weight", "previous_x0_weight")
@@ -52,7 +57,6 @@ class DenoiseArgs(Structure):
         ("limit_max", c_float),
         *((name, c_void_p) for name in ("table", "counter", "sample", "x0")),
         *((name, Planes) for name in ("noise_pred", "variance_frac", "noise", "network_input")),
-        ("noise_step", c_int64),
         ("timesteps", c_void_p),
     )
 
@@ -85,10 +89,7 @@ def find_library(name: str) -> Path:
     folder = Path(os.environ.get("SHOW1_KERNELS") or BUILD)
     if found := libraries(folder, name):
         return max(found, key=lambda path: path.stat().st_mtime)
-    raise EngineError(
-        f"{folder} holds no {name}. Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build "
-        "build/kernels --config Release`, or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
-    )
+    raise EngineError(f"{folder} holds no {name}. {_BUILD_IT}")
 
 
 def libraries(folder: Path, name: str) -> list[Path]:
@@ -96,10 +97,18 @@ def libraries(folder: Path, name: str) -> list[Path]:
 
 
 class Kernels:
-    """One library of kernels: libshow1_kernels, or with suffix "_ref" the references in libshow1_kernels_ref."""
+    """One library of kernels: libshow1_kernels, or with suffix "_ref" the references in libshow1_kernels_ref.
+
+    Raises EngineError for one that does not load or is of another version.
+    """
 
     def __init__(self, library: Path, suffix: str = ""):
-        loaded = ctypes.CDLL(str(library))
+        try:
+            loaded = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise EngineError(f"{library} cannot be loaded ({error}). {_BUILD_IT}") from None
+        if not hasattr(loaded, "show1_abi") or loaded.show1_abi() != ABI:
+            raise EngineError(f"{library} was built from another version's headers. {_BUILD_IT}")
         sizes = [c_int] * 3
         heads = [POINTER(Heads)] * 4
         signatures = {

@@ -45,6 +45,7 @@ except ImportError:
 # What the kernels take; beyond it attention over frames is torch's own.
 _MAX_FRAMES, _MAX_HEAD_DIM = 64, 128
 BINDINGS = ("show1_inputs", "show1_outputs")  # keys of a package's metadata: the bindings' names, in order
+_LOOPS = 2  # kept by a runner: sr1's shorter last window is a second shape
 _WARM_UPS = 3  # runs before a CUDA graph is captured: libraries allocate and choose in their first ones
 X86_LEVEL = "x86-64-v3"  # AVX2; the heavy operators are oneDNN's, which looks at the processor when it runs
 
@@ -80,15 +81,16 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     (built_for,), here = entry.targets, target()
     if built_for not in (here, f"cpu-{cpu_level()}"):
         return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
-    return version_mismatch(bundle, entry) or _no_kernels(entry)
+    if reason := version_mismatch(bundle, entry):
+        return reason
+    # What denoises runs on our kernels; the rest does without.
+    return why_no_kernels("cuda" if entry.needs_gpu else "cpu") if "step" in entry.graphs else None
 
 
-def _no_kernels(entry: EngineEntry) -> str | None:
-    """What denoises runs on our kernels; the rest does without."""
-    if "step" not in entry.graphs:
-        return None
+def why_no_kernels(device: str) -> str | None:
+    """Why UNets cannot run on "cuda" or "cpu" for want of a library of kernels."""
     try:
-        find_library(_library("cuda" if entry.needs_gpu else "cpu"))
+        _kernels(device)
     except EngineError as error:
         return str(error).removesuffix(".")
     return None
@@ -173,10 +175,7 @@ class InductorRunner:
             metadata = self._package.get_metadata()
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
-            raise BundleError(
-                f"{plan}: torch {torch.__version__} cannot load it ({_first_line(error)}). "
-                "Build it again with `python -m export build --engine inductor --force`."
-            ) from None
+            raise BundleError(f"{plan}: torch {torch.__version__} cannot load it ({_first_line(error)}).") from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()
@@ -208,7 +207,7 @@ class InductorRunner:
     ) -> "DeviceLoop":
         """A loop at its first step: see `runtime.runner.Loop`. `dtype` is the network's input's.
 
-        A loop's buffers, and on CUDA its graphs, serve every later one of the same shapes.
+        A loop's buffers, and on CUDA its graphs, serve later ones of the same shapes, while they are the last `_LOOPS`.
         """
         kinds = [Kind(bool(scale > 1), bool(all_of_it)) for scale, all_of_it in zip(guidance, whole, strict=True)]
         modes = step_modes(schedule)
@@ -222,9 +221,12 @@ class InductorRunner:
             steps=schedule.config.num_train_timesteps,
             context=tuple((name, array.shape, array.dtype.name) for name, array in context.items()),
         )
-        loop = self._loops.get(layout)
+        loop = self._loops.pop(layout, None)
         if loop is None:
-            self._loops[layout] = loop = DeviceLoop(self, shallow, layout)
+            if len(self._loops) == _LOOPS:
+                del self._loops[next(iter(self._loops))]  # the one not used for longest
+            loop = DeviceLoop(self, shallow, layout)
+        self._loops[layout] = loop
         loop.start(x, step_table(schedule, guidance), kinds, condition, context)
         return loop
 
@@ -426,9 +428,10 @@ class _Step:
             for _ in range(_WARM_UPS):
                 self._enqueue()
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._outputs = self._enqueue()  # the graph writes where they are
+        self._graph = graph
 
     def run(self) -> None:
         if self._graph is None:

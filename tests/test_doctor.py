@@ -34,7 +34,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
         monkeypatch.setattr(doctor, "load", lambda flavour: ModuleType(flavour))
         monkeypatch.setattr(doctor, "find_spec", lambda name: name in packages or None)
         monkeypatch.setattr(doctor.importlib, "import_module", import_module)
-        monkeypatch.setattr(doctor, "_torch", lambda: (packages["torch"], gpus[0].target if gpus else "cpu-x86-64-v3"))
+        target = gpus[0].target if gpus else "cpu-x86-64-v3"
+        monkeypatch.setattr(doctor, "_torch", lambda: (packages["torch"], target, None))
         return doctor.diagnose()
 
     return describe
@@ -53,7 +54,7 @@ def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cpu_machine_runs_and_builds_with_onnx_runtime(machine) -> None:
     found = machine([], {"onnxruntime": "1.31", **EXPORT})
     assert found.runs == ["onnxruntime (CPU)", "inductor (CPU)"]
-    assert found.builds == ["onnxruntime (fp32, fp16)", "inductor (fp32, fp16, bf16) for cpu-x86-64-v3"]
+    assert found.builds == ["onnxruntime (fp32, fp16, int8)", "inductor (fp32, fp16, bf16) for cpu-x86-64-v3"]
     assert not found.problems and not found.hints
 
 
@@ -107,13 +108,20 @@ def test_an_old_driver_and_a_missing_polygraphy_are_problems(machine) -> None:
 
 
 def test_a_torch_that_cannot_see_the_card_is_told(machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_cuda() -> tuple[str, str]:
-        return "2.13.0", "cpu-x86-64-v3"
+    def without_cuda() -> tuple[str, str, None]:
+        return "2.13.0", "cpu-x86-64-v3", None
 
     machine([ADA], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
     monkeypatch.setattr(doctor, "_torch", without_cuda)
     found = doctor.diagnose()
     assert "inductor (CPU)" in found.runs and any("torch here leaves the GPU idle" in hint for hint in found.hints)
+
+
+def test_inductor_without_its_kernels_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine([], {"onnxruntime": "1.31", **EXPORT})
+    monkeypatch.setattr(doctor, "_torch", lambda: ("2.13.0", "cpu-x86-64-v3", "build/kernels holds no library"))
+    found = doctor.diagnose()
+    assert found.runs == ["onnxruntime (CPU)"] and any("build/kernels holds no library" in hint for hint in found.hints)
 
 
 def test_nothing_that_runs_is_an_error(machine) -> None:

@@ -7,6 +7,7 @@ gpu        the CUDA library on a GPU
 
 import ctypes
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from test_schedulers import PUBLISHED
 
 from engines.errors import EngineError
 from export.kernels import build_library, missing_programs
-from runtime.kernels import BUILD, COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
+from runtime.kernels import ABI, BUILD, COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.sampler import denoise
@@ -472,11 +473,8 @@ def test_a_denoising_loop_equals_the_sampler(
     timesteps = loop.array("timesteps", (loop.network_batch,))
     if schedule.adds_noise(0):
         drawn_shape, pixels = (shape[2], channels, *shape[3:]), loop.args.pixels
-        drawn = loop.array("noise", (len(schedule), *drawn_shape), strides=(0, pixels, channels * pixels))
-        loop.args.noise_step = drawn[0].size
+        drawn = loop.array("noise", drawn_shape, strides=(0, pixels, channels * pixels))
         stream = NoiseStream(5)
-        for index in range(len(schedule) - 1):  # the last step must not read its NaN
-            drawn[index] = stream.normal(drawn_shape)
 
     sample[...] = x
     network_input[:, :channels] = np.tile(to_bits(x, dtype), (loop.network_batch // shape[0], 1, 1, 1, 1))
@@ -487,6 +485,8 @@ def test_a_denoising_loop_equals_the_sampler(
         noise_pred[...] = to_bits(predicted, dtype)
         if schedule.config.learned_variance:
             variance_frac[...] = to_bits(variance[-shape[0] :], dtype)
+        if schedule.adds_noise(0):  # the last step must not read its NaN
+            drawn[...] = stream.normal(drawn_shape) if schedule.adds_noise(index) else np.nan
         loop.step()
         if exact:
             np.testing.assert_array_equal(sample, expected[index + 1])
@@ -630,6 +630,24 @@ def test_frames_refuse_what_they_cannot_do(implementation: Implementation, wrong
     arguments = {"dtype": "float16", "clip": clip, "out": clip.data, "channels": 1, "frames": 1, "pixels": 1}
     with pytest.raises(EngineError, match=r"kernels/include/show1/frames_to_uint8\.h"):
         implementation.kernels.frames_to_uint8(**{**arguments, **wrong})
+
+
+# ---- Libraries
+
+
+def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old.cpp").write_text('extern "C" int show1_abi() { return 0; }')
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.cpp"], check=True)
+    with pytest.raises(EngineError, match=r"old\.so was built from another version's headers\. Build it"):
+        Kernels(tmp_path / "old.so")
+    (tmp_path / "torn.so").write_bytes((tmp_path / "old.so").read_bytes()[:999])
+    with pytest.raises(EngineError, match=r"torn\.so cannot be loaded \(.*\)\. Build it"):
+        Kernels(tmp_path / "torn.so")
+
+
+def test_the_headers_and_python_have_the_same_version() -> None:
+    header = (Path(__file__).parents[1] / "kernels/include/show1/types.h").read_text()
+    assert f"#define SHOW1_ABI {ABI}\n" in header
 
 
 # ---- The CUDA sources

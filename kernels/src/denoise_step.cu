@@ -34,7 +34,7 @@ struct Plane {
           negative(plane(a.noise_pred, b, c, f)),
           positive(plane(a.noise_pred, b + a.batch, c, f)),
           variance(plane(a.variance_frac, b, c, f)),
-          noise(step * a.noise_step + plane(a.noise, b, c, f)),
+          noise(plane(a.noise, b, c, f)),
           input{plane(a.network_input, b, c, f), plane(a.network_input, b + a.batch, c, f)} {}
 };
 

@@ -56,7 +56,7 @@ void step_frame(const show1_denoise_args& a, const show1_step& s, int b, int f) 
             next += *estimate * s.x0_weight;
             if (s.previous_x0_weight != 0) next += a.x0[at] * s.previous_x0_weight;
             if (a.noise.data && s.max_log_var > -INFINITY) {
-                const int64_t drawn = a.counter->step * a.noise_step + plane(a.noise, b, c, f) + p;
+                const int64_t drawn = plane(a.noise, b, c, f) + p;
                 next += noise_std(a, s, b, c, f, p) * static_cast<const float*>(a.noise.data)[drawn];
             }
             a.sample[at] = next;

@@ -20,7 +20,7 @@
 //   in      noise_pred     `dtype`, planes; B of them, or 2B where `guided`: negative prompt first
 //   in      variance_frac  `dtype`, planes; the prompt's B only. Null data unless `variance` is learned
 //   in      noise          float32 planes; the batch stride is usually 0, see sampler.py. Null data: none is added.
-//                          Step i reads at data + i * noise_step (0: the caller refills one buffer)
+//                          The caller refills one buffer from step to step
 //   out     network_input  `dtype`, planes; B or 2B. Only the first C channels are written: condition channels behind
 //                          them stay. Null data: not written
 //   out     timesteps      float32 [B or 2B], the next step's timestep. Null: not written; nor is it in the last step
@@ -76,7 +76,6 @@ typedef struct {
     float* sample;
     float* x0;
     show1_planes noise_pred, variance_frac, noise, network_input;
-    int64_t noise_step;
     float* timesteps;
 } show1_denoise_args;
 

@@ -19,6 +19,12 @@
 #define SHOW1_API SHOW1_C __attribute__((visibility("default")))
 #endif
 
+// Raised when a signature or structure in these headers changes, here and in runtime/kernels.py.
+#define SHOW1_ABI 1
+
+// The SHOW1_ABI that a library was built with, whichever of the libraries it is.
+SHOW1_API int show1_abi(void);
+
 enum {
     SHOW1_OK = 0,
     SHOW1_INVALID = 1,  // cudaErrorInvalidValue: a null pointer, or a size, mode or dtype outside what is documented
