@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import tensorrt
-from engines.errors import BundleError
+from engines.errors import BundleError, EngineError
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
 from engines.store import Bundle
@@ -74,7 +74,7 @@ def open_runner(backend: str, plan: Path) -> Runner:
         from runtime.runner_inductor import InductorRunner
 
         return InductorRunner(plan)
-    raise BundleError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
+    raise EngineError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
 
 
 def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -121,7 +121,12 @@ class Engine:
             graph = self._entry.graphs[name]
             if graph.weights:
                 self._bundle.path(graph.weights)
-            self._runners[name] = open_runner(self._entry.backend, self._bundle.path(graph.plan))
+            plan = self._bundle.path(graph.plan)
+            try:
+                self._runners[name] = open_runner(self._entry.backend, plan)
+            except BundleError as error:
+                again = self._bundle.rebuild_command(self._entry.name)
+                raise BundleError(f"{error} Build it again, with --force: {again}.") from None
         return self._runners[name]
 
     def run(self, graph: str, wanted: Sequence[str] | None = None, /, **feeds: Array) -> dict[str, Array]:

@@ -1,12 +1,16 @@
 """Plans on ONNX Runtime: the embedded default, on any CPU and, with onnxruntime-gpu, on NVIDIA cards."""
 
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from engines.errors import BundleError, EngineError
+from engines.gpu import find_gpus
 
 try:
     import onnxruntime as ort
@@ -16,23 +20,35 @@ except ImportError:
         "`pip install -e '.[cuda]'`."
     ) from None
 
-_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@cache
+def _providers() -> list[str | tuple[str, dict[str, Any]]]:
+    """Best first. What the wheel lists it was compiled with; whether it loads, only a session tells."""
+    if _CUDA not in ort.get_available_providers():
+        return [_CPU]
+    with contextlib.redirect_stdout(sys.stderr):  # where it says what it does not find
+        ort.preload_dlls()  # CUDA's libraries from the packages that the extra `cuda` brings
+    return [(_CUDA, {"use_tf32": 0}), _CPU]  # float32 means float32
 
 
 class OrtRunner:
     def __init__(self, plan: Path):
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
-        available = ort.get_available_providers()
+        providers = _providers()
         try:
-            self._session = ort.InferenceSession(
-                str(plan), options, providers=[provider for provider in _PROVIDERS if provider in available]
-            )
+            self._session = ort.InferenceSession(str(plan), options, providers=providers)
         except Exception as error:  # its exceptions share no base class
-            raise BundleError(
-                f"{plan}: ONNX Runtime {ort.__version__} cannot load it ({error}). "
-                "Build it again with `python -m export build --force`."
-            ) from None
+            raise BundleError(f"{plan}: ONNX Runtime {ort.__version__} cannot load it ({error}).") from None
+        if len(providers) > 1 and find_gpus() and _CUDA not in self._session.get_providers():
+            # It would go on on the CPU, hours instead of minutes.
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} did not find the CUDA libraries that it needs for this GPU. "
+                "`pip install -e '.[cuda]'` brings them; to run on the CPU: `pip uninstall -y onnxruntime-gpu`, then "
+                "`pip install -e '.[cpu]'`."
+            )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
