@@ -90,6 +90,5 @@ class GraphSpec:
                 if size not in profile[axis]
             ]
             raise ProfileError(
-                f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a fitting size or number of frames, or rebuild "
-                "for another size: `python -m export build --stage all --size WIDTHxHEIGHT`."
+                f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a size and a number of frames that fit."
             )

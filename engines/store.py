@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from engines.catalog import CATALOG
 from engines.errors import BundleError
 from engines.manifest import EngineEntry, FileEntry, Manifest
+from engines.spec import INT8
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -75,14 +77,16 @@ class Bundle:
         entry = self.manifest.engines.get(name) or next(iter(self.manifest.engines.values()), None)
         options: dict[str, str | None] = {"stage": CATALOG[name].stage}
         if entry:
-            options |= {"engine": entry.backend, "precision": entry.precision}
+            # A bundle of int8 has engines that stayed what they were (`export.int8`).
+            int8 = any(other.precision == INT8 for other in self.manifest.engines.values())
+            options |= {"engine": entry.backend, "precision": INT8 if int8 else entry.precision}
             if entry.targets:
                 options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
                 options |= {"attention": entry.source.get("attention")}
         options |= {"size": "{}x{}".format(*self.manifest.size), **changes}
         words = " ".join(f"--{option} {value}" for option, value in options.items() if value)
         words += " --no-autotune" if entry and entry.source.get("autotune") else ""
-        return f"`python -m export build --checkpoint FOLDER {words} --out {self.root}`"
+        return f"`python -m export build --checkpoint FOLDER {words} --out {shlex.quote(str(self.root))}`"
 
     def problems(self, entry: EngineEntry) -> list[str]:
         """Why an engine is not what was built; reads all of its files."""

@@ -38,7 +38,10 @@ class StageSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StageSettings":
-        return cls(**{**data, "guided": tuple(data.get("guided", ALL_STEPS))})
+        try:
+            return cls(**{**data, "guided": tuple(data.get("guided", ALL_STEPS))})
+        except TypeError as error:  # a field too many or too few
+            raise SettingsError(f"settings of a stage that this version does not read ({error}).") from None
 
 
 @dataclass(frozen=True)

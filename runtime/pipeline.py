@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.catalog import TOKENIZERS, networks_of
-from engines.errors import BundleError, SettingsError
+from engines.errors import BundleError, EngineError, ProfileError, SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
 from runtime.noise import NoiseStream
@@ -36,7 +36,7 @@ class Video:
     negative_prompt: str
     seed: int
     settings: Settings
-    cut: dict[str, str] = field(default_factory=dict)  # encoder -> the end of the prompt it did not read
+    cut: dict[str, str] = field(default_factory=dict)  # encoder, see OnCut -> the end it did not read
 
     def metadata(self) -> dict[str, Any]:
         """What it takes to make this video again, as JSON's types."""
@@ -61,7 +61,10 @@ class Show1Pipeline:
 
     def __init__(self, engines: EnginePool):
         self.engines = engines
-        self.settings = Settings.from_dict(engines.bundle.manifest.defaults)
+        try:
+            self.settings = Settings.from_dict(engines.bundle.manifest.defaults)
+        except SettingsError as error:
+            raise BundleError(f"{engines.bundle.root}: {error} Build the bundle again.") from None
 
     @classmethod
     def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
@@ -97,6 +100,12 @@ class Show1Pipeline:
                 on_cut(encoder, text)
 
         def done(stage: str, clip: FloatArray) -> FloatArray:
+            if not np.isfinite(clip).all():
+                precision = engines.bundle.engine(stage).precision
+                mend = f"`python -m export check {engines.bundle.root}`"
+                if precision != "fp32":
+                    mend = f"fp32 has more range: {engines.bundle.rebuild_command(stage, precision='fp32')}"
+                raise EngineError(f"{stage}: its {precision} engines made values that are not finite. {mend}.")
             if on_clip is not None:
                 on_clip(stage, clip)
             return clip
@@ -143,19 +152,26 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
             raise BundleError(f"{entry.name}: {reason}.")
     for name in TOKENIZERS:
         bundle.tokenizer(name)
-    for name in ("if2.noising", "sr1.noising"):
-        scheduler_of(bundle, name)
+    for name, level in (("if2", settings.if2_noise_level), ("sr1", settings.sr1_noise_level)):
+        steps = scheduler_of(bundle, f"{name}.noising").num_train_timesteps
+        if not 0 <= level < steps:
+            raise SettingsError(f"{name}_noise_level: {level}; allowed: 0 to {steps - 1}.")
     factor = bundle.engine("vae_encoder").properties["factor"]
     window = min(settings.sr1_window, settings.num_frames)
     frames = {"base": settings.keyframes, "interp": INTERP_FRAMES, "if2": 1, "sr1": window, "sr2": settings.num_frames}
     for name, (width, height) in stage_sizes(settings.size).items():
-        if name == "sr2":
-            spec = bundle.engine("vae_encoder").graphs["encode"].spec
-            spec.check_sizes("vae_encoder", {"height": height, "width": width})
-            width, height = width // factor, height // factor
-        sizes = {"frames": frames[name], "height": height, "width": width}
+        area = {"height": height, "width": width}
         entry, stage = bundle.engine(name), getattr(settings, name)
-        entry.graphs["step"].spec.check_sizes(name, sizes)
+        spec = entry.graphs["step"].spec
+        try:
+            if name == "sr2":
+                bundle.engine("vae_encoder").graphs["encode"].spec.check_sizes("vae_encoder", area)
+                area = {axis: size // factor for axis, size in area.items()}
+            spec.check_sizes(name, area)
+        except ProfileError as error:
+            again = bundle.rebuild_command(name, stage="all", size="{}x{}".format(*settings.size))
+            raise ProfileError(f"{error} Or build the engines for this one: {again}.") from None
+        spec.check_sizes(name, {"frames": frames[name], **area})
         if stage.cache_interval > 1 and "shallow" not in entry.graphs:
             raise BundleError(f"{name}: built before steps could reuse features: {bundle.rebuild_command(name)}.")
         stage_schedule(bundle, name, stage, settings.strength if name == "sr2" else 1.0)

@@ -277,7 +277,7 @@ def _timesteps(config: SchedulerConfig, count: int, spacing: str) -> NDArray[np.
         rising = np.linspace(0, start - 1, points).round().astype(np.int64)
     elif spacing == LOGSNR:
         snr = log_snr(config)[:start]
-        wanted = np.linspace(snr[0], snr[-1], points)
+        wanted = np.linspace(snr[-1], snr[0], points)[::-1]  # a single one is the noisiest
         index = np.arange(points)
         rising = np.interp(-wanted, -snr, np.arange(start)).round().astype(np.int64)
         # Training steps are far apart in lambda at both ends: where several points fall on one, they take the next.

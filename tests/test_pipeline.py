@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines.errors import BundleError, ProfileError, SettingsError, Show1Error
+from engines.errors import BundleError, EngineError, ProfileError, SettingsError, Show1Error
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
 from runtime.noise import NoiseStream
@@ -205,6 +205,9 @@ def test_a_prompt_that_is_too_long_is_cut_and_the_cut_reported(pipeline: Show1Pi
     np.testing.assert_array_equal(
         run_text(pipeline.engines, prompt).prompt, run_text(pipeline.engines, prompt + " and more").prompt
     )
+    cuts.clear()
+    run_clip_text(pipeline.engines, "a panda", prompt, lambda reader, text: cuts.append((reader, text)))
+    assert [reader for reader, _ in cuts] == ["CLIP, negative prompt"]
 
 
 @pytest.mark.parametrize("prompt", ["", "   \n\t", "\udcff caf\udce9"])
@@ -238,9 +241,9 @@ def assert_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": (8192, 64)}, r"if2/step: width 3648 \(built for 4\.\.1024 in steps of 4\)\. Ask for a fitting size"),
+        ({"size": (8192, 64)}, r"if2/step: width 3648 \(built for 4\.\.1024 in steps of 4\)\. .*--size 8192x64"),
         ({"size": (112, 1288)}, r"vae_encoder/encode: height 1288 \(built for 4\.\.1280 in steps of 4\)"),
-        ({"keyframes": 65}, r"base/step: frames 65 \(built for 1\.\.64\)"),
+        ({"keyframes": 65}, r"base/step: frames 65 \(built for 1\.\.64\)\. Ask for .* that fit\.$"),
         ({"sr1_window": 33, "keyframes": 20}, r"sr1/step: frames 33 \(built for 1\.\.32\)"),
     ],
 )
@@ -248,6 +251,32 @@ def test_sizes_out_of_an_engines_profile_are_refused_before_any_engine_runs(
     bundle: Path, changes: dict[str, Any], message: str
 ) -> None:
     assert_refused(bundle, ProfileError, message, settings=replace(DRAFT, **changes))
+
+
+@pytest.mark.parametrize(("name", "level"), [("if2_noise_level", 1000), ("sr1_noise_level", -1)])
+def test_noise_levels_that_no_schedule_has_are_refused(bundle: Path, name: str, level: int) -> None:
+    assert_refused(
+        bundle, SettingsError, f"{name}: {level}; allowed: 0 to 999", settings=replace(DRAFT, **{name: level})
+    )
+
+
+def test_a_stage_that_overflowed_is_named(pipeline: Show1Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.pipeline.run_base", lambda *_, **__: np.full((1, 3, 2, 8, 16), np.nan, np.float32))
+    with pytest.raises(
+        EngineError, match=r"base: its fp32 engines made values that are not finite\. `python -m export"
+    ):
+        pipeline(PROMPT, settings=DRAFT)
+
+
+@pytest.mark.parametrize("base", [{"steps": 3}, {}])
+def test_settings_of_another_version_are_the_bundles_fault(bundle: Path, base: dict[str, int]) -> None:
+    opened = Bundle.open(bundle)
+    defaults = {**opened.manifest.defaults, "base": base}
+    other = Bundle(opened.root, replace(opened.manifest, defaults=defaults))
+    with pytest.raises(
+        BundleError, match=r"settings of a stage that this version does not read .*Build the bundle again"
+    ):
+        Show1Pipeline(EnginePool(other))
 
 
 @pytest.mark.parametrize("stage", DIFFUSION_STAGES)

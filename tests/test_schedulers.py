@@ -148,7 +148,7 @@ def test_logsnr_steps_are_equal_in_lambda_and_begin_where_x0_can_be_told(name: s
 
 
 def test_logsnr_is_what_diffusers_calls_lu_lambdas() -> None:
-    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    diffusers = pytest.importorskip("diffusers", reason="compares with the bench extra")
     theirs = diffusers.DPMSolverMultistepScheduler.from_config({**PUBLISHED["sr2"], "use_lu_lambdas": True})
     for steps in (8, 12, 20):
         theirs.set_timesteps(steps + 1)  # theirs visits the end point too
@@ -174,7 +174,7 @@ def assert_equal_runs(schedule: Schedule, theirs: Any, rtol: float) -> None:
 @pytest.mark.parametrize("steps", [12, 20])
 @pytest.mark.parametrize("name", ["base", "sr2", "if2"])
 def test_uneven_steps_equal_those_of_diffusers_at_the_same_timesteps(name: str, steps: int) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    diffusers = pytest.importorskip("diffusers", reason="compares with the bench extra")
     settings = {**PUBLISHED[name], "variance_type": None if name == "sr2" else "fixed_small"}
     schedule = make_schedule(SchedulerConfig.from_dict(settings, name), steps, spacing="logsnr")
     theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})
@@ -337,7 +337,7 @@ def test_betas_that_lose_the_whole_signal_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["base", "if2"])
 def test_a_run_on_v_predictions_equals_diffusers(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="compares with the dev extra")
+    diffusers = pytest.importorskip("diffusers", reason="compares with the bench extra")
     settings = {**PUBLISHED[name], "prediction_type": "v_prediction", "variance_type": "fixed_small"}
     # Later releases end at no noise unless told otherwise.
     theirs = getattr(diffusers, settings["_class_name"]).from_config({**settings, "final_sigmas_type": "sigma_min"})

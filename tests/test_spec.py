@@ -39,10 +39,10 @@ def test_shapes_within_the_profile_pass() -> None:
         ),
         ({"sample": (2, 4, 40), "timestep": (2,)}, r"sample has shape \(2, 4, 40\), wanted \[batch, 3, height\]"),
         ({"sample": (2, 3), "timestep": (2,)}, r"sample has shape \(2, 3\), wanted \[batch, 3, height\]"),
-        ({"sample": (5, 3, 40), "timestep": (5,)}, r"batch 5 \(built for 1\.\.4\)\. Ask for a fitting size"),
+        ({"sample": (5, 3, 40), "timestep": (5,)}, r"batch 5 \(built for 1\.\.4\)\. Ask for a size"),
         (
             {"sample": (2, 3, 44), "timestep": (2,)},
-            r"height 44 \(built for 8\.\.80 in steps of 8\).*rebuild for another size: `python -m export build",
+            r"height 44 \(built for 8\.\.80 in steps of 8\)\. Ask for a size",
         ),
     ],
 )

@@ -29,7 +29,8 @@ class PromptEmbeds:
 def scheduler_of(bundle: Bundle, name: str) -> SchedulerConfig:
     """A stage's published scheduler; `name` is a UNet's, or "sr1.noising" for the one that noises its condition."""
     if name not in bundle.manifest.schedulers:
-        raise BundleError(f"{bundle.root}: no scheduler for {name}. Build its stage: `python -m export build`.")
+        again = bundle.rebuild_command(name.removesuffix(".noising"))
+        raise BundleError(f"{bundle.root}: no scheduler for {name}. Build its stage: {again}.")
     return SchedulerConfig.from_dict(bundle.manifest.schedulers[name], f"{bundle.root}: scheduler of {name}")
 
 
