@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -466,7 +467,8 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
     large = max(job.weight_bytes for job in pending) > _GIB
     context = get_context("spawn")
     messages = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // min(most, len(waiting)))
+    fitting_at_once = sum(total <= available for total in accumulate(sorted(job.memory for job in waiting)))
+    threads = max(1, (os.cpu_count() or 1) // min(most, max(1, fitting_at_once)))
     running: dict[Future[tuple[EngineEntry, float]], Job] = {}
     with (
         bundle.scratch() as scratch,

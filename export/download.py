@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import CheckpointError
@@ -33,6 +33,12 @@ def needed_files(files: Iterable[str], subfolders: set[str], prefer_fp16: bool) 
     return chosen
 
 
+def _check_weights(repository: str, files: Iterable[str], subfolders: set[str]) -> None:
+    have = {PurePosixPath(file).parts[0] for file in files if file.endswith(".safetensors")}
+    if missing := sorted(subfolders - have):
+        raise CheckpointError(f"{repository} has no .safetensors in {', '.join(missing)}; nothing else is read.")
+
+
 def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16") -> None:
     """Fetch the checkpoints of `stages` into folders below `out`; what is there already is kept.
 
@@ -47,7 +53,9 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
     for folder, wanted in subfolders.items():
         repository = REPOSITORIES[folder]
         try:
-            files = needed_files(HfApi().list_repo_files(repository), wanted, precision == "fp16")
+            listed = HfApi().list_repo_files(repository)
+            files = needed_files(listed, wanted, precision == "fp16")
+            _check_weights(repository, files, wanted & {network.subfolder for network in networks_of(["all"])})
             snapshot_download(repository, allow_patterns=files, local_dir=out / folder)
         except GatedRepoError:
             raise CheckpointError(
@@ -56,7 +64,9 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
             ) from None
         except RepositoryNotFoundError:
             raise CheckpointError(f"{repository} was not found, or you are not allowed to see it.") from None
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # the hub's and its transport's share no base class
             raise CheckpointError(
                 f"{repository} cannot be fetched ({error}). Check the connection and the disk; a second run goes on "
                 "where this one stopped."

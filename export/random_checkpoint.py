@@ -4,6 +4,7 @@ Nothing is learned: the videos are noise in colour. Speed and memory hardly depe
 size shows what the real checkpoints need.
 """
 
+import json
 import math
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.catalog import networks_of
+from engines.catalog import CATALOG, networks_of
 from engines.errors import OutputError, SettingsError
 from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers, write_json
 from export.modules.text import CLIPTextEncoder, T5Encoder
@@ -206,6 +207,19 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: It
             (Path(folder) / out.name).rename(out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
+
+
+def published_scheduler(stage: str) -> dict[str, Any]:
+    """The settings of a denoising stage's scheduler, as published."""
+    return _SCHEDULERS[CATALOG[stage].folders[0]]
+
+
+def is_current(folder: Path, size: str) -> bool:
+    """Whether `random_checkpoint` made this folder, of the networks of this version."""
+    try:
+        return all(json.loads((folder / f / "config.json").read_text()) == c for f, c in CONFIGS[size].items())
+    except (OSError, ValueError):
+        return False
 
 
 def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Generator) -> None:

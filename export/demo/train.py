@@ -302,8 +302,13 @@ def train(
     """
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
-    if skip_lessons < 0:
-        raise SettingsError(f"lessons to skip: {skip_lessons}; allowed: 0 or more.")
+    for what, number in {"lessons to skip": skip_lessons, "stop after": stop_after}.items():
+        if number is not None and number < 0:
+            raise SettingsError(f"{what}: {number}; allowed: 0 or more.")
+    numbers = {"minutes": minutes, "steps": steps, "batch": batch, "pool": pool}
+    for what, number in numbers.items():
+        if number is not None and number <= 0:
+            raise SettingsError(f"{what}: {number}; allowed: above 0.")
     unknown = set(names) - set(RECIPES)
     if unknown:
         raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(RECIPES)}.")
@@ -426,6 +431,10 @@ def main(arguments: Any) -> None:
     keys = ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship", "init", "skip_lessons")
     options = {key: getattr(arguments, key) for key in keys}
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
-    if done and arguments.pack and all(_finished(arguments.out, name) for name in RECIPES):
-        cascade.pack(arguments.out, arguments.pack)
-        print(f"{arguments.pack}: {arguments.pack.stat().st_size / 1e6:.2f} MB")
+    if not done or not arguments.pack:
+        return
+    if missing := [name for name in RECIPES if not _finished(arguments.out, name)]:
+        print(f"{arguments.pack}: not written yet, for want of {', '.join(missing)}")
+        return
+    cascade.pack(arguments.out, arguments.pack)
+    print(f"{arguments.pack}: {arguments.pack.stat().st_size / 1e6:.2f} MB")
