@@ -1,10 +1,11 @@
 """`python -m bench`: measure a bundle, or the CUDA kernels, on this machine. Alone it lists the benchmarks."""
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> li
 
 
 def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
-    """Of a bundle and as asked for; `guided` in every step as the reference, whatever bundle and preset recommend."""
+    """Of a bundle and as asked for; `guided` in every step, and of the strength, of the reference, whatever bundle and
+    preset recommend."""
     settings = Settings.from_dict(defaults).with_options(
         preset=arguments.preset, steps=arguments.steps, keyframes=arguments.keyframes, size=arguments.video
     )
     if guided:
         settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
         settings = settings.with_guided(dict.fromkeys(DIFFUSION_STAGES, ALL_STEPS))
+        settings = replace(settings, strength=Settings().strength)
     return settings
 
 
@@ -289,9 +292,12 @@ def _built(checkpoint: Path) -> Path:
 
 
 def _network_checkpoint(size: str) -> Path:
-    """Random weights of networks of this size, made where they are not there yet."""
+    """Random weights of networks of this size, made where they are not there yet or of an older version's networks."""
+    from export.random_checkpoint import is_current
+
     folder = ROOT / "build" / f"random-{size}"
-    if not folder.is_dir():
+    if not is_current(folder, size):
+        shutil.rmtree(folder, ignore_errors=True)
         _run_export("random-checkpoint", "--size", size, "--out", folder)
     return folder
 

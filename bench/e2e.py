@@ -14,7 +14,6 @@ import numpy as np
 
 from bench import baseline
 from bench.baseline import Measured, Place, Source
-from bench.kernels import STEP_SHAPES
 from bench.latency import StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
@@ -26,7 +25,7 @@ from engines.store import Bundle
 from export import networks
 from export.checkpoint import file_hash
 from export.modules.vae import downscaling
-from export.random_checkpoint import CONFIGS
+from export.random_checkpoint import CONFIGS, published_scheduler
 from runtime.config import Settings
 from runtime.runner import Engine
 
@@ -103,14 +102,13 @@ def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> 
     if not run.loop:
         return StageTime(run.wall, True, None)
     loops = len(run.step_ends) // run.loop
-    step = (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
+    steps = summarize([s.engine + s.outside for s in run.steps()])
+    # The median, as of a baseline's calls: a first step is slower. A loop of a single step has nothing else.
+    step = steps.median if steps else (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
     full = run.loop == length
     seconds = run.wall if full else run.set_up() + loops * length * step + run.finish()
     per_step = work[result.stage].calls.count / (loops * length)  # reference calls: 7 gaps go through one step
-    steps = summarize([(s.engine + s.outside) / per_step for s in run.steps()])
-    if steps is None:  # a loop of a single step
-        return StageTime(seconds, full, step / per_step)
-    return StageTime(seconds, full, steps.median, (steps.p10, steps.p90))
+    return StageTime(seconds, full, step / per_step, (steps.p10 / per_step, steps.p90 / per_step) if steps else None)
 
 
 def run_bundle(
@@ -228,7 +226,10 @@ class Setup:
 
 
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
-    """Measure; `said(what, result so far)` after every part. Raises SettingsError for a bundle of other networks."""
+    """Measure; `said(what, result so far)` after every part. Raises SettingsError for a bundle of other networks,
+    and where there is neither bundle nor baseline."""
+    if not setup.bundles and not setup.kinds:
+        raise SettingsError("nothing to measure: give a --bundle, or a --baseline.")
     precisions = [entry.precision for bundle in setup.bundles for entry in bundle.manifest.engines.values()]
     found = sources(setup.size, setup.checkpoint, precisions[0] if precisions else "fp16", setup.stages)
     for bundle in setup.bundles:
@@ -249,7 +250,7 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
         same = sum(c.name.partition(" ")[0] == contender.name for c in contenders)
         contenders.append(replace(contender, name=f"{contender.name} {same + 1}") if same else contender)
         said(contenders[-1].name, result())
-    schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: STEP_SHAPES[s][1] for s in UNETS}
+    schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: published_scheduler(s) for s in UNETS}
 
     def compare(name: str, unet: Any) -> None:
         if (

@@ -4,6 +4,7 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -106,7 +107,7 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
             print(f"{part.name} ...", file=sys.stderr, flush=True)
             done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
             state[part.name] = f"done in {number(time.monotonic() - start)} s"
-        except Show1Error as error:
+        except (Show1Error, RuntimeError) as error:  # torch's, as where memory does not suffice
             state[part.name] = f"not done: {error}"
             print(f"{part.name}: {error}", file=sys.stderr, flush=True)
         report.save(*content())
@@ -160,8 +161,10 @@ class Check:
 def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
     """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
     from export.parity import TOLERANCE
+    from export.random_checkpoint import is_current
 
-    if not CHECKPOINT.is_dir():
+    if not is_current(CHECKPOINT, "golden"):
+        shutil.rmtree(CHECKPOINT, ignore_errors=True)
         _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT))
     reference = _golden_bundle(clock, "onnxruntime", "fp32")
     checks: list[Check] = []

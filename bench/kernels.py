@@ -18,6 +18,7 @@ from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from export.kernels import CUDA, REFERENCE, build_library
+from export.random_checkpoint import published_scheduler
 from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.schedulers import SchedulerConfig, make_schedule
 
@@ -63,16 +64,12 @@ ATTENTION_SHAPES = (
     *(AttentionShape("sr2", 2, 29, h, w, n, 64) for h, w, n in ((40, 72, 5), (20, 36, 10), (10, 18, 20), (5, 9, 20))),
 )
 
-_PIXEL = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95}
-_DPM = {"_class_name": "DPMSolverMultistepScheduler"}
-_SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-# Stage -> sample [B, C, F, H, W], published scheduler settings.
-STEP_SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "base": ((1, 3, 8, 40, 64), {**_DPM, **_PIXEL, "sample_max_value": 1.5}),
-    "interp": ((7, 3, 5, 40, 64), {**_DPM, **_PIXEL, "sample_max_value": 1.5}),
-    "if2": ((1, 3, 1, 160, 256), {"_class_name": "DDPMScheduler", **_PIXEL, "variance_type": "learned_range"}),
-    "sr1": ((1, 3, 8, 160, 256), {**_DPM, **_PIXEL}),
-    "sr2": ((1, 4, 29, 40, 72), {**_DPM, **_SCALED}),
+STEP_SHAPES: dict[str, tuple[int, ...]] = {  # stage -> sample [B, C, F, H, W]
+    "base": (1, 3, 8, 40, 64),
+    "interp": (7, 3, 5, 40, 64),
+    "if2": (1, 3, 1, 160, 256),
+    "sr1": (1, 3, 8, 160, 256),
+    "sr2": (1, 4, 29, 40, 72),
 }
 FRAMES_SHAPE = (3, 29, 320, 576)  # C, F, H, W
 
@@ -240,10 +237,10 @@ class KernelBench:
 
     # ---- Denoising step
 
-    def step(self, stage: str, dtype: str = "float16") -> Row:
+    def step(self, stage: str) -> Row:
         torch = self.torch
-        shape, settings = STEP_SHAPES[stage]
-        schedule = make_schedule(SchedulerConfig.from_dict(settings, stage), 50)
+        shape = STEP_SHAPES[stage]
+        schedule = make_schedule(SchedulerConfig.from_dict(published_scheduler(stage), stage), 50)
         index, guidance_scale = 25, 7.0
         batch, channels, frames, height, width = shape
         pixels = height * width

@@ -316,10 +316,8 @@ def describe_run(
     return {
         "stages": list(stages),
         "preset": preset,
-        "steps": {stage: getattr(settings, stage).num_inference_steps for stage in DIFFUSION_STAGES},
-        "strength": settings.strength,
+        **settings.to_dict(),
         "sizes": {stage: "{}x{}".format(*sizes[stage]) for stage in DIFFUSION_STAGES},
-        "keyframes": settings.keyframes,
         "frames": settings.num_frames,
         "seed": seed,
         "warmup": warmup,

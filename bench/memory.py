@@ -161,11 +161,11 @@ class Result:
         }
 
 
-def run_memory(bundle: Bundle, settings: Settings, seed: int, keep_loaded: bool = False) -> Result:
+def run_memory(bundle: Bundle, settings: Settings, seed: int) -> Result:
     """Make one video as `show1-rt generate` does and watch."""
     check_run(bundle, settings)
     ends: dict[str, float] = {}
-    with Show1Pipeline(EnginePool(bundle, keep_loaded)) as pipeline, Sampler() as sampler:
+    with Show1Pipeline(EnginePool(bundle)) as pipeline, Sampler() as sampler:
         pipeline(PROMPT, seed=seed, settings=settings, on_clip=lambda stage, _: ends.update({stage: sampler.now()}))
     assert tuple(ends) == DIFFUSION_STAGES
     return Result(sampler.samples, ends, peak_memory())

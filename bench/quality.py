@@ -164,12 +164,14 @@ def run_quality(
 
     A clip that is there already is not made again: an interrupted run continues. `reference` is another run's folder;
     `made_by` is kept with the clips, bundle and settings. Raises OutputError for clips of another prompt, seed or
-    `made_by`, and for a reference with fewer clips.
+    `made_by`, and for a reference with fewer clips or of another size.
     """
     if reference is not None:
         missing = [clip_file(reference, i).name for i in range(len(prompts)) if not clip_file(reference, i).is_file()]
         if missing:
             raise OutputError(f"{reference}: no {', '.join(missing)}. Run the reference with as many --prompts first.")
+        for index, prompt in enumerate(prompts):
+            _check_prompt(clip_file(reference, index), prompt)
     readings: list[Reading] = []
     rows: list[dict[str, Any]] = []
     maker = json.dumps(made_by or {}, sort_keys=True)
@@ -187,6 +189,11 @@ def run_quality(
         row["background"] = readings[-1].background
         if reference is not None:
             other = np.load(clip_file(reference, index))["frames"]
+            if other.shape != frames.shape:
+                raise OutputError(
+                    f"{clip_file(reference, index)} has frames of {other.shape}, this run's are of {frames.shape}. "
+                    "Give the --video and --keyframes of the reference."
+                )
             row |= {
                 "psnr": psnr(frames, other),
                 "ssim": ssim(frames, other),
@@ -210,12 +217,17 @@ def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float
 
 def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, float]:
     """Frames, and the seconds that they took."""
+    _check_prompt(file, prompt)
     kept = np.load(file)
-    if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
-        raise OutputError(f"{file} is of another prompt or seed. Choose another --out.")
     if "maker" not in kept or str(kept["maker"]) != maker:
         raise OutputError(f"{file} was made by another bundle or with other settings. Choose another --out.")
     return kept["frames"], float(kept["seconds"])
+
+
+def _check_prompt(file: Path, prompt: Prompt) -> None:
+    kept = np.load(file)
+    if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
+        raise OutputError(f"{file} is of another prompt or seed. Choose another folder.")
 
 
 def distance_table(rows: Iterable[dict[str, Any]]) -> Table:

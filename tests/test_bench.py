@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
-
 from bench.__main__ import main
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
 from bench.machine import describe_machine, git_commit

@@ -9,7 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.baseline import DenoisingLoop, Place, ReferenceUNet, Source, make_network, measure_network, network_flop
 from bench.work import NETWORKS, PUBLISHED_FLOP, reference_calls

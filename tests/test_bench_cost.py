@@ -1,12 +1,9 @@
 """The cost of presets: what is counted, what steps and guidance save, and what the command prints."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.__main__ import main
 from bench.work import PUBLISHED_FLOP, SHALLOW_FLOP, published_flop, step_counts

@@ -1,7 +1,6 @@
 """Whole videos against the reference: how seconds and rates are reckoned, and one real comparison of small networks."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.__main__ import main
-from bench.e2e import Contender, Result, Setup, StageTime, Work, from_latency, sources
+from bench.e2e import Contender, Result, Setup, StageTime, Work, from_latency, run_e2e, sources
 from bench.latency import EngineCall, StageResult, StageRun
 from bench.work import Calls, matrix_rate
+from engines.errors import SettingsError
 from engines.store import Bundle
 from export.random_checkpoint import random_checkpoint
 from runtime.config import Settings
@@ -41,6 +40,9 @@ def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
     time = from_latency(interp_run(3), 7, INTERP)
     assert time.full is False
     assert time.seconds == pytest.approx(1 + 7 * 2 + 0.5)
+    calls = [EngineCall("step", start, 1.5) for start in (1.0, 11.0, 13.0)]
+    slow_start = StageResult("interp", [StageRun(0.0, 15.5, calls, [11.0, 13.0, 15.0], 3)], 0.1, 2**30)
+    assert from_latency(slow_start, 7, INTERP).seconds == pytest.approx(1 + 7 * 2 + 0.5), "as baselines: the median"
     single = from_latency(interp_run(1), 7, INTERP)
     assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
 
@@ -91,6 +93,11 @@ def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path
     assert all(difference < 1e-4 for difference in result["largest_difference"].values())
     assert "eager / onnxruntime" in out.with_suffix(".md").read_text(encoding="utf-8")
     assert (tmp_path / "e2e-stages.svg").is_file()
+
+
+def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
+    with pytest.raises(SettingsError, match="nothing to measure: give a --bundle, or a --baseline"):
+        run_e2e(Setup("golden", None, [], Settings(), ["base"], [], 1, 1), lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,18 @@
 """The kernels' benchmark where there is no GPU: its checks and baselines on the CPU, with a clock that stands still."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from test_kernels import _on_cpu, _reference
 
-from engines.gpu import find_gpus
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
-
 from bench import kernels
 from bench.__main__ import main
 from bench.timing import Summary
 from engines.errors import EngineError
+from engines.gpu import find_gpus
 
 pytestmark = pytest.mark.torch
 
@@ -39,7 +34,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
     monkeypatch.setattr(
         kernels, "ATTENTION_SHAPES", [replace(s, height=1, width=2) for s in kernels.ATTENTION_SHAPES[::4]]
     )
-    small = {stage: ((*s[:3], 6, 8), settings) for stage, (s, settings) in kernels.STEP_SHAPES.items()}
+    small = {stage: (*shape[:3], 6, 8) for stage, shape in kernels.STEP_SHAPES.items()}
     monkeypatch.setattr(kernels, "STEP_SHAPES", small)
     monkeypatch.setattr(kernels, "FRAMES_SHAPE", (3, 2, 5, 7))
     yield kernels.KernelBench(torch, _on_cpu(), _reference(), warmup=1, repeats=3)

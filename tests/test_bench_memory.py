@@ -1,14 +1,11 @@
 """Memory over time: what a sample is booked to, and one real run on a small bundle."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.__main__ import main
 from bench.memory import Result, Sample, Sampler, device_memory
@@ -42,10 +39,10 @@ def test_thinning_keeps_the_peak() -> None:
 def test_the_sampler_sees_memory_that_is_taken() -> None:
     with Sampler(interval=0.005) as sampler:
         before = sampler.samples[0].resident
-        block = np.ones(64 * 2**20, np.uint8)
+        block = np.ones(256 * 2**20, np.uint8)  # far above what the allocator may give back meanwhile
         time.sleep(0.1)
         del block
-    assert max(s.resident for s in sampler.samples) > before + 48 * 2**20
+    assert max(s.resident for s in sampler.samples) > before + 128 * 2**20
     assert len(sampler.samples) > 3
 
 

@@ -1,12 +1,8 @@
 """Plots: well-formed SVG whose marks lie where the numbers say."""
 
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench.plots import Axis, Bars, Chart
 

@@ -1,15 +1,12 @@
 """Presets side by side: what the table, plot and files say of videos whose content is known."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench import presets
 from bench.__main__ import main

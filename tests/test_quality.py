@@ -1,13 +1,10 @@
 """The ruler: the judge on clips whose content is known, the control, distances, and a whole run on such clips."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is run from the checkout, never installed
 
 from bench import quality
 from bench.quality import bootstrap, feature_distance, flicker, ssim, wilson
@@ -125,6 +122,11 @@ def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[F
         quality.run_quality(PROMPTS[:4], make, second, reference=first)
     with pytest.raises(OutputError, match="another prompt or seed"):
         quality.run_quality(PROMPTS[1:3], make, second)
+    (third := tmp_path / "third").mkdir()
+    with pytest.raises(OutputError, match="another prompt or seed"):
+        quality.run_quality(PROMPTS[1:3], pytest.fail, third, reference=first)
+    with pytest.raises(OutputError, match=r"00\.npz has frames of .* Give the --video and --keyframes"):
+        quality.run_quality(prompts, lambda prompt: make(prompt)[:2], third, reference=first)
 
 
 def test_a_prompt_count_out_of_range_is_refused() -> None:

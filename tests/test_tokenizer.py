@@ -118,7 +118,7 @@ def test_t5_ids_are_those_of_sentencepiece_on_random_text(t5: Tokenizer, t5_fold
 
 
 def test_t5_ids_are_those_of_transformers(t5: Tokenizer, t5_folder: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with the export extra")
+    transformers = pytest.importorskip("transformers", reason="compares with the bench extra")
     other = transformers.T5Tokenizer.from_pretrained(t5_folder)
     for text in AWKWARD:
         # transformers 5 takes a "▁" that was typed and U+0085 for spaces, sentencepiece does not.
@@ -177,7 +177,7 @@ class SlowClip:
         (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}), encoding="utf-8")
 
     def __call__(self, text: str) -> list[int]:
-        regex = pytest.importorskip("regex", reason="compares with the export extra")
+        regex = pytest.importorskip("regex", reason="compares with the bench extra")
         pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         tokens = [self.BOS]
         for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
@@ -226,7 +226,7 @@ def test_clip_ids_are_those_of_the_slow_tokenizer(pad: str, tmp_path: Path) -> N
 
 
 def test_clip_ids_are_those_of_transformers_where_nothing_is_tidied(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with the export extra")
+    transformers = pytest.importorskip("transformers", reason="compares with the bench extra")
     SlowClip(tmp_path / "from", "!")
     ours = load(convert_clip(tmp_path / "from"), tmp_path)
     other = transformers.CLIPTokenizer.from_pretrained(tmp_path / "from")
