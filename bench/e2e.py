@@ -24,8 +24,9 @@ from engines.errors import SettingsError
 from engines.store import Bundle
 from export import networks
 from export.checkpoint import file_hash
+from export.configs import published_scheduler
 from export.modules.vae import downscaling
-from export.random_checkpoint import CONFIGS, published_scheduler
+from export.random_checkpoint import CONFIGS
 from runtime.config import Settings
 from runtime.runner import Engine
 

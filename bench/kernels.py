@@ -17,8 +17,8 @@ from bench.plots import Axis, Chart
 from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
+from export.configs import published_scheduler
 from export.kernels import CUDA, REFERENCE, build_library
-from export.random_checkpoint import published_scheduler
 from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.schedulers import SchedulerConfig, make_schedule
 

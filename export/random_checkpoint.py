@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.catalog import CATALOG, networks_of
+from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
-from export.demo.cascade import NETWORKS, NOISING, save_rest, save_tokenizers, write_json
+from export.configs import NOISING, PUBLISHED, SCHEDULERS
+from export.demo.cascade import NETWORKS, save_rest, save_tokenizers, write_json
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
 from export.modules.vae import Autoencoder, VAEDecoder
@@ -28,154 +29,8 @@ _SHARD = 2 * 2**30  # bytes
 _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exact in float16
 
 
-def _pixel(
-    in_channels: int, channels: list[int], attended: int, kind: str, heads: int, text_dim: int, dim: int, **more: Any
-) -> dict[str, Any]:
-    """A pixel UNet with attention on its `attended` coarsest levels."""
-    finer = len(channels) - attended
-    return {
-        "_class_name": "UNet3DConditionModel" if kind == "3D" else "UNet2DConditionModel",
-        "act_fn": "gelu",
-        "addition_embed_type": "text",
-        "addition_embed_type_num_heads": heads,
-        "attention_head_dim": heads,
-        "block_out_channels": channels,
-        "cross_attention_dim": dim,
-        "cross_attention_norm": "group_norm",
-        "down_block_types": [f"ResnetDownsampleBlock{kind}"] * finer + [f"SimpleCrossAttnDownBlock{kind}"] * attended,
-        "encoder_hid_dim": text_dim,
-        "encoder_hid_dim_type": "text_proj",
-        "in_channels": in_channels,
-        "mid_block_type": f"UNetMidBlock{kind}SimpleCrossAttn",
-        "out_channels": 6,
-        "resnet_time_scale_shift": "scale_shift",
-        "up_block_types": [f"SimpleCrossAttnUpBlock{kind}"] * attended + [f"ResnetUpsampleBlock{kind}"] * finer,
-        **more,
-    }
-
-
-def _super_resolution(dim: int) -> dict[str, Any]:
-    return {
-        "class_embed_type": "timestep",
-        "mid_block_scale_factor": 1.4142271248762552,
-        "resnet_out_scale_factor": 1.4142271248762552,
-        "resnet_skip_time_act": True,
-        "time_embedding_act_fn": "gelu",
-        "time_embedding_dim": dim,
-    }
-
-
-def _latent(channels: list[int], attended: int, heads: list[int], dim: int, **more: Any) -> dict[str, Any]:
-    """A latent UNet with attention on its `attended` finest levels."""
-    coarser = len(channels) - attended
-    return {
-        "_class_name": "UNet3DConditionModel",
-        "act_fn": "silu",
-        "attention_head_dim": heads,
-        "block_out_channels": channels,
-        "cross_attention_dim": dim,
-        "down_block_types": ["CrossAttnDownBlock3D"] * attended + ["DownBlock3D"] * coarser,
-        "in_channels": 4,
-        "mid_block_type": "UNetMidBlock3DCrossAttn",
-        "out_channels": 4,
-        "up_block_types": ["UpBlock3D"] * coarser + ["CrossAttnUpBlock3D"] * attended,
-        "use_linear_projection": True,
-        **more,
-    }
-
-
-def _t5(dim: int, inner: int, heads: int, head_dim: int, layers: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "architectures": ["T5EncoderModel"],
-        "d_ff": inner,
-        "d_kv": head_dim,
-        "d_model": dim,
-        "feed_forward_proj": "gated-gelu",
-        "num_heads": heads,
-        "num_layers": layers,
-        "vocab_size": vocabulary,
-    }
-
-
-def _clip(dim: int, inner: int, heads: int, layers: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "hidden_act": "gelu",
-        "hidden_size": dim,
-        "intermediate_size": inner,
-        "max_position_embeddings": 77,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "vocab_size": vocabulary,
-    }
-
-
-def _vae(channels: list[int], layers: int) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": channels,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "latent_channels": 4,
-        "layers_per_block": layers,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-    }
-
-
-_BASE = {"channels": [320, 640, 960, 1280], "attended": 3, "kind": "3D", "heads": 64, "text_dim": 4096, "dim": 1280}
 # size -> folder -> config.json. The golden size is that of the demo cascade, near the golden set's.
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    "published": {
-        "base/text_encoder": _t5(4096, 10240, 64, 64, 24, 32128),
-        "base/unet": _pixel(3, **_BASE, layers_per_block=3),
-        "interpolation/unet": _pixel(7, **_BASE, layers_per_block=3),
-        "if2/unet": _pixel(
-            6,
-            [160, 320, 640, 960, 1280],
-            2,
-            "2D",
-            64,
-            4096,
-            1280,
-            layers_per_block=[2, 2, 3, 5, 5],
-            **_super_resolution(1280),
-        ),
-        "sr1/unet": _pixel(
-            6,
-            [128, 256, 512, 768, 768],
-            2,
-            "3D",
-            64,
-            4096,
-            768,
-            layers_per_block=[2, 2, 3, 4, 2],
-            **_super_resolution(768),
-        ),
-        "sr2/text_encoder": _clip(1024, 4096, 16, 23, 49408),
-        "sr2/unet": _latent(
-            [320, 640, 1280, 1280], 3, [5, 10, 20, 20], 1024, layers_per_block=2, transfromer_in_opt=True
-        ),
-        "sr2/vae": _vae([128, 256, 512, 512], 2),
-    },
-    "golden": dict(NETWORKS.values()),
-}
-
-_DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True}
-_COSINE = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95}
-_SCHEDULERS = {
-    "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"},
-    "interpolation": {
-        **_DPM,
-        **_COSINE,
-        "sample_max_value": 1.5,
-        "lambda_min_clipped": -5.1,
-        "variance_type": "fixed_small",
-    },
-    "if2": {"_class_name": "DDPMScheduler", **_COSINE, "sample_max_value": 1.0, "variance_type": "learned_range"},
-    "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "variance_type": "fixed_small"},
-    "sr2": {**_DPM, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
-}
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {"published": PUBLISHED, "golden": dict(NETWORKS.values())}
 
 
 def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: Iterable[str] = ("all",)) -> None:
@@ -209,11 +64,6 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: It
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 
 
-def published_scheduler(stage: str) -> dict[str, Any]:
-    """The settings of a denoising stage's scheduler, as published."""
-    return _SCHEDULERS[CATALOG[stage].folders[0]]
-
-
 def is_current(folder: Path, size: str) -> bool:
     """Whether `random_checkpoint` made this folder, of the networks of this version."""
     try:
@@ -234,7 +84,7 @@ def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Ge
 
 def _save_published_rest(out: Path) -> None:
     save_tokenizers(out)
-    for name, scheduler in _SCHEDULERS.items():
+    for name, scheduler in SCHEDULERS.items():
         write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)
     for name in ("if2", "sr1"):
         write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", NOISING)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from engines.catalog import CATALOG
 from engines.errors import CheckpointError, SettingsError
-from export import networks
+from export import configs, networks
 from export.demo import cascade, stages
 from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
 from export.demo.muon import Muon
@@ -132,7 +132,7 @@ def test_super_resolution_is_trained_on_the_runtimes_condition(
     index, numbers = torch.tensor([0, 3]), torch.tensor([[5.0, 6], [0, 1]])
     large, condition = stage.with_condition(index, numbers, torch.tensor([250, 250]), torch.Generator())
     small = resize_bilinear(stage.pool.frames(index, numbers, (64, 40)).numpy(), (160, 256))
-    config = SchedulerConfig.from_dict(cascade.NOISING, "test")
+    config = SchedulerConfig.from_dict(configs.NOISING, "test")
     whole = stage.pool.frames(index, numbers, (256, 160))
     for i in range(2):
         part = np.s_[i, :, :, top[i] : top[i] + 32, left[i] : left[i] + 48]

@@ -315,6 +315,7 @@ def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
     float32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOW1_KERNELS", str(tmp_path))
+    runner_inductor._kernels.cache_clear()  # as in a process that has loaded none
     message = r"holds no show1_kernels\w*\. Build it .*`cmake -S \. -B build/kernels"
     with pytest.raises(EngineError, match=message):
         find_library("show1_kernels_ref")

@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
 
 from engines.store import write_atomically
+from export import configs
 from export.demo.captions import words
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
@@ -47,130 +48,40 @@ def _clip_vocabulary() -> tuple[list[str], list[str]]:
 
 _CLIP_PIECES, _CLIP_MERGES = _clip_vocabulary()
 
-_PIXEL: dict[str, Any] = {
-    "_class_name": "UNet3DConditionModel",
-    "act_fn": "gelu",
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 8,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 64,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": _TEXT_DIM,
-    "encoder_hid_dim_type": "text_proj",
-    "layers_per_block": 1,
-    # Groups of several channels: with one channel each, the last norm would hide how strong the noise is.
-    "norm_num_groups": 8,
-    "out_channels": 6,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_dim": 128,
-}
-
-
-def _pixel(in_channels: int, channels: list[int], kind: str, attentive: int = 1, **more: Any) -> dict[str, Any]:
-    """A UNet with attention on its `attentive` coarsest levels, as the published ones have it on their coarser ones."""
-    finer = len(channels) - attentive
-    return {
-        **_PIXEL,
-        "in_channels": in_channels,
-        "block_out_channels": channels,
-        "down_block_types": [f"ResnetDownsampleBlock{kind}"] * finer + [f"SimpleCrossAttnDownBlock{kind}"] * attentive,
-        "mid_block_type": f"UNetMidBlock{kind}SimpleCrossAttn",
-        "up_block_types": [f"SimpleCrossAttnUpBlock{kind}"] * attentive + [f"ResnetUpsampleBlock{kind}"] * finer,
-        **more,
-    }
-
-
-_SUPER_RESOLUTION = {
-    "class_embed_type": "timestep",
-    "mid_block_scale_factor": 1.4142271248762552,
-    "resnet_out_scale_factor": 1.4142271248762552,
-    "resnet_skip_time_act": True,
-    "time_embedding_act_fn": "gelu",
-    "time_embedding_dim": 64,
-}
+# Groups of several channels: with one channel each, the last norm would hide how strong the noise is.
+_PIXEL = {"heads": 8, "text_dim": _TEXT_DIM, "dim": 64, "layers_per_block": 1, "norm_num_groups": 8}
+_MOVING = {**_PIXEL, "kind": "3D", "time_embedding_dim": 128}
+_LARGER = {**_PIXEL, "attended": 1, **configs.super_resolution(64)}
 
 # network -> (folder in the checkpoint, config)
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": (
-        "base/text_encoder",
-        {
-            "architectures": ["T5EncoderModel"],
-            "d_ff": 128,
-            "d_kv": 16,
-            "d_model": _TEXT_DIM,
-            "feed_forward_proj": "gated-gelu",
-            "num_heads": 4,
-            "num_layers": 2,
-            "vocab_size": len(_PIECES),
-        },
-    ),
-    "clip": (
-        "sr2/text_encoder",
-        {
-            "architectures": ["CLIPTextModel"],
-            "hidden_act": "gelu",
-            "hidden_size": _CLIP_DIM,
-            "intermediate_size": 96,
-            "max_position_embeddings": 77,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "vocab_size": len(_CLIP_PIECES),
-        },
-    ),
+    "t5": ("base/text_encoder", configs.t5(_TEXT_DIM, 128, 4, 16, 2, len(_PIECES))),
+    "clip": ("sr2/text_encoder", configs.clip(_CLIP_DIM, 96, 4, 2, len(_CLIP_PIECES))),
     # Two levels: on the coarsest alone, 8 x 5, a small thing that moves is a pixel that jumps.
-    "base": ("base/unet", _pixel(3, [16, 16, 32, 56], "3D", attentive=2)),
-    "interp": ("interpolation/unet", _pixel(7, [16, 16, 32, 56], "3D")),
-    "if2": ("if2/unet", _pixel(6, [16, 24, 24, 24], "2D", _class_name="UNet2DConditionModel", **_SUPER_RESOLUTION)),
-    "sr1": ("sr1/unet", _pixel(6, [16, 24, 24, 24], "3D", **_SUPER_RESOLUTION)),
-    "vae": (
-        "sr2/vae",
-        {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [16, 24, 32, 48],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "norm_num_groups": 2,
-            "scaling_factor": 0.18215,
-        },
-    ),
+    "base": ("base/unet", configs.pixel(3, [16, 16, 32, 56], attended=2, **_MOVING)),
+    "interp": ("interpolation/unet", configs.pixel(7, [16, 16, 32, 56], attended=1, **_MOVING)),
+    "if2": ("if2/unet", configs.pixel(6, [16, 24, 24, 24], kind="2D", **_LARGER)),
+    "sr1": ("sr1/unet", configs.pixel(6, [16, 24, 24, 24], kind="3D", **_LARGER)),
+    "vae": ("sr2/vae", {**configs.vae([16, 24, 32, 48], 1), "norm_num_groups": 2}),
     "sr2": (
         "sr2/unet",
         {
-            "_class_name": "UNet3DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": [3, 4],
-            "block_out_channels": [24, 32],
-            "cross_attention_dim": _CLIP_DIM,
+            **configs.latent([24, 32], 1, [3, 4], _CLIP_DIM, layers_per_block=1, norm_num_groups=8),
             "down_block_types": ["DownBlock3D", "CrossAttnDownBlock3D"],
-            "in_channels": 4,
-            "layers_per_block": 1,
-            "mid_block_type": "UNetMidBlock3DCrossAttn",
-            "norm_num_groups": 8,
-            "out_channels": 4,
             "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D"],
-            "use_linear_projection": True,
         },
     ),
 }
 
-_V = {"prediction_type": "v_prediction"}
-_DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True, **_V}
-_COSINE = {
-    "beta_schedule": "squaredcos_cap_v2",
-    "thresholding": True,
-    "dynamic_thresholding_ratio": 0.95,
-    "variance_type": "fixed_small",
-}
+_DPM = {**configs.DPM, "prediction_type": "v_prediction"}
+_COSINE = {**configs.COSINE, "variance_type": "fixed_small"}
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "base": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
     "interp": {**_DPM, **_COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
-    "if2": {"_class_name": "DDPMScheduler", **_V, **_COSINE, "sample_max_value": 1.0},
+    "if2": {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", **_COSINE, "sample_max_value": 1.0},
     "sr1": {**_DPM, **_COSINE, "sample_max_value": 1.0, "lambda_min_clipped": -5.1},
-    "sr2": {**_DPM, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
+    "sr2": {**_DPM, **configs.LATENT},
 }
-NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 
 # The published guidance belongs to networks that follow a text loosely. Here the clips leave little else to say.
 GUIDANCE = {"base": 2.0, "interp": 1.0, "if2": 1.0, "sr1": 1.0, "sr2": 1.0}
@@ -228,7 +139,7 @@ def save_rest(checkpoint: Path) -> None:
         home = checkpoint / Path(NETWORKS[name][0]).parent
         write_json(home / "scheduler" / "scheduler_config.json", config)
         if name in ("if2", "sr1"):
-            write_json(home / "image_noising_scheduler" / "scheduler_config.json", NOISING)
+            write_json(home / "image_noising_scheduler" / "scheduler_config.json", configs.NOISING)
     write_json(checkpoint / "settings.json", {"guidance": GUIDANCE, "strength": STRENGTH})
 
 

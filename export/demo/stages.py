@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export import configs
 from export.demo import cascade
 from export.demo.captions import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES, Scene, training_scenes
 from export.demo.scenes import (
@@ -238,7 +239,7 @@ class Diffusion(Stage):
         self.kept = torch.from_numpy(alphas_cumprod(config)).to(pool.device)
         # Timesteps that a run can visit.
         self.timesteps = max_inference_steps(config) if config.solver == "dpm" else config.num_train_timesteps
-        noising = SchedulerConfig.from_dict(cascade.NOISING, name)
+        noising = SchedulerConfig.from_dict(configs.NOISING, name)
         self.condition_kept = torch.from_numpy(alphas_cumprod(noising)).to(pool.device)
         encoder = self.frozen(self.encoder)
         self.embeds = encode(encoder, *tokens(checkpoint, self.encoder, pool.captions, pool.device))
