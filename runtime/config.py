@@ -185,6 +185,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "spacing": {"base": "logsnr", "interp": "logsnr", "if2": "logsnr", "sr1": "logsnr"},
         # The prompt decides early; base, the only stage that starts from nothing, follows it longest.
         "guided": {"base": (0, 0.8), "interp": (0, 0.5), "if2": (0, 0.5), "sr1": (0, 0.5), "sr2": (0, 0.5)},
+        "cache_interval": {"interp": 2, "sr1": 2},  # most of the work, and they add detail to what base has decided
     },
     # A look at a prompt and a seed, no more.
     "draft": {"num_inference_steps": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4}},

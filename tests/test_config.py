@@ -34,6 +34,7 @@ def test_fast_has_fewer_steps_where_they_matter_least_and_keeps_the_noise_that_s
     assert all(
         getattr(fast, s).num_inference_steps < getattr(Settings(), s).num_inference_steps for s in DIFFUSION_STAGES
     )
+    assert {stage for stage in DIFFUSION_STAGES if getattr(fast, stage).cache_interval > 1} == {"interp", "sr1"}
     assert [getattr(fast, stage).spacing for stage in DIFFUSION_STAGES] == ["logsnr"] * 4 + ["trailing"]
 
 
