@@ -40,7 +40,12 @@ def test_fast_has_fewer_steps_where_they_matter_least_and_keeps_the_noise_that_s
 
 def test_options_win_over_the_preset() -> None:
     settings = Settings().with_options(
-        preset="fast", steps="sr1=9", guidance="base=3", guided="base=0.2-0.7,sr1=1", spacing="sr1=linspace"
+        preset="fast",
+        steps="sr1=9",
+        guidance="base=3",
+        guided="base=0.2-0.7,sr1=1",
+        spacing="sr1=linspace",
+        cache="sr1=1",
     )
     assert settings.sr1 == StageSettings(9, 7.0, (0.0, 1.0), "linspace")
     fast = Settings().with_preset("fast")
