@@ -1,7 +1,6 @@
 """`python -m bench`: measure a bundle, or the CUDA kernels, on this machine. Alone it lists the benchmarks."""
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -293,12 +292,8 @@ def _built(checkpoint: Path) -> Path:
 
 def _network_checkpoint(size: str) -> Path:
     """Random weights of networks of this size, made where they are not there yet or of an older version's networks."""
-    from export.random_checkpoint import is_current
-
     folder = ROOT / "build" / f"random-{size}"
-    if not is_current(folder, size):
-        shutil.rmtree(folder, ignore_errors=True)
-        _run_export("random-checkpoint", "--size", size, "--out", folder)
+    _run_export("random-checkpoint", "--size", size, "--out", folder, "--renew")
     return folder
 
 

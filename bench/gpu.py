@@ -4,7 +4,6 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
-import shutil
 import subprocess
 import sys
 import time
@@ -161,11 +160,8 @@ class Check:
 def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
     """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
     from export.parity import TOLERANCE
-    from export.random_checkpoint import is_current
 
-    if not is_current(CHECKPOINT, "golden"):
-        shutil.rmtree(CHECKPOINT, ignore_errors=True)
-        _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT))
+    _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT), "--renew")
     reference = _golden_bundle(clock, "onnxruntime", "fp32")
     checks: list[Check] = []
     missing: dict[str, str] = {}

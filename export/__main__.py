@@ -110,7 +110,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _random_checkpoint(arguments: argparse.Namespace) -> None:
     from export.random_checkpoint import random_checkpoint
 
-    random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.stage.split(","))
+    random_checkpoint(arguments.out, arguments.size, arguments.seed, arguments.stage.split(","), arguments.renew)
     print(arguments.out)
 
 
@@ -311,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     random.add_argument("--stage", default="all", help="networks of these stages alone, as for build")
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    random.add_argument("--renew", action="store_true", help="replace --out where its networks are another version's")
 
     training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")
     training.set_defaults(run=_train_demo)

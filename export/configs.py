@@ -100,31 +100,27 @@ def vae(channels: list[int], layers: int) -> dict[str, Any]:
     }
 
 
-_BASE = {"channels": [320, 640, 960, 1280], "attended": 3, "kind": "3D", "heads": 64, "text_dim": 4096, "dim": 1280}
+_PIXEL = {"heads": 64, "text_dim": 4096}
+_MOVING = {**_PIXEL, "channels": [320, 640, 960, 1280], "attended": 3, "kind": "3D", "dim": 1280, "layers_per_block": 3}
+_LARGER = {**_PIXEL, "in_channels": 6, "attended": 2}
 PUBLISHED: dict[str, dict[str, Any]] = {  # folder -> config.json
     "base/text_encoder": t5(4096, 10240, 64, 64, 24, 32128),
-    "base/unet": pixel(3, **_BASE, layers_per_block=3),
-    "interpolation/unet": pixel(7, **_BASE, layers_per_block=3),
+    "base/unet": pixel(3, **_MOVING),
+    "interpolation/unet": pixel(7, **_MOVING),
     "if2/unet": pixel(
-        6,
-        [160, 320, 640, 960, 1280],
-        2,
-        "2D",
-        64,
-        4096,
-        1280,
+        channels=[160, 320, 640, 960, 1280],
+        kind="2D",
+        dim=1280,
         layers_per_block=[2, 2, 3, 5, 5],
+        **_LARGER,
         **super_resolution(1280),
     ),
     "sr1/unet": pixel(
-        6,
-        [128, 256, 512, 768, 768],
-        2,
-        "3D",
-        64,
-        4096,
-        768,
+        channels=[128, 256, 512, 768, 768],
+        kind="3D",
+        dim=768,
         layers_per_block=[2, 2, 3, 4, 2],
+        **_LARGER,
         **super_resolution(768),
     ),
     "sr2/text_encoder": clip(1024, 4096, 16, 23, 49408),
@@ -136,15 +132,10 @@ DPM = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_o
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95}
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+_MOVING_STEPS = {**DPM, **COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"}
 SCHEDULERS: dict[str, dict[str, Any]] = {  # folder -> scheduler_config.json
-    "base": {**DPM, **COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"},
-    "interpolation": {
-        **DPM,
-        **COSINE,
-        "sample_max_value": 1.5,
-        "lambda_min_clipped": -5.1,
-        "variance_type": "fixed_small",
-    },
+    "base": _MOVING_STEPS,
+    "interpolation": _MOVING_STEPS,
     "if2": {"_class_name": "DDPMScheduler", **COSINE, "sample_max_value": 1.0, "variance_type": "learned_range"},
     "sr1": {**DPM, **COSINE, "sample_max_value": 1.0, "variance_type": "fixed_small"},
     "sr2": {**DPM, **LATENT},

@@ -1,6 +1,7 @@
 """`export download`: the published checkpoints from Hugging Face, only what the cascade reads, only safetensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
@@ -33,6 +34,25 @@ def needed_files(files: Iterable[str], subfolders: set[str], prefer_fp16: bool) 
     return chosen
 
 
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """What the hub raises, as CheckpointError that says what to do."""
+    try:
+        yield
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository} is gated: log in with `hf auth login` and accept the licence on the model's page at "
+            "Hugging Face, then run this again."
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{repository} was not found, or you are not allowed to see it.") from None
+    except Exception as error:  # the hub's and its transport's share no base class
+        raise CheckpointError(
+            f"{repository} cannot be fetched ({error}). Check the connection and the disk; a second run goes on "
+            "where this one stopped."
+        ) from None
+
+
 def _check_weights(repository: str, files: Iterable[str], subfolders: set[str]) -> None:
     have = {PurePosixPath(file).parts[0] for file in files if file.endswith(".safetensors")}
     if missing := sorted(subfolders - have):
@@ -52,22 +72,9 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
             subfolders[folder].add("tokenizer")
     for folder, wanted in subfolders.items():
         repository = REPOSITORIES[folder]
-        try:
+        with _explained(repository):
             listed = HfApi().list_repo_files(repository)
-            files = needed_files(listed, wanted, precision == "fp16")
-            _check_weights(repository, files, wanted & {network.subfolder for network in networks_of(["all"])})
+        files = needed_files(listed, wanted, precision == "fp16")
+        _check_weights(repository, files, wanted & {network.subfolder for network in networks_of(["all"])})
+        with _explained(repository):
             snapshot_download(repository, allow_patterns=files, local_dir=out / folder)
-        except GatedRepoError:
-            raise CheckpointError(
-                f"{repository} is gated: log in with `hf auth login` and accept the licence on the model's page at "
-                "Hugging Face, then run this again."
-            ) from None
-        except RepositoryNotFoundError:
-            raise CheckpointError(f"{repository} was not found, or you are not allowed to see it.") from None
-        except CheckpointError:
-            raise
-        except Exception as error:  # the hub's and its transport's share no base class
-            raise CheckpointError(
-                f"{repository} cannot be fetched ({error}). Check the connection and the disk; a second run goes on "
-                "where this one stopped."
-            ) from None

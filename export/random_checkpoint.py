@@ -33,20 +33,25 @@ _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exac
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {"published": PUBLISHED, "golden": dict(NETWORKS.values())}
 
 
-def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: Iterable[str] = ("all",)) -> None:
+def random_checkpoint(
+    out: Path, size: str = "golden", seed: int = 0, stages: Iterable[str] = ("all",), renew: bool = False
+) -> None:
     """Write the networks of `stages` in the published folders below `out`, which must not exist; schedulers and
     tokenizers of all.
 
+    With `renew`, `out` may exist: it stays where it has this version's networks, else a new one takes its place.
     Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 24 GB of them.
     """
     if size not in CONFIGS:
         raise SettingsError(f"size {size!r}; allowed: {', '.join(CONFIGS)}.")
     if not 0 <= seed < 2**64:
         raise SettingsError(f"seed {seed}; allowed: 0 to 2^64 - 1.")
-    if out.exists():
+    if out.exists() and not renew:
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
     wanted = {network.path for network in networks_of(stages)}
     configs = {folder: config for folder, config in CONFIGS[size].items() if folder in wanted}
+    if out.exists() and _has_networks(out, configs):
+        return
     need = 2 * sum(math.prod(shape) for f, c in configs.items() for shape in _shapes(f, c).values())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +64,16 @@ def random_checkpoint(out: Path, size: str = "golden", seed: int = 0, stages: It
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
             _write(Path(folder) / out.name, configs, torch.Generator().manual_seed(seed))
             (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
+            if out.exists():
+                shutil.rmtree(out)
             (Path(folder) / out.name).rename(out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 
 
-def is_current(folder: Path, size: str) -> bool:
-    """Whether `random_checkpoint` made this folder, of the networks of this version."""
+def _has_networks(folder: Path, configs: Mapping[str, dict[str, Any]]) -> bool:
     try:
-        return all(json.loads((folder / f / "config.json").read_text()) == c for f, c in CONFIGS[size].items())
+        return all(json.loads((folder / name / "config.json").read_text()) == c for name, c in configs.items())
     except (OSError, ValueError):
         return False
 

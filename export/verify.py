@@ -26,6 +26,7 @@ from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from export.checkpoint import read_config
+from export.configs import NOISING, SCHEDULERS
 from runtime.config import Settings, StageSettings
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames, frames_to_clip, resize_frames
@@ -275,18 +276,13 @@ def _forward(case: str, engine: Engine, data: Arrays, suffix: str, timestep: str
 
 # --- noise schedules: nothing of the bundle, but what its loops compute with
 
-_COSINE = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "squaredcos_cap_v2"}
-_DDPM = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
-_THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.95}
-_LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-
 # The published settings by the names of the reference's trajectories (without their step count).
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    "base": {**_COSINE, **_THRESHOLD, "sample_max_value": 1.5, "lambda_min_clipped": -5.1},
-    "sr1_": {**_COSINE, **_THRESHOLD, "sample_max_value": 1.0},
-    "if2_": {**_DDPM, **_THRESHOLD, "sample_max_value": 1.0, "variance_type": "learned_range"},
-    "sr2_": {**_COSINE, **_LATENT},
-    "ddpm_if1_": {**_DDPM, **_THRESHOLD, "sample_max_value": 1.5, "variance_type": "learned_range"},
+    "base": SCHEDULERS["base"],
+    "sr1_": SCHEDULERS["sr1"],
+    "if2_": SCHEDULERS["if2"],
+    "sr2_": SCHEDULERS["sr2"],
+    "ddpm_if1_": {**SCHEDULERS["if2"], "sample_max_value": 1.5},
 }
 
 
@@ -305,7 +301,7 @@ def _schedulers(reference: Reference, data: Arrays, engines: EnginePool) -> Iter
 
 
 def _noising(level: int, data: Arrays) -> Iterator[Row]:
-    config = SchedulerConfig.from_dict(_DDPM, "noising")
+    config = SchedulerConfig.from_dict(NOISING, "noising")
     noised = add_noise(config, data["noising_x"], data["noising_noise"], level)
     yield from _compare(f"noising_{level}", noised, data[f"noising_{level}"], 1e-5)
 

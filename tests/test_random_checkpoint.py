@@ -46,6 +46,17 @@ def test_the_same_seed_gives_the_same_weights(checkpoint: Path, tmp_path: Path) 
     assert first == again != other
 
 
+def test_a_checkpoint_is_renewed_where_its_networks_are_another_versions(tmp_path: Path) -> None:
+    command = ["random-checkpoint", "--out", str(tmp_path / "some"), "--stage", "base", "--renew"]
+    config = tmp_path / "some/base/unet/config.json"
+    assert main(command) == 0
+    written, made = config.read_bytes(), config.stat().st_mtime_ns
+    assert main(command) == 0 and config.stat().st_mtime_ns == made
+    config.write_text('{"in_channels": 4}')
+    assert main(command) == 0 and config.read_bytes() == written
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
 def test_stages_alone_are_what_build_needs_for_them(tmp_path: Path) -> None:
     assert main(["random-checkpoint", "--out", str(tmp_path / "some"), "--stage", "base,sr1"]) == 0
     configs = {path.parent.relative_to(tmp_path / "some").as_posix() for path in tmp_path.rglob("unet/config.json")}

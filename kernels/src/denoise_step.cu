@@ -29,7 +29,7 @@ __device__ float load(const show1_planes& x, int64_t at) {
 struct Plane {
     int64_t sample, negative, positive, variance, noise, input[2];
 
-    __device__ Plane(const Args& a, int step, int b, int c, int f)
+    __device__ Plane(const Args& a, int b, int c, int f)
         : sample(((static_cast<int64_t>(b) * a.channels + c) * a.frames + f) * a.pixels),
           negative(plane(a.noise_pred, b, c, f)),
           positive(plane(a.noise_pred, b + a.batch, c, f)),
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kPointThreads) pointwise_kernel(Args a) {
     constexpr int kSpan = kPointThreads * kPointsPerThread;
     const int spans = (a.pixels + kSpan - 1) / kSpan;
     const int f = blockIdx.x / spans % a.frames, c = blockIdx.x / spans / a.frames % a.channels;
-    const Plane at(a, step, blockIdx.x / spans / a.frames / a.channels, c, f);
+    const Plane at(a, blockIdx.x / spans / a.frames / a.channels, c, f);
     const int first = blockIdx.x % spans * kSpan + threadIdx.x;
     Element elements[kPointsPerThread];
 #pragma unroll
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kFrameThreads, 1) frame_kernel(Args a, Quantil
     float* const kept = shared_memory<float>() + 1;  // [C, H*W] x0; not used if it does not fit
     const auto for_each_element = [&](const auto& visit) {
         for (int c = 0; c < a.channels; ++c) {
-            const Plane at(a, step, b, c, f);
+            const Plane at(a, b, c, f);
             for (int p = threadIdx.x; p < a.pixels; p += kFrameThreads) visit(c, at, p);
         }
     };
