@@ -1,13 +1,16 @@
 """`show1-rt`: a prompt in, a video out."""
 
 import argparse
+import contextlib
 import faulthandler
 import io
 import json
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
     add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
-    add("--size", metavar="WxH", help="of the video, multiples of 8 (default: 576x320)")
+    add("--size", metavar="WxH", help="of the video, multiples of 8 (default: the bundle's, 576x320)")
     add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
     add("--json", action="store_true", help="print settings, times and the file's name as JSON")
     return parser
@@ -75,15 +78,16 @@ def _doctor(_: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     # Heavy imports wait until arguments have been read: --help and a typing error answer at once.
     from runtime.ops import clip_to_frames
-    from runtime.pipeline import Show1Pipeline, check_prompt, check_run
+    from runtime.pipeline import Show1Pipeline, check_prompt
     from runtime.video import check_output, save_video
 
     check_prompt(arguments.prompt, arguments.negative_prompt)
-    out = arguments.out or _free_name(arguments.prompt, arguments.seed)
-    check_output(out)
     if arguments.save_stages:
+        if arguments.out:
+            _check_apart(arguments.out, arguments.save_stages)
         _make_folder(arguments.save_stages)
         check_output(arguments.save_stages / "base.mp4")
+    check_output(arguments.out or _free_name(arguments.prompt, arguments.seed))
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
     settings = pipeline.settings.with_options(
         preset=arguments.preset,
@@ -95,17 +99,20 @@ def _generate(arguments: argparse.Namespace) -> None:
         keyframes=arguments.keyframes,
         size=arguments.size,
     )
-    check_run(pipeline.engines.bundle, settings)
 
     seconds: dict[str, float] = {}
     start = last = time.perf_counter()
+    unsaved: list[OutputError] = []  # told at the end: a full disk there must not cost the video
 
     def save_stage(stage: str, clip: Any) -> None:
         nonlocal last
         seconds[stage] = time.perf_counter() - last
-        if arguments.save_stages:
-            save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
-            _save_array(clip, arguments.save_stages / f"{stage}.npy")
+        if arguments.save_stages and not unsaved:
+            try:
+                save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
+                _save_array(clip, arguments.save_stages / f"{stage}.npy")
+            except OutputError as error:
+                unsaved.append(error)
         last = time.perf_counter()
 
     def say_cut(reader: str, text: str) -> None:
@@ -124,9 +131,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     bundle = pipeline.engines.bundle
     about = {
         **video.metadata(),
-        "bundle": f"{bundle.root.name} {bundle.id}",
+        "bundle": f"{bundle.root.resolve().name} {bundle.id}",
         "software": f"show1-rt {version('show1-rt')}",
     }
+    out = arguments.out or _free_name(arguments.prompt, arguments.seed)  # again: other runs may have ended meanwhile
     save_video(
         video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
     )
@@ -135,6 +143,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(json.dumps({"out": str(out), "frames": len(video.frames), "cut": video.cut, **about, **times}, indent=1))
     else:
         print(out)
+    if unsaved:
+        raise OutputError(f"{out} is complete, but not all stages were saved: {unsaved[0]}")
+
+
+def _check_apart(out: str, stages: Path) -> None:
+    """A video may lie among the stages' files; it cannot be their folder or one around it."""
+    target, folder = Path(out).resolve(), stages.resolve()
+    if target in (folder, *folder.parents):
+        raise OutputError(f"--out {out} holds --save-stages {stages}. Choose another place for one of them.")
 
 
 def _free_name(prompt: str, seed: int) -> str:
@@ -196,13 +213,29 @@ class _Bars:
         self._close()
 
 
+@contextlib.contextmanager
+def _orderly_termination() -> Iterator[None]:
+    """SIGTERM ends what runs like Ctrl-C, so that no temporary file stays; exit status 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str) -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line."""
     arguments = parser.parse_args(argv)
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be printed is no reason to fail
     try:
-        arguments.run(arguments)
+        with _orderly_termination():
+            arguments.run(arguments)
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

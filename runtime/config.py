@@ -219,8 +219,11 @@ def parse_stage_values(
     values = {}
     for part in text.split(","):
         stage, _, value = part.partition("=")
+        stage = stage.strip()
+        if stage in values:
+            raise SettingsError(f"{text!r} names {stage} twice; allowed: every stage once, e.g. {example}.")
         try:
-            values[stage.strip()] = kind(value)
+            values[stage] = kind(value)
         except ValueError:
             raise SettingsError(
                 f"{part!r}; allowed: STAGE={wanted}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."

@@ -179,6 +179,11 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise OutputError(f"{folder}: is a file. For a video choose {_ALLOWED}.")
+    if folder.is_symlink() or folder.is_mount() or folder == Path.cwd():  # frames replace the folder as a whole
+        raise OutputError(
+            f"{folder}: is a link, a mount point or the current folder, which cannot be replaced. "
+            f"Name a new folder below it, e.g. {folder / 'frames'}."
+        )
     foreign = [entry.name for entry in folder.iterdir() if not _is_own_frame(entry)]
     if foreign:
         raise OutputError(

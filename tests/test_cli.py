@@ -1,9 +1,13 @@
 """`show1-rt` from the command line to the file, and one line for whatever stops it."""
 
+import argparse
 import errno
+import io
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +19,7 @@ import pytest
 from PIL import Image
 
 from engines.store import Bundle
-from runtime.cli import _free_name, main
+from runtime.cli import _free_name, main, run_command
 from runtime.config import Settings
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
@@ -169,6 +173,7 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--steps", "base=1.5"], "'base=1.5'; allowed: STAGE=NUMBER"),
         (["--steps", ""], "''; allowed: STAGE=NUMBER"),
         (["--guidance", "base=much"], "'base=much'; allowed: STAGE=NUMBER"),
+        (["--steps", "base=2,sr1=2,base=3"], "'base=2,sr1=2,base=3' names base twice; allowed: every stage once"),
         (["--steps", "base=2,sr9=3"], "unknown stage sr9; allowed: base, interp, if2, sr1, sr2"),
         (["--guided", "base=most"], "'base=most'; allowed: STAGE=END or BEGIN-END as shares of the steps, stages base"),
         (["--guided", "base=0.7-0.3"], "guided part of base: 0.7-0.3; allowed: BEGIN-END from 0 to 1"),
@@ -192,6 +197,8 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--out", "x.avi"], "x.avi: cannot write .avi files. Allowed are .mp4"),
         (["--out", "taken/x.mp4"], "taken. Create it, or choose another"),
         (["--save-stages", "taken"], "taken: cannot be made"),
+        (["--out", "run/", "--save-stages", "run/stages"], "--out run/ holds --save-stages run/stages. Choose another"),
+        (["--out", "x.mp4", "--save-stages", "x.mp4"], "--out x.mp4 holds --save-stages x.mp4. Choose another"),
         (["--bundle", "nowhere"], "nowhere: no manifest.json there, so it is not a bundle. Make one with"),
     ],
 )
@@ -288,17 +295,78 @@ def test_ctrl_c_ends_with_130_a_line_and_no_video(
     assert os.listdir() == []
 
 
-def test_a_failure_while_writing_is_one_line_and_leaves_the_video_of_before(
-    generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned: list[bool] = []
+
+    def run(_: argparse.Namespace) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        run_command(parser_of(run), [], "")
+    assert (exit.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
+
+
+def test_a_name_that_cannot_be_printed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    assert run_command(parser_of(lambda _: print("熊.mp4")), [], "") == 0
+    assert written.getvalue() == b"\\u718a.mp4" + os.linesep.encode()
+
+
+def parser_of(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run)
+    return parser
+
+
+@pytest.fixture
+def made_already(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """`made_already(meanwhile)`: a black video stands for every run, at whose end `meanwhile` is called."""
+
+    def stand_in(meanwhile: Callable[[], None] = lambda: None) -> None:
+        def call(self: Show1Pipeline, prompt: str, *, settings: Settings, on_clip: Any, **_: Any) -> Video:
+            clip = np.zeros((1, 3, 5, 64, 112), np.float32)
+            on_clip("sr1", clip)
+            on_clip("sr2", clip)
+            meanwhile()
+            return Video(clip_to_frames(clip), clip, prompt, "", 0, settings)
+
+        monkeypatch.setattr(Show1Pipeline, "__call__", call)
+
+    return stand_in
+
+
+def disk_full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_run_that_ended_meanwhile_keeps_its_video(generate: Callable[..., Result], made_already: Any) -> None:
+    made_already(lambda: Path("a-panda-taking-a-selfie-345.mp4").write_bytes(b"another's"))
+    assert generate().out == "a-panda-taking-a-selfie-345-2.mp4\n"
+    assert Path("a-panda-taking-a-selfie-345.mp4").read_bytes() == b"another's"
+
+
+def test_a_stage_that_cannot_be_saved_does_not_cost_the_video(
+    generate: Callable[..., Result], made_already: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def made_already(self: Show1Pipeline, prompt: str, *, settings: Settings, **_: Any) -> Video:
-        clip = np.zeros((1, 3, 5, 64, 112), np.float32)
-        return Video(clip_to_frames(clip), clip, prompt, "", 0, settings)
+    made_already()
+    monkeypatch.setattr("engines.store.write_atomically", disk_full)
+    result = generate("--out", "stages/x.mp4", "--save-stages", "stages")
+    assert (result.code, result.out) == (1, "stages/x.mp4\n")
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: stages/x.mp4 is complete, but not all stages were saved: stages/sr1.npy: cannot be")
+    assert sorted(os.listdir("stages")) == ["sr1.mp4", "x.mp4"]
 
-    def disk_full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Show1Pipeline, "__call__", made_already)
+def test_a_failure_while_writing_is_one_line_and_leaves_the_video_of_before(
+    generate: Callable[..., Result], made_already: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_already()
     monkeypatch.setattr("runtime.video._move", disk_full)
     Path("x.mp4").write_bytes(b"before")
     generate("--out", "x.mp4").assert_one_line("x.mp4")

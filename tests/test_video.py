@@ -348,6 +348,21 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "clip")
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.mkdir()
+    link.symlink_to(here, target_is_directory=True)
+    monkeypatch.chdir(here)
+    for folder in (".", link, here):
+        with pytest.raises(OutputError, match=r"cannot be replaced\. Name a new folder below it, e\.g\. .*frames"):
+            check_output(folder)
+    monkeypatch.chdir(tmp_path)
+    check_output(here)
+    monkeypatch.setattr(Path, "is_mount", lambda _: True)
+    with pytest.raises(OutputError, match="mount point"):
+        check_output(here)
+
+
 def test_a_folder_that_takes_no_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
