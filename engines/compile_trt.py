@@ -95,6 +95,7 @@ def compile_trt(
             raise EngineError(f"{flavour} does not take the graph {spec.name}: {errors or logger.summary()}")
 
         config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
         for profile in spec.profiles.values():
             shapes = builder.create_optimization_profile()
             for binding in spec.inputs:

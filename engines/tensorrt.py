@@ -138,9 +138,17 @@ def choose_backend() -> tuple[str, str]:
 
 
 def polygraphy(flavour: str) -> Any:
-    """Polygraphy's TensorRT backend on a flavour, which it chooses when it is first imported."""
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt-rtx"))
+    """Polygraphy's TensorRT backend on a flavour, which it chooses once, when it is first imported.
+
+    Raises EngineError when it is not installed, or has chosen the other flavour.
+    """
+    rtx = flavour == "tensorrt-rtx"
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(rtx))
     try:
-        return importlib.import_module("polygraphy.backend.trt")
+        backend = importlib.import_module("polygraphy.backend.trt")
+        chosen = importlib.import_module("polygraphy.config").USE_TENSORRT_RTX
     except ImportError as error:
         raise EngineError(f"polygraphy is not usable ({error}): `pip install -e '.[{flavour}]'`.") from None
+    if chosen != rtx:
+        raise EngineError(f"polygraphy serves one flavour of TensorRT per process: run {flavour} in a new one.")
+    return backend

@@ -1,6 +1,7 @@
 """Running engines: one interface over every backend, and the pool that decides which engines are in memory."""
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import tensorrt
-from engines.errors import BundleError, EngineError
+from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
 from engines.store import Bundle
@@ -75,6 +76,14 @@ def open_runner(backend: str, plan: Path) -> Runner:
 
         return InductorRunner(plan)
     raise EngineError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
+
+
+def load_error(plan: Path, library: str, error: Exception) -> Show1Error:
+    """What it means that a library did not load a plan: it cannot be read, or memory is short."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if re.search(r"out of memory|failed to allocate|bad_alloc", str(error), re.IGNORECASE):
+        return EngineError(f"{plan}: too little memory to load it ({text}). Close what else uses it, or the GPU.")
+    return BundleError(f"{plan}: {library} cannot load it ({text}).")
 
 
 def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -201,6 +210,8 @@ class _TimedLoop:
     def step(self, noise: Array | None) -> None:
         with self._engine._timed(next(self._graphs)):
             self._loop.step(noise)
+            if self._engine.on_call is not None:
+                self._loop.sample()  # who asks what a step took wants its work counted, not its queueing
 
     def sample(self) -> Array:
         with self._engine._timed(None):

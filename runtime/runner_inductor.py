@@ -1,7 +1,8 @@
 """Packages of AOTInductor on torch, and the denoising loop on their device. The one module of the runtime with torch.
 
 A package holds machine code for one kind of device, and the weights. On CUDA a whole denoising step, network and
-solver, is one CUDA graph, and nothing but noise (DDPM) crosses the bus between the first step and the last.
+solver, is one CUDA graph, and between the first step and the last nothing crosses the bus but noise (DDPM) and, where
+someone follows the steps, the sample.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engines.catalog import DEEP
-from engines.errors import BundleError, EngineError
+from engines.errors import EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
@@ -31,15 +32,15 @@ from runtime.kernels import (
     step_modes,
     step_table,
 )
-from runtime.runner import Array
+from runtime.runner import Array, load_error
 from runtime.schedulers import Schedule
 
 try:
     import torch
     from torch import Tensor
-except ImportError:
+except (ImportError, OSError) as error:  # OSError: its libraries do not load
     raise EngineError(
-        "torch is not installed, and engines of inductor run on it: `pip install -e '.[inductor]'`."
+        f"torch is not usable ({error}), and engines of inductor run on it: `pip install -e '.[inductor]'`."
     ) from None
 
 # What the kernels take; beyond it attention over frames is torch's own.
@@ -119,6 +120,12 @@ def _stream(device: str) -> int | None:
     return torch.cuda.current_stream().cuda_stream if device == "cuda" else None
 
 
+@cache
+def _warm_up_stream() -> "torch.cuda.Stream":
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
+
+
 @torch.library.custom_op("show1_kernels::temporal_attention", mutates_args=())
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Attention of each pixel over the frames, by our kernel (kernels/include/show1/temporal_attention.h).
@@ -175,7 +182,7 @@ class InductorRunner:
             metadata = self._package.get_metadata()
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
-            raise BundleError(f"{plan}: torch {torch.__version__} cannot load it ({_first_line(error)}).") from None
+            raise load_error(plan, f"torch {torch.__version__}", error) from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()
@@ -183,16 +190,15 @@ class InductorRunner:
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the device, in and out; outputs may be views."""
-        try:
+        with _failures():
             outputs = self._package(*(feeds[name] for name in self.inputs))
-        except Exception as error:
-            raise EngineError(f"inductor failed: {_first_line(error)}") from None
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         return dict(zip(self._outputs, outputs, strict=True))
 
     def infer(self, feeds: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]:
-        outputs = self.run({name: _from_numpy(array).to(self.device) for name, array in feeds.items()})
-        return {name: outputs[name].cpu().numpy() for name in wanted or self._outputs}
+        with _failures():
+            outputs = self.run({name: _from_numpy(array).to(self.device) for name, array in feeds.items()})
+            return {name: outputs[name].cpu().numpy() for name in wanted or self._outputs}
 
     def start_loop(
         self,
@@ -222,12 +228,13 @@ class InductorRunner:
             context=tuple((name, array.shape, array.dtype.name) for name, array in context.items()),
         )
         loop = self._loops.pop(layout, None)
-        if loop is None:
-            if len(self._loops) == _LOOPS:
-                del self._loops[next(iter(self._loops))]  # the one not used for longest
-            loop = DeviceLoop(self, shallow, layout)
+        with _failures():
+            if loop is None:
+                if len(self._loops) == _LOOPS:
+                    del self._loops[next(iter(self._loops))]  # the one not used for longest
+                loop = DeviceLoop(self, shallow, layout)
+            loop.start(x, step_table(schedule, guidance), kinds, condition, context)
         self._loops[layout] = loop
-        loop.start(x, step_table(schedule, guidance), kinds, condition, context)
         return loop
 
     def close(self) -> None:
@@ -249,8 +256,16 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """torch's errors as EngineError: of memory, of launches, and of earlier ones that a copy brings to light."""
+    try:
+        yield
+    except Show1Error:
+        raise
+    except Exception as error:  # its exceptions share no base class
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"inductor failed: {text}") from None
 
 
 def _from_numpy(array: Array) -> Tensor:
@@ -348,17 +363,19 @@ class DeviceLoop:
 
     def step(self, noise: Array | None) -> None:
         buffers, row = self._buffers, self._table[self._index]
-        if noise is not None and buffers.noise is not None:
-            buffers.noise.copy_(torch.from_numpy(noise))
         step = self._steps[self._kinds[self._index]]
-        if step is not self._current:  # the first, or the one before wrote the other kind's input
-            step.enter(float(row["timestep"]))
-        step.run()
+        with _failures():
+            if noise is not None and buffers.noise is not None:
+                buffers.noise.copy_(torch.from_numpy(noise))
+            if step is not self._current:  # the first, or the one before wrote the other kind's input
+                step.enter(float(row["timestep"]))
+            step.run()
         self._current, self._index = step, self._index + 1
 
     def sample(self) -> Array:
         if self._host is not self._buffers.sample:
-            self._host.copy_(self._buffers.sample)
+            with _failures():
+                self._host.copy_(self._buffers.sample)
         return self._host.numpy()
 
 
@@ -422,7 +439,7 @@ class _Step:
 
     def capture(self) -> None:
         """The buffers are spoilt afterwards."""
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

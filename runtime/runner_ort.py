@@ -9,8 +9,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.errors import BundleError, EngineError
+from engines.errors import EngineError
 from engines.gpu import find_gpus
+from runtime.runner import load_error
 
 try:
     import onnxruntime as ort
@@ -41,7 +42,7 @@ class OrtRunner:
         try:
             self._session = ort.InferenceSession(str(plan), options, providers=providers)
         except Exception as error:  # its exceptions share no base class
-            raise BundleError(f"{plan}: ONNX Runtime {ort.__version__} cannot load it ({error}).") from None
+            raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
         if len(providers) > 1 and find_gpus() and _CUDA not in self._session.get_providers():
             # It would go on on the CPU, hours instead of minutes.
             raise EngineError(

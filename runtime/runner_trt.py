@@ -3,15 +3,17 @@
 Not run yet, for want of a card that TensorRT-RTX serves.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import BundleError, EngineError
+from engines.errors import EngineError
 from engines.tensorrt import polygraphy
+from runtime.runner import load_error
 
 
 class TrtRunner:
@@ -20,19 +22,30 @@ class TrtRunner:
         # Memory for the shapes of the call, not for the largest of the profile.
         self._runner = backend.TrtRunner(backend.EngineFromPath(str(plan)), allocation_strategy="runtime")
         try:
-            self._runner.activate()
+            with _log_to_stderr():
+                self._runner.activate()
         except Exception as error:  # its exceptions share no base class
-            raise BundleError(
-                f"{plan}: {flavour} cannot load it ({error}). `show1-rt doctor` says what this machine can run."
-            ) from None
+            raise load_error(plan, flavour, error) from None
 
     def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         try:
-            outputs = self._runner.infer(dict(feeds))
+            with _log_to_stderr():
+                outputs = self._runner.infer(dict(feeds), copy_outputs_to_host=False)
+            # Copied here, and only what is wanted: its buffers serve the next call.
+            return {name: outputs[name].numpy() for name in wanted or outputs}
         except Exception as error:
             raise EngineError(f"TensorRT failed: {error}") from None
-        # Copied: its buffers serve the next call.
-        return {name: np.array(array) for name, array in outputs.items() if wanted is None or name in wanted}
 
     def close(self) -> None:
-        self._runner.deactivate()
+        outputs = self._runner.output_allocator.buffers
+        with _log_to_stderr():
+            self._runner.deactivate()
+        for buffer in outputs.values():
+            buffer.free()  # `deactivate` leaves these on the card
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Polygraphy writes its log where `--json` writes its result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

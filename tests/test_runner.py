@@ -1,17 +1,20 @@
 """Running engines: types at the border, and what is said of plans and inputs that do not run."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from engines import tensorrt
 from engines.errors import BundleError, EngineError, ProfileError
 from engines.store import Bundle
-from runtime import runner_ort
-from runtime.runner import Engine, EnginePool, open_runner
+from runtime import runner_ort, runner_trt
+from runtime.runner import Engine, EnginePool, _TimedLoop, open_runner
 from runtime.runner_ort import OrtRunner
 
 
@@ -50,6 +53,19 @@ def test_a_plan_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path, c
         plan.write_bytes(content)
     with pytest.raises(BundleError, match=r"step\.onnx: ONNX Runtime \d.* cannot load it"):
         OrtRunner(plan)
+
+
+def test_memory_that_is_short_is_no_reason_to_build_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9.50 GiB.\nMore about it.")
+
+    monkeypatch.setattr(runner_ort.ort, "InferenceSession", refuse)
+    opened = Bundle.open(bundle)
+    with pytest.raises(
+        EngineError, match=r"too little memory to load it \(CUDA out of memory.* GiB\.\)\. Close what"
+    ) as e:
+        Engine(opened, opened.engine("clip"))
+    assert "--force" not in str(e.value)
 
 
 def test_how_to_build_a_plan_again_that_cannot_be_loaded_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +118,54 @@ def test_float32_on_a_gpu_is_not_tf32(wheel, tmp_path: Path) -> None:
     assert session.asked == [(runner_ort._CUDA, {"use_tf32": 0}), runner_ort._CPU]
 
 
+class Polygraphy:
+    """Its runner, on a card that is made up: what it was asked to copy, and what it left there."""
+
+    def __init__(self) -> None:
+        self.freed: list[str] = []
+        self.copied: list[str] = []
+        buffers = {name: SimpleNamespace(free=partial(self.freed.append, name)) for name in ("noise_pred", "deep")}
+        self.output_allocator = SimpleNamespace(buffers=buffers)
+
+    def activate(self) -> None:
+        print("[W] a warning")
+
+    def infer(self, feeds: dict[str, np.ndarray], copy_outputs_to_host: bool) -> dict[str, SimpleNamespace]:
+        assert not copy_outputs_to_host
+
+        def numpy(name: str) -> np.ndarray:
+            self.copied.append(name)
+            return feeds["sample"]
+
+        return {name: SimpleNamespace(numpy=partial(numpy, name)) for name in ("noise_pred", "deep")}
+
+    def deactivate(self) -> None:
+        del self.output_allocator
+
+
+def test_a_plan_copies_what_is_wanted_frees_the_rest_and_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = Polygraphy()
+    backend = SimpleNamespace(EngineFromPath=lambda _: None, TrtRunner=lambda *_, **__: card)
+    monkeypatch.setattr(runner_trt, "polygraphy", lambda _: backend)
+    runner = runner_trt.TrtRunner(tmp_path / "step.plan", "tensorrt-rtx")
+    outputs = runner.infer({"sample": np.ones(3)}, ["noise_pred"])
+    assert (list(outputs), card.copied) == (["noise_pred"], ["noise_pred"])
+    assert set(runner.infer({"sample": np.ones(3)})) == {"noise_pred", "deep"}
+    runner.close()
+    assert sorted(card.freed) == ["deep", "noise_pred"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_process_has_one_flavour_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("polygraphy.config")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "0")  # what it is told here does not outlive the test
+    monkeypatch.setattr(config, "USE_TENSORRT_RTX", False)
+    with pytest.raises(EngineError, match="one flavour of TensorRT per process: run tensorrt-rtx in a new one"):
+        tensorrt.polygraphy("tensorrt-rtx")
+
+
 def test_a_plan_for_another_backend_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(
         EngineError, match=r"step\.plan: made for the backend 'abacus', which this version does not run"
@@ -110,6 +174,26 @@ def test_a_plan_for_another_backend_is_refused(bundle: Path, tmp_path: Path) -> 
     opened = Bundle.open(bundle)
     with pytest.raises(EngineError, match="made for the backend 'abacus'"):
         Engine(opened, replace(opened.engine("clip"), backend="abacus"))
+
+
+def test_the_time_of_a_step_has_the_devices_work_in_it(bundle: Path) -> None:
+    class Queue:
+        """Step returns at once, the work is done when the sample is asked for."""
+
+        def step(self, _: object) -> None: ...
+
+        def sample(self) -> np.ndarray:
+            time.sleep(0.05)
+            return np.zeros(1)
+
+    opened, seconds = Bundle.open(bundle), []
+    with EnginePool(opened) as pool, pool.use("clip") as engine:
+        loop = _TimedLoop(engine, Queue(), np.array([True, False]))
+        engine.on_call = lambda graph, _, took: seconds.append((graph, took))
+        loop.step(None)
+        loop.step(None)
+    assert [graph for graph, _ in seconds] == ["step", "shallow"]
+    assert min(took for _, took in seconds) >= 0.05
 
 
 def test_a_pool_counts_calls_and_seconds_of_each_engine(bundle: Path) -> None:
