@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from engines.errors import EngineError
+from engines.gpu import find_gpus
 from runtime.kernels import BUILD, libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,5 +58,7 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
 def build_for(device: str) -> Path:
     """The library that runs on "cuda" or "cpu", where `runtime.kernels.find_library` looks for it."""
     if device == "cuda":
-        return build_library(CUDA, BUILD / CUDA, "-DCMAKE_CUDA_ARCHITECTURES=native")[0]
+        # By number, not "native": CMake compiles again when another card has taken this one's place.
+        here = ";".join(sorted({gpu.target.removeprefix("sm") for gpu in find_gpus()}))
+        return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={here or 'native'}")[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]

@@ -19,7 +19,8 @@ import pytest
 from test_schedulers import PUBLISHED
 
 from engines.errors import EngineError
-from export.kernels import build_library, missing_programs
+from engines.gpu import Gpu
+from export.kernels import CUDA, build_for, build_library, missing_programs
 from runtime.kernels import ABI, BUILD, COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
@@ -52,7 +53,19 @@ def _on_cpu() -> Kernels:
 
 
 def _gpu() -> Kernels:
-    return Kernels(_library("show1_kernels", "-DCMAKE_CUDA_ARCHITECTURES=native"))
+    if missing := missing_programs(CUDA):
+        pytest.skip(f"needs {' and '.join(missing)}")
+    return Kernels(build_for("cuda"))
+
+
+def test_another_card_gets_a_library_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards, asked = [Gpu("", (8, 6), 0, (13, 0)), Gpu("", (12, 0), 0, (13, 0)), Gpu("", (8, 6), 0, (13, 0))], []
+    monkeypatch.setattr("export.kernels.find_gpus", lambda: cards)
+    monkeypatch.setattr("export.kernels.build_library", lambda *arguments: (asked.append(arguments[-1]), ""))
+    build_for("cuda")
+    del cards[1:]
+    build_for("cuda")
+    assert asked == ["-DCMAKE_CUDA_ARCHITECTURES=120;86", "-DCMAKE_CUDA_ARCHITECTURES=86"]
 
 
 class Driver:
