@@ -21,12 +21,16 @@ _OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 
 
 def find_folder(checkpoint: Path, names: Iterable[str], subfolder: str = "") -> Path:
-    """The first of `names` below `checkpoint`; raises CheckpointError that says what was looked for."""
+    """The one of `names` that lies below `checkpoint`. Raises CheckpointError where none or several do."""
     names = list(names)
-    for name in names:
-        folder = checkpoint / name / subfolder
-        if folder.is_dir():
-            return folder
+    there = [name for name in names if (checkpoint / name / subfolder).is_dir()]
+    if len(there) > 1:  # e.g. a random checkpoint beside a downloaded one
+        raise CheckpointError(
+            f"{checkpoint} holds {' and '.join(there)}, which go by different names for the same networks. Move all "
+            "but one of them away."
+        )
+    if there:
+        return checkpoint / there[0] / subfolder
     raise CheckpointError(
         f"{checkpoint}: no folder {' or '.join(f'{n}/{subfolder}'.rstrip('/') for n in names)}. Give --checkpoint a "
         "folder that holds the published checkpoints, or fetch them with `python -m export download`."
@@ -48,17 +52,31 @@ def read_config(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
     """The safetensors files of a folder: whole or in shards, full precision or the fp16 variant.
 
-    Both variants load into either precision; the one asked for is taken where both are there.
+    Both variants load into either precision; the one asked for is taken where both are there. An index without any
+    of its shards is passed over: downloads hold every index, and the shards of one variant. Raises CheckpointError.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing. Download the whole checkpoint again.")
+    incomplete = None
     for variant in (".fp16", "") if prefer_fp16 else ("", ".fp16"):
         for stem in _STEMS:
             if (whole := folder / f"{stem}{variant}.safetensors").is_file():
                 return [whole]
             for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
                 if (folder / index).is_file():
-                    return _shards(folder / index)
+                    shards = _shards(folder / index)
+                    missing = [shard.name for shard in shards if not shard.is_file()]
+                    if shards and not missing:
+                        return shards
+                    error = CheckpointError(
+                        f"{folder / index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them "
+                        "again."
+                    )
+                    if len(missing) < len(shards):
+                        raise error
+                    incomplete = incomplete or error
+    if incomplete:
+        raise incomplete
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
@@ -69,13 +87,7 @@ def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    shards = [index.parent / name for name in sorted(set(read_config(index).get("weight_map", {}).values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing or not shards:
-        raise CheckpointError(
-            f"{index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them again."
-        )
-    return shards
+    return [index.parent / name for name in sorted(set(read_config(index).get("weight_map", {}).values()))]
 
 
 def tensor_sizes(files: Iterable[Path]) -> list[int]:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.catalog import CATALOG, TOKENIZERS, UNETS
-from engines.errors import CheckpointError
+from engines.errors import CheckpointError, SettingsError
 from export import networks
 from export.checkpoint import find_folder, load_vae, load_weights, read_config, weight_files
+from export.download import needed_files
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
 from export.modules.vae import Autoencoder
@@ -75,6 +76,26 @@ def test_shards_load_as_the_whole_does(golden: Path, tmp_path: Path, index: str)
     module = clip_module(golden)
     load_weights(module, weight_files(tmp_path, prefer_fp16=False), torch.float32, "clip")
     assert_holds(module, weights)
+
+
+def test_what_is_downloaded_for_one_precision_builds_in_the_other(tmp_path: Path) -> None:
+    """Downloads hold every index, and the shards of one variant."""
+    published = []
+    for variant, index in (("", "model.safetensors.index.json"), (".fp16", "model.safetensors.index.fp16.json")):
+        shards = [f"model{variant}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        published += [index, *shards]
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    for prefer_fp16 in (True, False):
+        fetched = needed_files([f"unet/{name}" for name in published], {"unet"}, prefer_fp16)
+        weights = [tmp_path / Path(name).name for name in fetched if name.endswith(".safetensors")]
+        assert len(weights) == 2 and len(fetched) == 4
+        for path in weights:
+            path.touch()
+        assert weight_files(tmp_path, prefer_fp16) == weight_files(tmp_path, not prefer_fp16) == weights
+        for path in weights:
+            path.unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json: shards model-00001-of-00002\.safetensors, .* are missing"):
+        weight_files(tmp_path, prefer_fp16=False)
 
 
 def test_a_missing_shard_is_named(golden: Path, tmp_path: Path) -> None:
@@ -222,6 +243,12 @@ def test_a_config_of_other_weights_is_told_apart_from_them(golden: Path, tmp_pat
         networks.load(Source.find(CATALOG["base"], models, "fp32"), "fp32", (576, 320))
 
 
+def test_a_precision_that_modules_do_not_have_is_not_blamed_on_the_config(golden: Path) -> None:
+    source = Source.find(CATALOG["clip"], golden / "models", "fp32")
+    with pytest.raises(SettingsError, match="precision 'int8'; allowed: fp32, fp16, bf16"):
+        networks.load(source, "int8", (576, 320))
+
+
 # Configs
 
 
@@ -327,6 +354,18 @@ def test_all_networks_are_found_under_both_kinds_of_folder_names(
     for folders in TOKENIZERS.values():
         assert find_folder(models, folders, "tokenizer").is_dir()
     assert set(networks.schedulers(models, CATALOG.values())) == {*UNETS, "if2.noising", "sr1.noising"}
+
+
+def test_a_network_that_is_there_under_both_of_its_names_is_refused(golden: Path, tmp_path: Path) -> None:
+    models = link_models(golden, tmp_path, AS_DOWNLOADED)
+    (models / "sr1").symlink_to(golden / "models" / "sr1", target_is_directory=True)  # e.g. by random-checkpoint
+    assert Source.find(CATALOG["base"], models, "fp32")
+    for find in (
+        lambda: Source.find(CATALOG["sr1"], models, "fp32"),
+        lambda: networks.schedulers(models, [CATALOG["sr1"]]),
+    ):
+        with pytest.raises(CheckpointError, match=r"holds sr1 and show-1-sr1, .*\. Move all but one of them away"):
+            find()
 
 
 def golden_name(folders: Iterable[str]) -> str:
