@@ -150,7 +150,7 @@ class Job:
             **self.source.fingerprint(),
             "learned_variance": str(self.source.learned_variance),
             "precision": self.precision,
-            "size": "{}x{}".format(*self.size),
+            "size": str(stage_sizes(self.size)),  # what profiles are tuned for
             "exporter": _exporter_hash(self.backend.name),
             "backend": self.backend.name,
         }
@@ -170,15 +170,20 @@ class Job:
 
 def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> EngineEntry:
     """Load, trace, compare and compile one network into `folder`; file paths in the entry are relative to it."""
-    start = time.perf_counter()
-    report("loading")
-    loaded = networks.load(job.source, job.precision, job.size, job.keep_variance)
+    made_from = job.made_from()  # before anything is read: what changes from now on makes the engine stale
     build = _build_packages if job.backend.name == INDUCTOR else _build_plans
-    return build(job, loaded, folder, report, start)
+    return build(job, made_from, folder, report)
 
 
-def _build_packages(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, start: float) -> EngineEntry:
+def _load(job: Job, report: Report) -> LoadedNetwork:
+    report("loading")
+    return networks.load(job.source, job.precision, job.size, job.keep_variance)
+
+
+def _build_packages(job: Job, made_from: dict[str, str], folder: Path, report: Report) -> EngineEntry:
     """What inductor makes is compared itself, on the device that it is for."""
+    start = time.perf_counter()
+    loaded = _load(job, report)
     (target,) = job.backend.targets
     seconds = {"export_s": time.perf_counter() - start, "compile_s": 0.0, "parity_s": 0.0}
     entries = {}
@@ -200,11 +205,13 @@ def _build_packages(job: Job, loaded: LoadedNetwork, folder: Path, report: Repor
         seconds["parity_s"] += time.perf_counter() - compiled
         file = file_entry(package)
         entries[name] = GraphEntry(graph.spec, file, None, file.sha256, parity)
-    return _engine_entry(job, loaded.properties, entries, seconds)
+    return _engine_entry(job, made_from, loaded.properties, entries, seconds)
 
 
-def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, start: float) -> EngineEntry:
+def _build_plans(job: Job, made_from: dict[str, str], folder: Path, report: Report) -> EngineEntry:
     """ONNX, for ONNX Runtime or TensorRT."""
+    start = time.perf_counter()
+    loaded = _load(job, report)  # here, where it is let go before compilation
     on_ort = job.backend.name == compile_ort.BACKEND
     graphs = loaded.graphs if on_ort else [replace(graph, spec=graph.spec.narrowed()) for graph in loaded.graphs]
     detached: dict[str, DetachedModel] = {}
@@ -223,9 +230,8 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
             quantized = model.clone()
             quantize(quantized, job.layers)
             compiled[graph.spec.name] = _detached(job, quantized, plan, weights)
-            detached[graph.spec.name] = _detached(
-                job, model
-            )  # what is compared: inputs at random are not calibrated for
+            # What is compared: inputs at random are not calibrated for.
+            detached[graph.spec.name] = _detached(job, model)
         else:
             compiled[graph.spec.name] = detached[graph.spec.name] = _detached(job, model, plan, weights)
         hashes[graph.spec.name] = compiled[graph.spec.name].sha256
@@ -266,7 +272,7 @@ def _build_plans(job: Job, loaded: LoadedNetwork, folder: Path, report: Report, 
         "parity_s": compared - traced,
         "compile_s": time.perf_counter() - compared,
     }
-    return _engine_entry(job, properties, entries, seconds)
+    return _engine_entry(job, made_from, properties, entries, seconds)
 
 
 def _detached(job: Job, model: ir.Model, plan: Path | None = None, weights: Path | None = None) -> DetachedModel:
@@ -278,7 +284,11 @@ def _detached(job: Job, model: ir.Model, plan: Path | None = None, weights: Path
 
 
 def _engine_entry(
-    job: Job, properties: dict[str, Any], graphs: dict[str, GraphEntry], seconds: dict[str, float]
+    job: Job,
+    made_from: dict[str, str],
+    properties: dict[str, Any],
+    graphs: dict[str, GraphEntry],
+    seconds: dict[str, float],
 ) -> EngineEntry:
     return EngineEntry(
         job.name,
@@ -286,7 +296,7 @@ def _engine_entry(
         job.backend.version,
         INT8 if job.layers else job.precision,
         job.backend.targets,
-        job.made_from(),
+        made_from,
         properties,
         graphs,
         {"parameters": job.source.parameters, **seconds, "peak_bytes": peak_memory()},
@@ -341,7 +351,7 @@ def _exporter_hash(backend: str) -> str:
     compiler = compilers.get(backend, ("passes.py", "spec.py", "compile_trt.py", "quantize.py"))
     files += [here.parent / "engines" / name for name in ("catalog.py", *compiler)]
     if backend == INDUCTOR:
-        files.append(here / "to_inductor.py")
+        files += [here / "to_inductor.py", here.parent / "runtime" / "runner_inductor.py"]
     return hashlib.sha256(b"".join(path.read_bytes().replace(b"\r\n", b"\n") for path in files)).hexdigest()
 
 
@@ -498,9 +508,12 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                 "when more memory is free, with --jobs 1 to build one engine at a time."
             ) from None
         except BaseException:
+            workers = list((pool._processes or {}).values())  # before `shutdown`, which forgets them
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in workers:
                 process.terminate()
+            for process in workers:  # gone before what they write to is, and the bundle's lock
+                process.join()
             raise
 
 

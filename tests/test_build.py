@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -34,6 +35,8 @@ from engines.errors import BundleError, CheckpointError, ParityError
 from engines.manifest import Manifest
 from engines.spec import Binding
 from engines.store import Bundle
+from export import build as builder
+from export import networks
 from export.__main__ import main
 from export.build import Job, build, build_engine
 from export.networks import Source
@@ -240,6 +243,47 @@ def test_a_bundle_has_one_name_whichever_engine_was_finished_first(built: Path, 
     assert len(ids) == 1
 
 
+def test_weights_that_change_while_they_are_built_from_make_the_engine_stale(checkpoint: Path, tmp_path: Path) -> None:
+    job = Job(Source.find(CATALOG["clip"], checkpoint, "fp32"), "fp32", (576, 320))
+    before = job.made_from()
+
+    def load(*arguments: Any) -> networks.LoadedNetwork:
+        loaded = load_before(*arguments)
+        change_weights(checkpoint)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        load_before = networks.load
+        patch.setattr(networks, "load", load)
+        entry = build_engine(job, tmp_path)
+    assert entry.source == before != job.made_from()
+
+
+def test_sizes_of_stages_that_change_make_the_engine_stale(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(Source.find(CATALOG["clip"], checkpoint, "fp32"), "fp32", (576, 320))
+    before = job.made_from()
+    monkeypatch.setattr(builder, "stage_sizes", lambda size: {"base": size})
+    assert job.made_from() != before
+
+
+@pytest.mark.parametrize(
+    ("file", "backends"),
+    [
+        ("export/networks.py", {"onnxruntime", "tensorrt-rtx", "inductor"}),
+        ("runtime/runner_inductor.py", {"inductor"}),
+        ("engines/compile_trt.py", {"tensorrt-rtx"}),
+    ],
+)
+def test_code_that_decides_what_is_in_an_engine_makes_it_stale(
+    monkeypatch: pytest.MonkeyPatch, file: str, backends: set[str]
+) -> None:
+    every = ("onnxruntime", "tensorrt-rtx", "inductor")
+    before = {backend: builder._exporter_hash(backend) for backend in every}
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == ROOT / file))
+    assert {backend for backend in every if builder._exporter_hash(backend) != before[backend]} == backends
+
+
 # What a failure leaves behind
 
 
@@ -289,6 +333,33 @@ def test_an_interrupted_build_says_so_in_a_line_and_leaves_a_sound_bundle(golden
     assert_tidy(out)
     with Bundle.writer(out):
         pass  # the lock is free again
+
+
+def sleep_as_a_worker(job: Job, folder: Path) -> None:
+    """In place of a worker's work, which would go on for minutes."""
+    (folder.parents[2] / "pid").write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_an_interruption_ends_the_workers_before_what_they_write_to_goes(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        end = time.monotonic() + 120
+        while not (pid.exists() and pid.read_text()):
+            assert time.monotonic() < end, "the worker did not start"
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builder, "_run_job", sleep_as_a_worker)
+    monkeypatch.setattr(builder, "wait", interrupt)
+    job = Job(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", (576, 320))
+    with Bundle.writer(tmp_path / "bundle") as bundle, pytest.raises(KeyboardInterrupt):
+        builder._build_all(bundle, [job], 1)
+    assert not psutil.pid_exists(int(pid.read_text()))
+    assert not list((tmp_path / "bundle").glob(".tmp-*"))
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> None:
