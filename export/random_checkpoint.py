@@ -25,12 +25,14 @@ from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet
 from export.modules.vae import Autoencoder, VAEDecoder
 
+STAMP = "random-checkpoint.json"  # what was asked for; by it `renew` knows a folder of its own
 _SHARD = 2 * 2**30  # bytes
 _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exact in float16
 
 
 # size -> folder -> config.json. The golden size is that of the demo cascade, near the golden set's.
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {"published": PUBLISHED, "golden": dict(NETWORKS.values())}
+_OWN = {STAMP, "settings.json", *(folder.partition("/")[0] for folder in PUBLISHED)}  # what stands in `out`
 
 
 def random_checkpoint(
@@ -39,8 +41,10 @@ def random_checkpoint(
     """Write the networks of `stages` in the published folders below `out`, which must not exist; schedulers and
     tokenizers of all.
 
-    With `renew`, `out` may exist: it stays where it has this version's networks, else a new one takes its place.
-    Weights are drawn tensor by tensor and written in shards of 2 GiB, in float16: the published size has 24 GB of them.
+    With `renew`, `out` may be a random checkpoint: it stays where it is what is asked for, with this version's
+    networks, else a new one takes its place. Weights are drawn tensor by tensor and written in shards of 2 GiB, in
+    float16: the published size has 24 GB of them. Raises SettingsError, OutputError for an `out` that is anything else
+    or cannot be written.
     """
     if size not in CONFIGS:
         raise SettingsError(f"size {size!r}; allowed: {', '.join(CONFIGS)}.")
@@ -48,10 +52,19 @@ def random_checkpoint(
         raise SettingsError(f"seed {seed}; allowed: 0 to 2^64 - 1.")
     if out.exists() and not renew:
         raise OutputError(f"{out} exists. Choose a new folder for --out.")
-    wanted = {network.path for network in networks_of(stages)}
+    networks = networks_of(stages)
+    wanted = {network.path for network in networks}
     configs = {folder: config for folder, config in CONFIGS[size].items() if folder in wanted}
-    if out.exists() and _has_networks(out, configs):
-        return
+    stamp = {"size": size, "seed": seed, "stages": list(dict.fromkeys(network.stage for network in networks))}
+    if out.exists():
+        there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+        if there and (STAMP not in there or there - _OWN):
+            raise OutputError(
+                f"{out} holds other files, or a random checkpoint of an older version. Delete it if nothing in it is "
+                "needed, or choose another --out."
+            )
+        if _is_current(out, stamp, configs):
+            return
     need = 2 * sum(math.prod(shape) for f, c in configs.items() for shape in _shapes(f, c).values())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +77,7 @@ def random_checkpoint(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
             _write(Path(folder) / out.name, configs, torch.Generator().manual_seed(seed))
             (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
+            write_json(Path(folder) / out.name / STAMP, stamp)
             if out.exists():
                 shutil.rmtree(out)
             (Path(folder) / out.name).rename(out)
@@ -71,9 +85,10 @@ def random_checkpoint(
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 
 
-def _has_networks(folder: Path, configs: Mapping[str, dict[str, Any]]) -> bool:
+def _is_current(folder: Path, stamp: dict[str, Any], configs: Mapping[str, dict[str, Any]]) -> bool:
+    wanted = {STAMP: stamp, **{f"{name}/config.json": config for name, config in configs.items()}}
     try:
-        return all(json.loads((folder / name / "config.json").read_text()) == c for name, c in configs.items())
+        return all(json.loads((folder / name).read_text()) == content for name, content in wanted.items())
     except (OSError, ValueError):
         return False
 

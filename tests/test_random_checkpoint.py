@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,34 @@ def test_a_checkpoint_is_renewed_where_its_networks_are_another_versions(tmp_pat
     config.write_text('{"in_channels": 4}')
     assert main(command) == 0 and config.read_bytes() == written
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
+def test_a_checkpoint_is_renewed_where_another_is_asked_for(tmp_path: Path) -> None:
+    def weights(**options: Any) -> str:
+        random_checkpoint.random_checkpoint(tmp_path / "some", renew=True, **options)
+        return Source.find(CATALOG["base"], tmp_path / "some", "fp16").fingerprint()["weights"]
+
+    (tmp_path / "some").mkdir()  # empty
+    first = weights(stages=["base"])
+    assert weights(stages=["base"], seed=1) != first
+    assert weights(stages=["base"]) == first
+    assert not (tmp_path / "some/sr1/unet").exists()
+    weights(stages=["sr1", "base"])
+    assert (tmp_path / "some/sr1/unet/config.json").is_file()
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["a folder of others", "beside a random checkpoint"])
+def test_only_what_the_command_made_is_replaced(tmp_path: Path, ours: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a stamp it may be a random checkpoint of an older version, or a download of tens of gigabytes."""
+    command = ["random-checkpoint", "--out", str(tmp_path / "some"), "--stage", "base"]
+    assert not ours or main(command) == 0
+    downloaded = tmp_path / "some/show-1-base/unet/config.json"
+    downloaded.parent.mkdir(parents=True)
+    downloaded.write_text("{}")
+    assert main([*command, "--seed", "1", "--renew"]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'some'} holds other files, or a random checkpoint of an older version. Delete it" in said
+    assert downloaded.read_text() == "{}"
 
 
 def test_stages_alone_are_what_build_needs_for_them(tmp_path: Path) -> None:
