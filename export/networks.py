@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engines import catalog
 from engines.catalog import Network
-from engines.errors import CheckpointError
+from engines.errors import CheckpointError, SettingsError
 from engines.spec import PRECISIONS, Binding, GraphSpec
 from export.checkpoint import (
     file_hash,
@@ -101,9 +101,12 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
     """Load a network's weights and cut it into graphs.
 
     `size` is (width, height) of the finished video; `keep_variance` keeps the variance half of a UNet's output even
-    where its scheduler drops it. Raises CheckpointError for files that do not make this network.
+    where its scheduler drops it. Raises CheckpointError for files that do not make this network, SettingsError for a
+    precision that modules do not have.
     """
     name = source.network.name
+    if precision not in PRECISIONS:
+        raise SettingsError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}.")
     try:
         if name in catalog.UNETS:
             return _unet(source, precision, size, keep_variance)

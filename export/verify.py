@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.catalog import CATALOG, UNETS, predictions
+from engines.compile_ort import BACKEND
 from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
+from engines.spec import INT8
 from engines.store import Bundle
 from export.checkpoint import read_config
 from export.configs import NOISING, SCHEDULERS
@@ -674,6 +676,9 @@ def _build_with_variance(entry: EngineEntry, checkpoint: Path, size: tuple[int, 
     from export.networks import Source
 
     folder.mkdir()
-    source = Source.find(CATALOG[entry.name], checkpoint, entry.precision)
+    precision = entry.precision
+    if precision == INT8:  # what int8 engines are made from
+        precision = "fp32" if entry.backend == BACKEND else "fp16"
+    source = Source.find(CATALOG[entry.name], checkpoint, precision)
     backend = Backend(entry.backend, entry.targets)
-    return build_engine(Job(source, entry.precision, size, backend, keep_variance=True), folder)
+    return build_engine(Job(source, precision, size, backend, keep_variance=True), folder)

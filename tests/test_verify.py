@@ -11,9 +11,14 @@ from numpy.typing import NDArray
 
 pytest.importorskip("torch", reason="needs the export extra")
 
+from engines.catalog import CATALOG
+from engines.manifest import EngineEntry
+from engines.spec import INT8
 from engines.store import Bundle
 from export.__main__ import main
-from export.verify import verify
+from export.build import Job
+from export.networks import Source
+from export.verify import _build_with_variance, verify
 
 pytestmark = pytest.mark.torch
 
@@ -114,3 +119,15 @@ def test_an_unusable_reference_folder_is_one_clear_line(
     assert code == 1
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "fp32"), ("tensorrt-rtx", "fp16")])
+def test_an_int8_bundles_variance_is_that_of_the_precision_it_was_made_from(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, precision: str
+) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr("export.build.build_engine", lambda job, folder: jobs.append(job))
+    entry = EngineEntry("base", backend, "1", INT8, (), {}, {}, {})
+    _build_with_variance(entry, golden / "models", (576, 320), tmp_path / "base")
+    source = Source.find(CATALOG["base"], golden / "models", precision)
+    assert [(job.precision, job.source, job.keep_variance) for job in jobs] == [(precision, source, True)]
