@@ -19,6 +19,7 @@ from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 
 CHECKPOINTS = Path("checkpoints")
+SIZE = "576x320"  # that engines are tuned for, where nothing else is asked for
 DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
 DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `train-demo`
 
@@ -36,7 +37,7 @@ def _build(arguments: argparse.Namespace) -> None:
             raise SettingsError(f"--{option} is for --precision {INT8}; this is {arguments.precision}. Leave it out.")
     if arguments.no_autotune and arguments.engine != INDUCTOR:
         raise SettingsError(f"--no-autotune is for {INDUCTOR}; this is for {arguments.engine}.")
-    precision, layers = arguments.precision, None
+    precision, layers, size = arguments.precision, None, parse_size(arguments.size or SIZE)
     if precision == INT8:
         judged = _build_int8(arguments, targets)
         for row in _int8_table(judged):
@@ -45,13 +46,13 @@ def _build(arguments: argparse.Namespace) -> None:
             return
         from export.int8 import plans_of
 
-        precision, layers = "fp16", plans_of(judged)
+        precision, layers, size = "fp16", plans_of(judged), judged.manifest.size
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
         arguments.stage.split(","),
         precision,
-        parse_size(arguments.size),
+        size,
         arguments.force,
         arguments.jobs,
         Backend.choose(arguments.engine, precision, targets, arguments.attention, not arguments.no_autotune),
@@ -65,27 +66,38 @@ def _build_int8(arguments: argparse.Namespace, targets: list[str]) -> Bundle:
     """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
     from export.build import Backend, build
     from export.demo.faithfulness import load_prompts
-    from export.int8 import JUDGE_PROMPTS, build_int8
+    from export.int8 import JUDGE_PROMPTS, build_int8, check_calibration
 
     backend = Backend.choose(arguments.engine, "fp16", targets, arguments.attention)
     if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
         raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
     prompts = load_prompts()
     judge = JUDGE_PROMPTS if arguments.judge is None else arguments.judge
-    if not 0 <= judge <= len(prompts):
-        raise SettingsError(f"--judge {judge}; allowed: 0 (faithfulness is not measured) to {len(prompts)} prompts.")
-    if arguments.calibration is not None:
-        floats = Bundle.open(arguments.calibration)
-    else:
-        beside = arguments.out.with_name(f"{arguments.out.name}-fp32")
-        print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
-        size = parse_size(arguments.size)
-        floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
+    if judge not in (0, *range(2, len(prompts) + 1)):
+        raise SettingsError(
+            f"--judge {judge}; allowed: 0 (faithfulness is not measured), or 2 to {len(prompts)} prompts (what chance "
+            "gives is told by each other's)."
+        )
     out, for_memory = arguments.out, backend.name in tensorrt.FLAVOURS
     if for_memory:
         out = out.with_name(f"{out.name}-onnx")
-    print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
     stages = arguments.stage.split(",")
+    if arguments.calibration is not None:
+        if arguments.calibration.resolve() == arguments.out.resolve():
+            raise SettingsError(
+                f"--calibration and --out are both {arguments.out}: its float32 engines would be lost. Choose another "
+                "--out."
+            )
+        floats = Bundle.open(arguments.calibration)
+        # TensorRT's engines are built from the checkpoint, ONNX Runtime's from the bundle.
+        checkpoint = _checkpoint(arguments.checkpoint) if for_memory or arguments.checkpoint else None
+        check_calibration(floats, stages, checkpoint, parse_size(arguments.size) if arguments.size else None)
+    else:
+        beside = arguments.out.with_name(f"{arguments.out.name}-fp32")
+        print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
+        size = parse_size(arguments.size or SIZE)
+        floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
+    print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
     return build_int8(floats, out, prompts[:judge], stages, arguments.force, for_memory=for_memory)
 
 
@@ -157,11 +169,10 @@ def _int8_table(bundle: Bundle) -> Iterator[str]:
     for name in CATALOG:
         if verdict := verdicts.get(name):
             entry, modes = bundle.manifest.engines[name], [layer["mode"] for layer in verdict["layers"].values()]
-            video = "" if verdict["psnr_db"] is None else f"{verdict['psnr_db']:.1f} dB"
             judged = "" if verdict.get("points") is None else f"{verdict['points']:+.1f} points"
             yield (
                 f"| {name} | {entry.precision} | {sum(mode != 'float' for mode in modes)} of {len(modes)} "
-                f"| {verdict['speed']:.2f} x | {verdict['sqnr_db']:.1f} dB | {video} | {judged} "
+                f"| {verdict['speed']:.2f} x | {verdict['sqnr_db']:.1f} dB | {verdict['psnr_db']:.1f} dB | {judged} "
                 f"| {verdict['bytes'] / verdict['float_bytes']:.0%} | {verdict['why']} |"
             )
 
@@ -282,10 +293,11 @@ def _parser() -> argparse.ArgumentParser:
         "--judge",
         type=int,
         metavar="N",
-        help="int8: held-out prompts that faithfulness is judged by, 0 leaves that out (default: 16)",
+        help="int8: held-out prompts that faithfulness is judged by, from 2; 0 leaves that out (default: 16)",
     )
     build.add_argument(
-        "--size", default="576x320", help="video size that the engines are tuned for (default: %(default)s)"
+        "--size",
+        help=f"video size that the engines are tuned for (default: {SIZE}; with --calibration that bundle's)",
     )
     build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
     build.add_argument(
@@ -311,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     random.add_argument("--stage", default="all", help="networks of these stages alone, as for build")
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    random.add_argument("--renew", action="store_true", help="replace --out where its networks are another version's")
+    random.add_argument("--renew", action="store_true", help="replace an older or another random checkpoint in --out")
 
     training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")
     training.set_defaults(run=_train_demo)

@@ -7,6 +7,7 @@ high. An engine is then kept in int8 only where that pays and the video stays wh
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,9 @@ from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
 from engines.store import Bundle, BundleWriter, file_entry
-from export.demo.faithfulness import Prompt, score
-from export.demo.judge import answers, read
+from export.demo.faithfulness import Faithfulness, Prompt, faithfulness
+from export.demo.judge import read
+from export.networks import Source
 from export.replay import Take, make_videos
 from runtime.config import SEED, Settings
 from runtime.ops import psnr
@@ -43,7 +46,8 @@ CALIBRATION_PROMPTS = (
 )
 HELD_OUT_PROMPT = "a medium green triangle moving up over a white background"
 _STEPS = {"base": 10, "interp": 6, "if2": 8, "sr1": 4, "sr2": 5}  # of the videos made here
-_FEEDS = 8  # calls of each graph that are kept, at least; up to twice as many
+_LEAST_EXECUTED = 4  # of sr2's steps, most of which little strength skips
+_FEEDS = 12  # calls of each graph that are kept of a video, at most
 _JUDGED = 3  # of the held-out video's
 _ROUNDS = 3  # of timing
 _CODE = ("engines/quantize.py", "export/int8.py", "export/replay.py")  # that verdicts depend on
@@ -54,6 +58,7 @@ JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is aske
 LEAST_LAYER_SQNR = 25.0  # dB, of a layer's output: below, the layer keeps half or full precision
 LEAST_PSNR = 30.0  # dB, of the held-out video with this engine in int8 to the one without
 MOST_LOST = 2.0  # points of faithfulness, mean over the prompts, with this engine in int8
+LEAST_ABOVE_CHANCE = 15.0  # points, of float32's faithfulness: videos of prompts that are not followed lose none
 LEAST_SPEED = 1.05  # times float32's
 MOST_BYTES = 0.75  # of float32's, where memory is the reason
 
@@ -63,19 +68,33 @@ Measured = tuple[tuple[float, float], float, float]
 
 
 @dataclass
-class _Spread:
-    """Some calls out of many, evenly spread over all of them, however many there will be."""
+class _Reservoir:
+    """Some calls out of however many there will be, each as likely: algorithm R of Vitter (1985).
+
+    At random, because calls repeat: at equal distances, those of sr1's windows would be the same steps of each.
+    """
 
     feeds: list[Feeds] = field(default_factory=list)
-    every: int = 1
     seen: int = 0
+    random: Random = field(default_factory=lambda: Random(SEED))
 
     def add(self, feeds: Mapping[str, Array]) -> None:
-        if self.seen % self.every == 0:
-            self.feeds.append({name: array.copy() for name, array in feeds.items()})
-            if len(self.feeds) == 2 * _FEEDS:
-                self.feeds, self.every = self.feeds[::2], 2 * self.every
         self.seen += 1
+        place = len(self.feeds) if self.seen <= _FEEDS else self.random.randrange(self.seen)
+        if place < _FEEDS:
+            self.feeds[place : place + 1] = [{name: array.copy() for name, array in feeds.items()}]
+
+
+def _few_over_time(feeds: list[Feeds]) -> list[Feeds]:
+    """Those that are judged: at equal distances in the order of their timesteps, where they have any."""
+    feeds = sorted(feeds, key=lambda row: float(row["timestep"][0]) if "timestep" in row else 0.0)
+    return [feeds[index] for index in sorted({round(i) for i in np.linspace(0, len(feeds) - 1, _JUDGED)})]
+
+
+def _few_steps(settings: Settings) -> Settings:
+    """Settings of the videos made here, of a bundle's own: few steps, several of sr2's run whatever its strength."""
+    sr2 = max(_STEPS["sr2"], math.ceil(_LEAST_EXECUTED / settings.strength))
+    return settings.with_steps({**_STEPS, "sr2": sr2})
 
 
 class _Pool(EnginePool):
@@ -84,12 +103,12 @@ class _Pool(EnginePool):
     def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
         super().__init__(bundle, keep_loaded=True)
         self._swapped = swapped or {}
-        self.calls: dict[tuple[str, str], _Spread] = {}
+        self.calls: dict[tuple[str, str], _Reservoir] = {}
 
     def open(self, name: str) -> Engine:
         bundle = self._swapped.get(name, self.bundle)
         engine = Engine(bundle, bundle.engine(name))
-        engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Spread()).add(feeds)
+        engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Reservoir()).add(feeds)
         return engine
 
 
@@ -98,9 +117,10 @@ class Verdict:
     """What became of an engine, kept in the manifest (`properties["int8"]`).
 
     `speed` is in float32's, `sqnr_db` of the main graph's output on steps of the held-out video, `psnr_db` of that
-    video with this engine alone in int8; `points` is the change in faithfulness, likewise, in percentage points, None
-    where it was not measured. `layers` has for each layer of the main graph its mode, its ranges, and the dB that int8,
-    and int8 weights alone, leave of its output.
+    video with this engine alone in int8; `points` is the change in faithfulness, likewise, in percentage points, from
+    float32's `before`, which is `chance` for videos of other prompts (shares); None where it was not measured. `layers`
+    has for each layer of the main graph its mode, its ranges, and the dB that int8, and int8 weights alone, leave of
+    its output.
     """
 
     kept: bool
@@ -112,6 +132,8 @@ class Verdict:
     bytes: int
     float_bytes: int
     layers: dict[str, dict[str, Any]]
+    before: float | None = None
+    chance: float | None = None
 
     def with_psnr(self, decibels: float) -> "Verdict":
         """The verdict after the held-out video."""
@@ -120,11 +142,15 @@ class Verdict:
             return verdict
         return replace(verdict, kept=False, why=f"changes the video: {decibels:.1f} dB")
 
-    def with_faithfulness(self, points: float | None) -> "Verdict":
-        """And after the judge; None: nothing was asked."""
+    def with_faithfulness(self, points: float | None, before: Faithfulness | None) -> "Verdict":
+        """And after the judge, with float32's faithfulness; None: nothing was asked, or nothing can be lost."""
+        verdict, known = replace(self, points=points), ""
+        if before:
+            verdict = replace(verdict, before=before.score, chance=before.chance_score)
+            known = f": float32's is {before.score:.0%}, by chance {before.chance_score:.0%}"
         if points is None:
-            return replace(self, why=f"{self.why}; faithfulness not measured")
-        verdict, change = replace(self, points=points), f"faithfulness {points:+.1f} points"
+            return replace(verdict, why=f"{self.why}; faithfulness not measured{known}")
+        change = f"faithfulness {points:+.1f} points"
         if points >= -MOST_LOST:
             return replace(verdict, why=f"{self.why}; {change}")
         return replace(verdict, kept=False, why=f"follows prompts less: {change}")
@@ -135,31 +161,34 @@ class _Judge:
 
     def __init__(self, floats: Bundle, prompts: Sequence[Prompt], settings: Settings):
         self.floats, self.prompts, self.settings = floats, prompts, settings
+        self.before: Faithfulness | None = None  # float32's, once it is known
 
     def points(self, engines: EnginePool, first: str) -> float | None:
         """The change in faithfulness by these engines, float32's but for `first`, in percentage points.
 
-        None without prompts.
+        None without prompts, and where float32's videos follow them little better than by chance.
         """
         if not self.prompts:
             return None
-        takes, before = self._reference
-        change = self._faithfulness(make_videos(engines, takes, first)) - before
+        takes = self._takes
+        assert self.before is not None
+        if not 100 * (self.before.score - self.before.chance_score) >= LEAST_ABOVE_CHANCE:
+            return None
+        change = self._faithfulness(make_videos(engines, takes, first)).score - self.before.score
         return round(100 * change, 6)  # sums of shares are not exact, and two points are to be two
 
     @cached_property
-    def _reference(self) -> tuple[list[Take], float]:
-        """Float32's videos and their faithfulness, made when the first engine comes so far."""
+    def _takes(self) -> list[Take]:
+        """Float32's videos, made when the first engine comes so far."""
         _say("judging by {} prompts at {}x{}".format(len(self.prompts), *self.settings.size))
         takes = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in self.prompts]
         takes = make_videos(_Pool(self.floats), takes)
-        before = self._faithfulness(takes)
-        _say(f"float32's faithfulness is {before:.0%}")
-        return takes, before
+        self.before = self._faithfulness(takes)
+        _say(f"float32's faithfulness is {self.before.score:.0%}, by chance {self.before.chance_score:.0%}")
+        return takes
 
-    def _faithfulness(self, takes: Iterable[Take]) -> float:
-        pairs = zip(self.prompts, takes, strict=True)
-        return float(np.mean([score(answers(prompt.scene, read(take.frames))) for prompt, take in pairs]))
+    def _faithfulness(self, takes: Iterable[Take]) -> Faithfulness:
+        return faithfulness([prompt.scene for prompt in self.prompts], [read(take.frames) for take in takes])
 
 
 def build_int8(
@@ -173,12 +202,14 @@ def build_int8(
 ) -> Bundle:
     """Quantise the engines of `stages` of a float32 ONNX Runtime bundle into the bundle `out`.
 
-    Engines that int8 does not serve are taken over as they are. `prompts` are those that faithfulness is judged by;
-    without any it is not measured. `settings` are those of the videos made for it, by default the bundle's with few
-    steps. `for_memory`: engines that are not faster here are judged as well, for `plans_of`. Raises SettingsError for
-    a bundle of other engines and impossible settings, BundleError where one is missing or `out` cannot take the
-    result.
+    Engines that int8 does not serve are taken over as they are. `prompts` are those that faithfulness is judged by,
+    two at least; without any it is not measured. `settings` are those of the videos made for it, by default the
+    bundle's with few steps. `for_memory`: layers that do not bear int8 get int8 weights, and engines that are not
+    faster here are judged as well, for `plans_of`. Raises SettingsError for a bundle of other engines or in the place
+    of `out` and for impossible settings, BundleError where one is missing or `out` cannot take the result.
     """
+    if out.resolve() == floats.root.resolve():
+        raise SettingsError(f"{out} is the float32 bundle that int8 is calibrated with. Choose another --out.")
     for network in networks_of(["all"]):
         entry = floats.engine(network.name)
         if entry.backend != BACKEND or entry.precision != "fp32":
@@ -186,7 +217,7 @@ def build_int8(
                 f"{floats.root}: {entry.name} is {entry.backend} {entry.precision}; calibration needs onnxruntime fp32."
             )
     wanted = [network.name for network in networks_of(stages)]
-    settings = settings or Settings.from_dict(floats.manifest.defaults).with_steps(_STEPS)
+    settings = settings or _few_steps(Settings.from_dict(floats.manifest.defaults))
     check_run(floats, settings)
     calibration = _fingerprint(floats, settings, prompts, for_memory)
     with Bundle.writer(out) as bundle:
@@ -211,6 +242,31 @@ def build_int8(
         return Bundle(bundle.root, bundle.manifest)
 
 
+def check_calibration(
+    floats: Bundle, stages: Iterable[str], checkpoint: Path | None, size: tuple[int, int] | None
+) -> None:
+    """Raises SettingsError where a float32 bundle was made from other weights than `checkpoint` has for `stages`, or
+    for another `size`; None asks for nothing. Reads all those weights.
+    """
+    if size and size != floats.manifest.size:
+        asked, was = ("{}x{}".format(*pair) for pair in (size, floats.manifest.size))
+        raise SettingsError(
+            f"--size {asked}: {floats.root} was built for {was}. Leave --size out, or --calibration, to build float32 "
+            "engines of this size first."
+        )
+    if checkpoint is None:
+        return
+    for network in networks_of(stages):
+        made_from = floats.engine(network.name).source
+        source = Source.find(network, checkpoint, "fp32")
+        if any(made_from.get(part) != value for part, value in source.fingerprint().items()):
+            raise SettingsError(
+                f"{floats.root}: its {network.name} was not made from {checkpoint / source.where}. Give the "
+                "--checkpoint that it was made from, or leave --calibration out, to build float32 engines of this one "
+                "first."
+            )
+
+
 def _build(
     floats: Bundle,
     bundle: BundleWriter,
@@ -225,8 +281,8 @@ def _build(
         _say(f"calibrating on {prompt!r}")
         pool = _Pool(floats)
         make_videos(pool, [Take(prompt, SEED, settings)])
-        for key, spread in pool.calls.items():
-            calls.setdefault(key, []).extend(spread.feeds)
+        for key, kept in pool.calls.items():
+            calls.setdefault(key, []).extend(kept.feeds)
     _say(f"comparing on {HELD_OUT_PROMPT!r}")
     pool = _Pool(floats)
     (reference,) = make_videos(pool, [Take(HELD_OUT_PROMPT, SEED, settings)])
@@ -237,14 +293,13 @@ def _build(
             folder = scratch / name
             entry = floats.engine(name)
             graph = main_graph(name)
-            held_out = pool.calls[name, graph].feeds
-            held_out = held_out[:: max(1, len(held_out) // _JUDGED)]
-            candidate, verdict = _quantized(floats, entry, calls[name, graph], held_out, folder, scratch)
+            held_out = _few_over_time(pool.calls[name, graph].feeds)
+            candidate, verdict = _quantized(floats, entry, calls[name, graph], held_out, folder, scratch, for_memory)
             engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
             (video,) = make_videos(engines, [reference], name)
             verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
             if verdict.kept or (for_memory and verdict.psnr_db >= LEAST_PSNR):
-                verdict = verdict.with_faithfulness(judge.points(engines, name))
+                verdict = verdict.with_faithfulness(judge.points(engines, name), judge.before)
             if not verdict.kept:
                 shutil.rmtree(folder)
                 candidate = _copy(floats, entry, folder)
@@ -260,14 +315,20 @@ def _build(
 
 
 def _quantized(
-    floats: Bundle, entry: EngineEntry, feeds: list[Feeds], held_out: list[Feeds], folder: Path, scratch: Path
+    floats: Bundle,
+    entry: EngineEntry,
+    feeds: list[Feeds],
+    held_out: list[Feeds],
+    folder: Path,
+    scratch: Path,
+    for_memory: bool,
 ) -> tuple[EngineEntry, Verdict]:
     """A candidate in `folder`, and whether it may be kept as far as speed and memory go."""
     name = main_graph(entry.name)
     plan = floats.path(entry.graphs[name].plan)
     by_memory = entry.name in TOKENIZERS  # text encoders run once for a video
     measured = measure_layers(ir.load(plan), feeds, scratch)
-    plans = {layer: choose(row, ("weights",) if by_memory else ("int8",)) for layer, row in measured.items()}
+    plans = {layer: choose(row, _modes(entry.name, for_memory)) for layer, row in measured.items()}
     others = _copy(floats, entry, folder, without=name)
     model = ir.load(plan)
     quantize.quantize(model, plans)
@@ -289,6 +350,13 @@ def _quantized(
     return candidate, Verdict(kept, why, speed, sqnr, 0.0, None, size, was, layers)
 
 
+def _modes(engine: str, for_memory: bool) -> tuple[Mode, ...]:
+    """What layers of an engine may be, the best first. Where memory is the reason, weights alone are worth it too."""
+    if engine in TOKENIZERS:
+        return ("weights",)  # activations that do not bear int8
+    return ("int8", "weights") if for_memory else ("int8",)
+
+
 def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
     """A layer's plan: the first of `modes` that leaves enough of its output, else float."""
     ranges, int8, weights = measured
@@ -298,17 +366,13 @@ def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
 
 
 def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
-    """Engine -> layers, of a bundle made by `build_int8`, for cards whose memory is the reason: whatever was fast on
-    this machine, all engines that leave the video and its faithfulness as they were, and layers that do not bear int8
-    in their weights.
+    """Engine -> layers as they were judged, of a bundle that `build_int8` made `for_memory`: whatever was fast on this
+    machine, all engines that leave the video and its faithfulness as they were.
     """
     verdicts = {name: entry.properties[INT8] for name, entry in bundle.manifest.engines.items()}
     return {
         name: {
-            layer: choose(
-                ((row["reads"], row["writes"]), row["int8_db"], row["weights_db"]),
-                ("weights",) if name in TOKENIZERS else ("int8", "weights"),
-            )
+            layer: LayerPlan(row["mode"], *((row["reads"], row["writes"]) if row["mode"] == "int8" else ()))
             for layer, row in verdict["layers"].items()
         }
         for name, verdict in verdicts.items()

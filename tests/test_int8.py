@@ -1,9 +1,11 @@
 """INT8: which layers, what the rewritten graphs compute, and a whole cascade quantised and judged."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,17 +26,21 @@ from engines.spec import INT8, Axis, Binding, GraphSpec
 from engines.store import Bundle
 from export import int8
 from export.__main__ import main
-from export.demo.faithfulness import Prompt, load_prompts
+from export.build import Backend
+from export.demo.faithfulness import Faithfulness, Prompt, load_prompts
 from export.int8 import LEAST_LAYER_SQNR, build_int8, choose, measure_layers, plans_of
+from export.replay import Take
 from export.to_onnx import trace
 from runtime.config import Settings
 from runtime.pipeline import Show1Pipeline
 from runtime.runner_ort import OrtRunner
+from runtime.schedulers import executed_steps
 
 pytestmark = pytest.mark.torch
 
 SETTINGS = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
 PROMPTS = load_prompts(2)
+RTX = "tensorrt-rtx"
 
 
 class Tiny(nn.Module):
@@ -221,13 +227,36 @@ def test_a_layer_that_loses_too_much_stays_high() -> None:
     assert choose(((1.0, 2.0), low, high), ("int8", "weights")) == LayerPlan("weights")
 
 
-def test_spread_calls_cover_a_run_of_any_length() -> None:
-    spread = int8._Spread()
-    for number in range(1000):
-        spread.add({"x": np.array(number)})
-    kept = [int(row["x"]) for row in spread.feeds]
-    assert 8 <= len(kept) < 16 and kept[0] == 0 and kept[-1] > 800
-    assert len(set(np.diff(kept))) == 1
+def kept_of(timesteps: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    reservoir = int8._Reservoir()
+    for number, t in enumerate(timesteps):
+        reservoir.add({"number": np.array(number), "timestep": np.full(2, t, np.float32)})
+    return reservoir.feeds
+
+
+def test_calls_that_are_kept_cover_a_run_of_any_length() -> None:
+    kept = [int(row["number"]) for row in kept_of(range(1000))]
+    assert len(set(kept)) == int8._FEEDS and min(kept) < 250 and max(kept) > 750
+    assert [int(row["number"]) for row in kept_of(range(5))] == list(range(5))
+    assert kept == [int(row["number"]) for row in kept_of(range(1000))]  # verdicts can be had again
+
+
+@pytest.mark.parametrize("windows", [3, 4, 5, 8, 40])
+def test_calls_that_repeat_are_kept_and_judged_at_all_their_timesteps(windows: int) -> None:
+    """sr1's: four steps, window after window."""
+    steps = [900, 650, 400, 150]
+    kept = kept_of(steps * windows)
+    assert {int(row["timestep"][0]) for row in kept} == set(steps)
+    judged = [int(row["timestep"][0]) for row in int8._few_over_time(kept)]
+    assert len(judged) == 3 and judged[0] == 150 and judged[1] in (400, 650) and judged[2] == 900
+    assert len(int8._few_over_time([{"x": np.zeros(1)}])) == 1  # a text encoder's one call
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.1, 0.3, 0.57, 0.8, 1.0])
+def test_several_steps_of_sr2_are_seen_whatever_its_strength(strength: float) -> None:
+    settings = int8._few_steps(Settings(strength=strength))
+    assert executed_steps(settings.sr2.num_inference_steps, strength) in (4, 5)
+    assert settings.sr1.num_inference_steps == 4
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +317,7 @@ def test_an_engine_that_int8_does_not_serve_stays_as_it_was(
     theirs = [(file.sha256, file.bytes) for file in floats.engine("base").files()]
     assert [(file.sha256, file.bytes) for file in entry.files()] == theirs
     assert not built.problems(entry)
-    plans = plans_of(built)["base"]  # a card may still want it, for its memory
+    plans = plans_of(built)["base"]  # a card may still want it
     assert sum(plan.mode == "int8" for plan in plans.values()) > 20
     assert all(plan.reads > 0 for plan in plans.values() if plan.mode == "int8")
     json.dumps(entry.properties)
@@ -316,19 +345,105 @@ def test_an_engine_stays_as_it_was_where_prompts_are_followed_less(
     assert "| -2.5 points |" in table and "| -2.0 points |" in table
 
 
-@pytest.mark.parametrize(("options", "count"), [([], 16), (["--judge", "3"], 3), (["--judge", "0"], 0)])
-def test_the_command_says_by_how_many_prompts_engines_are_judged(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], count: int
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many prompts the command has asked, each time: nothing is built."""
     asked: list[int] = []
 
     def build(floats: Bundle, out: Path, prompts: Sequence[Prompt], *_: object, **__: object) -> Bundle:
         asked.append(len(prompts))
-        return Bundle.open(out)
+        return Bundle(out, floats.manifest)
 
     monkeypatch.setattr(int8, "build_int8", build)
-    command = ["build", "--precision", "int8", "--calibration", str(bundle), "--out", str(bundle), *options]
-    assert main(command) == 0 and asked == [count]
+    return asked
+
+
+def command(bundle: Path, out: Path, *options: str) -> list[str]:
+    return ["build", "--precision", "int8", "--calibration", str(bundle), "--out", str(out), *options]
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 16), (["--judge", "3"], 3), (["--judge", "0"], 0)])
+def test_the_command_says_by_how_many_prompts_engines_are_judged(
+    bundle: Path, tmp_path: Path, asked: list[int], options: list[str], count: int
+) -> None:
+    assert main(command(bundle, tmp_path / "out", *options)) == 0 and asked == [count]
+
+
+# The float32 bundle that is given
+
+
+def test_the_float32_bundle_is_not_overwritten(
+    bundle: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "same").symlink_to(bundle)
+    for engine in ("onnxruntime", RTX):
+        monkeypatch.setattr(Backend, "choose", lambda name, *_: Backend(name))
+        assert main(command(bundle, tmp_path / "same", "--engine", engine)) == 1
+        assert "its float32 engines would be lost. Choose another --out" in capsys.readouterr().err
+    assert not asked
+    with pytest.raises(SettingsError, match="is the float32 bundle that int8 is calibrated with"):
+        build_int8(Bundle.open(bundle), tmp_path / "same", [], settings=SETTINGS)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", RTX])
+def test_a_float32_bundle_of_other_weights_is_refused(
+    bundle: Path,
+    golden: Path,
+    tmp_path: Path,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    """TensorRT's engines are always built from a checkpoint, here the default one."""
+    monkeypatch.setattr(Backend, "choose", lambda name, *_: Backend(name))
+    monkeypatch.setattr("export.build.build", lambda *_: Bundle.open(bundle))
+    monkeypatch.setattr(int8, "plans_of", lambda _: {})
+    models = tmp_path / "models"
+    shutil.copytree(golden / "models/base/text_encoder", models / "base/text_encoder")
+    monkeypatch.setattr("export.__main__._checkpoint", lambda given: given or models)
+    options = ["--stage", "text", "--engine", engine, *(() if engine == RTX else ("--checkpoint", str(models)))]
+    assert main(command(bundle, tmp_path / "out", *options)) == 0
+    with open(models / "base/text_encoder/model.safetensors", "ab") as file:
+        file.write(b"other")
+    asked.clear()
+    capsys.readouterr()
+    assert main(command(bundle, tmp_path / "out", *options)) == 1
+    said = capsys.readouterr().err
+    assert f"{bundle}: its t5 was not made from {models / 'base/text_encoder'}. Give the --checkpoint" in said
+    assert not asked
+
+
+def test_a_float32_bundle_of_another_size_is_refused(
+    bundle: Path, tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(bundle, tmp_path / "out", "--size", "640x384")) == 1
+    assert f"--size 640x384: {bundle} was built for 576x320. Leave --size out" in capsys.readouterr().err
+    assert main(command(bundle, tmp_path / "out", "--size", "576x320")) == 0 and len(asked) == 1
+
+
+def test_plans_are_built_for_the_size_of_the_float32_bundle(
+    bundle: Path, golden: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floats, sizes = Bundle.open(bundle), []
+    (tmp_path / "floats").mkdir()
+    (tmp_path / "floats/manifest.json").write_text(replace(floats.manifest, size=(640, 384)).to_json())
+
+    def build(
+        checkpoint: Path, out: Path, stages: list[str], precision: str, size: tuple[int, int], *_: object
+    ) -> Bundle:
+        sizes.append(size)
+        return floats
+
+    monkeypatch.setattr(Backend, "choose", lambda name, *_: Backend(name))
+    monkeypatch.setattr("export.build.build", build)
+    monkeypatch.setattr(int8, "plans_of", lambda _: {})
+    options = ("--engine", RTX, "--stage", "text", "--checkpoint", str(golden / "models"))
+    assert main(command(tmp_path / "floats", tmp_path / "out", *options)) == 0
+    assert sizes == [(640, 384)]
+
+
+# The gate
 
 
 def test_what_is_for_memory_is_judged_although_it_is_slow(
@@ -343,18 +458,67 @@ def test_what_is_for_memory_is_judged_although_it_is_slow(
     assert plans_of(built) == {}
 
 
+def test_what_is_judged_for_memory_is_what_plans_are_built_by(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(model: ir.Model, *arguments: Any) -> dict[str, int8.Measured]:
+        """Of three layers one bears int8, one int8 weights, one neither."""
+        measured = measure_layers(model, *arguments)
+        decibels = [(40.0, 40.0), (10.0, 40.0), (10.0, 10.0)]
+        return {layer: (row[0], *decibels[i % 3]) for i, (layer, row) in enumerate(measured.items())}
+
+    monkeypatch.setattr(int8, "LEAST_SPEED", 0.0)
+    monkeypatch.setattr(int8, "LEAST_PSNR", 0.0)
+    monkeypatch.setattr(int8, "measure_layers", measure)
+    monkeypatch.setattr(int8, "networks_of", lambda _: [CATALOG["vae_decoder"]])
+    built = build_int8(Bundle.open(bundle), tmp_path / "out", [], settings=SETTINGS, for_memory=True)
+    plans = plans_of(built)["vae_decoder"]
+    modes = [plan.mode for plan in plans.values()]
+    assert modes == [("int8", "weights", "float")[i % 3] for i in range(len(plans))] and len(modes) > 5
+    model = ir.load(built.path(built.engine("vae_decoder").graphs["decode"].plan))
+    integers = [
+        v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8 and v.const_value.size > 256
+    ]
+    assert len(integers) == len(modes) - modes.count("float")
+
+
 def test_the_judge_counts_points_against_float32s_videos_made_once(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floats = Bundle.open(bundle)
     judge, engines = int8._Judge(floats, PROMPTS, SETTINGS), int8._Pool(floats)
+    monkeypatch.setattr(int8, "LEAST_ABOVE_CHANCE", -100.0)
     assert judge.points(engines, "vae_decoder") == 0.0
-    shares = iter([0.52, 0.5])
-    monkeypatch.setattr(int8, "score", lambda _: next(shares))
-    judge._reference = (judge._reference[0], 0.53)
+    judge.before = Faithfulness({}, {}, [0.5, 0.56], {"faithfulness": 0.3})
+    monkeypatch.setattr(int8, "faithfulness", lambda *_: replace(judge.before, scores=[0.52, 0.5]))
     assert judge.points(engines, "vae_decoder") == -2.0
     assert capsys.readouterr().err.count("judging by 2 prompts at 112x64") == 1
     assert int8._Judge(floats, [], SETTINGS).points(engines, "t5") is None
+
+
+def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that does not know the world of the questions. The verdict says that nothing was measured."""
+    floats = Bundle.open(bundle)
+    made: list[str] = []
+
+    def make(engines: int8._Pool, takes: list[Take], first: str = "t5") -> list[Take]:
+        made.append(first)
+        return [replace(take, made={"vae_decoder": np.zeros((1, 8, 8, 3), np.uint8)}) for take in takes]
+
+    monkeypatch.setattr(int8, "make_videos", make)
+    verdict = int8.Verdict(True, "1.20 times float32's speed", 1.2, 30.0, 50.0, None, 1, 2, {})
+    for chance, points in ((0.30, None), (0.24, 0.0)):
+        before = Faithfulness({}, {}, [0.3, 0.5], {"faithfulness": chance})
+        monkeypatch.setattr(int8, "faithfulness", lambda *_, before=before: before)
+        judge = int8._Judge(floats, PROMPTS, SETTINGS)
+        assert judge.points(int8._Pool(floats), "sr1") == points
+        judged = verdict.with_faithfulness(points, judge.before)
+        assert judged.kept and judged.points == points and (judged.before, judged.chance) == (0.4, chance)
+        measured = "not measured: float32's is 40%, by chance 30%" if points is None else "+0.0 points"
+        assert judged.why == f"1.20 times float32's speed; faithfulness {measured}"
+    assert made == ["t5", "t5", "sr1"]  # no video is made again where nothing can be told
 
 
 def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Path) -> None:
@@ -379,7 +543,8 @@ def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -
     [
         (["--precision", "fp32", "--calibration", "x"], "--calibration is for --precision int8"),
         (["--judge", "8"], "--judge is for --precision int8; this is fp32. Leave it out."),
-        (["--precision", "int8", "--judge", "-1"], "--judge -1; allowed: 0 (faithfulness is not measured) to 48"),
+        (["--precision", "int8", "--judge", "-1"], "--judge -1; allowed: 0 (faithfulness is not measured), or 2 to 48"),
+        (["--precision", "int8", "--judge", "1"], "--judge 1; allowed: 0"),
         (["--precision", "int8", "--judge", "49"], "--judge 49; allowed: 0"),
         (["--precision", "int8", "--engine", "inductor"], "for onnxruntime and TensorRT"),
         (["--precision", "int8", "--target", "sm89"], "onnxruntime has no targets"),
