@@ -34,14 +34,15 @@ def _choices(option: str, text: str, allowed: Sequence[str], *others: str) -> li
 
 
 def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided: bool = False) -> Settings:
-    """Of a bundle and as asked for; `guided` in every step, and of the strength, of the reference, whatever bundle and
-    preset recommend."""
+    """Of a bundle and as asked for; `guided` in every step, each of the whole network, and of the strength, of the
+    reference, whatever bundle and preset recommend."""
     settings = Settings.from_dict(defaults).with_options(
         preset=arguments.preset, steps=arguments.steps, keyframes=arguments.keyframes, size=arguments.video
     )
     if guided:
         settings = settings.with_guidance({name: getattr(Settings(), name).guidance_scale for name in DIFFUSION_STAGES})
         settings = settings.with_guided(dict.fromkeys(DIFFUSION_STAGES, ALL_STEPS))
+        settings = settings.with_cache(dict.fromkeys(DIFFUSION_STAGES, 1))
         settings = replace(settings, strength=Settings().strength)
     return settings
 
@@ -65,10 +66,10 @@ def _latency(arguments: argparse.Namespace) -> None:
     stages = _choices("stages", arguments.stages, latency.STAGES)
     bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments)
-    machine = describe_machine()
+    machine = describe_machine(bundle)
     counts = (arguments.seed, arguments.warmup, arguments.repeats)
     asked = latency.describe_run(settings, stages, arguments.preset, *counts)
-    out = _out(arguments, "latency", device(machine), _size(settings), arguments.preset)
+    out = _out(arguments, "latency", device(bundle, machine), _size(settings), arguments.preset)
     conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
     report = Report("latency", out, conditions, arguments.markdown)
 
@@ -88,9 +89,9 @@ def _memory(arguments: argparse.Namespace) -> None:
 
     bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments, guided=True)
-    machine = describe_machine()
+    machine = describe_machine(bundle)
     asked = {"preset": arguments.preset, "seed": arguments.seed, "interval_s": memory.INTERVAL, **settings.to_dict()}
-    out = _out(arguments, "memory", device(machine), _size(settings), arguments.preset)
+    out = _out(arguments, "memory", device(bundle, machine), _size(settings), arguments.preset)
     conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
     report = Report("memory", out, conditions, arguments.markdown)
     result = memory.run_memory(bundle, settings, arguments.seed)
@@ -180,10 +181,12 @@ def _cost(arguments: argparse.Namespace) -> None:
     from bench import cost
     from bench.report import Report
 
-    costs = {preset: cost.Cost(Settings().with_preset(preset)) for preset in PRESETS}
+    settings = {preset: Settings().with_preset(preset) for preset in PRESETS}
+    costs = {preset: cost.Cost(chosen) for preset, chosen in settings.items()}
     video = {"video": "29 frames, 576x320", "networks": "published", "guidance": "the reference's"}
     report = Report("cost", _out(arguments, "cost"), {"run": video}, arguments.markdown)
-    report.finish(cost.to_json(costs), [cost.work_table(costs), cost.steps_table(costs)], {"stages": cost.plot(costs)})
+    tables = [cost.work_table(costs), cost.steps_table(settings)]
+    report.finish(cost.to_json(costs), tables, {"stages": cost.plot(costs)})
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -217,7 +220,7 @@ def _quality(arguments: argparse.Namespace) -> None:
         asked["keyframes"] = settings[presets[0]].keyframes
     else:
         asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
-    conditions = {"machine": describe_machine(), "bundle": describe_bundle(bundle), "run": asked}
+    conditions = {"machine": describe_machine(bundle), "bundle": describe_bundle(bundle), "run": asked}
     report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
         for engine in CATALOG:  # loading is no part of a video's time
@@ -243,8 +246,10 @@ def _judge_preset(
         lambda i, seen: print(f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True),
         {"bundle": pipeline.engines.bundle.id, **settings.to_dict()},
     )
-    tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(result["videos"])]
-    numbers = {"videos": result["videos"], "faithfulness": asdict(result["faithfulness"])}
+    videos = result["videos"]
+    tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(videos)]
+    tables.append(quality.clips_table({"all": videos}))
+    numbers = {"videos": quality.json_rows(videos), "faithfulness": asdict(result["faithfulness"])}
     report.finish(numbers, tables, {}, pictures=sorted(out.glob("sheet-*.png")))
 
 
@@ -256,10 +261,12 @@ def _compare_presets(
     costs: Mapping[str, Any],
     out: Path,
 ) -> None:
-    from bench import cost, presets
+    from bench import cost, presets, quality
 
     def content(results: Mapping[str, Any]) -> Any:
-        tables = [presets.table(results), cost.steps_table({name: costs[name] for name in results})]
+        ran = {name: result.settings for name, result in results.items()}
+        clips = quality.clips_table({name: result.videos for name, result in results.items()})
+        tables = [presets.table(results), cost.steps_table(ran), clips]
         pictures = [picture for name in results for picture in sorted((out / name).glob("sheet-*.png"))]
         return presets.to_json(results), tables, {"faithfulness": presets.plot(results)}, pictures
 

@@ -56,10 +56,9 @@ def work_table(costs: Mapping[str, Cost]) -> Table:
     return Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], rows)
 
 
-def steps_table(costs: Mapping[str, Cost]) -> Table:
+def steps_table(settings: Mapping[str, Settings]) -> Table:
     rows = [
-        [preset, *(describe_stage(cost.settings, stage) for stage in DIFFUSION_STAGES)]
-        for preset, cost in costs.items()
+        [preset, *(describe_stage(chosen, stage) for stage in DIFFUSION_STAGES)] for preset, chosen in settings.items()
     ]
     return Table("Steps", ["preset", *DIFFUSION_STAGES], rows)
 

@@ -22,6 +22,7 @@ from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Setting
 from runtime.ops import clip_to_frames
 from runtime.pipeline import check_run
 from runtime.runner import Engine, EnginePool
+from runtime.sampler import guidance_scales
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import Progress, PromptEmbeds, stage_schedule
 from runtime.stages.interp import run_interp
@@ -52,8 +53,9 @@ class EngineCall:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one denoising step."""
+    """Seconds of one denoising step. `kind` says if it was guided and of the whole network: kinds differ in work."""
 
+    kind: str
     engine: float
     outside: float
 
@@ -62,14 +64,20 @@ class Step:
 class StageRun:
     """One run of a stage, by the clock: its engine calls and the ends of its denoising steps.
 
-    A stage has one or several denoising loops of `loop` steps each (0: none, as in text).
+    A stage has one or several denoising loops, alike in length and in which steps are `guided` (none, as in text:
+    empty).
     """
 
     start: float
     end: float
     calls: Sequence[EngineCall]
     step_ends: Sequence[float]
-    loop: int
+    guided: Sequence[bool]
+
+    @property
+    def loop(self) -> int:
+        """Steps of a loop."""
+        return len(self.guided)
 
     @property
     def wall(self) -> float:
@@ -96,13 +104,18 @@ class StageRun:
 
     def steps(self) -> list[Step]:
         """Every step from the end of the one before; so without the first of each loop, whose start shows nowhere."""
-        calls = self._step_calls()
-        whole = [
-            (calls[i].seconds, self.step_ends[i] - self.step_ends[i - 1])
-            for i in range(1, len(self.step_ends))
-            if i % self.loop
-        ]
-        return [Step(engine, wall - engine) for engine, wall in whole]
+        steps = []
+        for i, (call, kind) in enumerate(zip(self._step_calls(), self.kinds(), strict=True)):
+            if i % self.loop:
+                outside = self.step_ends[i] - self.step_ends[i - 1] - call.seconds
+                steps.append(Step(kind, call.seconds, outside))
+        return steps
+
+    def kinds(self) -> list[str]:
+        """Of every step, the first of each loop too."""
+        guided = ["guided" if self.guided[i % self.loop] else "unguided" for i in range(len(self.step_ends))]
+        shallow = [", shallow" if call.graph == "shallow" else "" for call in self._step_calls()]
+        return [a + b for a, b in zip(guided, shallow, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,12 +130,14 @@ class StageResult:
         return summarize([run.wall for run in self.runs])
 
     @property
-    def step_engine(self) -> Summary | None:
-        return summarize([step.engine for run in self.runs for step in run.steps()])
+    def kinds(self) -> Counter[str]:
+        """How many steps of each kind a run has."""
+        return Counter(self.runs[0].kinds())
 
-    @property
-    def step_outside(self) -> Summary | None:
-        return summarize([step.outside for run in self.runs for step in run.steps()])
+    def steps(self, kind: str) -> tuple[Summary | None, Summary | None]:
+        """Seconds in engine and outside of all runs' steps of this kind."""
+        steps = [step for run in self.runs for step in run.steps() if step.kind == kind]
+        return summarize([step.engine for step in steps]), summarize([step.outside for step in steps])
 
 
 class Cascade:
@@ -198,6 +213,14 @@ def loop_lengths(bundle: Bundle, settings: Settings, stages: Iterable[str]) -> d
     return lengths
 
 
+def _guided(settings: Settings, stage: str, length: int) -> list[bool]:
+    """Which steps of one of the stage's loops are guided."""
+    if not length:
+        return []
+    chosen = getattr(settings, stage)
+    return [bool(scale > 1) for scale in guidance_scales(length, chosen.guidance_scale, chosen.guided)]
+
+
 def run_latency(
     bundle: Bundle,
     settings: Settings,
@@ -218,14 +241,15 @@ def run_latency(
         with EnginePool(bundle, keep_loaded=True) as engines:
             cascade = Cascade(engines, settings, seed, arrays)
             cascade.prepare(stage)
-            result = _measure_stage(cascade, stage, lengths[stage], warmup, repeats)
+            guided = _guided(settings, stage, lengths[stage])
+            result = _measure_stage(cascade, stage, guided, warmup, repeats)
         results.append(result)
         if on_stage is not None:
             on_stage(result)
     return results
 
 
-def _measure_stage(cascade: Cascade, stage: str, loop: int, warmup: int, repeats: int) -> StageResult:
+def _measure_stage(cascade: Cascade, stage: str, guided: Sequence[bool], warmup: int, repeats: int) -> StageResult:
     calls: list[EngineCall] = []
     start = time.perf_counter()
     for name in ENGINES[stage]:
@@ -239,7 +263,7 @@ def _measure_stage(cascade: Cascade, stage: str, loop: int, warmup: int, repeats
         cascade.run(stage, lambda *_: step_ends.append(time.perf_counter()))
         return list(calls), step_ends
 
-    runs = [StageRun(timed.start, timed.end, *timed.result, loop) for timed in measure(run, warmup, repeats)]
+    runs = [StageRun(timed.start, timed.end, *timed.result, guided) for timed in measure(run, warmup, repeats)]
     return StageResult(stage, runs, load_seconds, peak_memory())
 
 
@@ -279,19 +303,20 @@ def stage_table(results: Sequence[StageResult]) -> Table:
 def step_table(results: Sequence[StageResult]) -> Table:
     rows = []
     for result in results:
-        engine, outside = result.step_engine, result.step_outside
-        rows.append(
-            [
-                result.stage,
-                str(len(result.runs[0].step_ends)),
-                str(engine.n if engine else 0),
-                median(engine, 1e3),
-                spread(engine, 1e3),
-                median(outside, 1e3),
-                spread(outside, 1e3),
-                share(outside.median, engine.median + outside.median) if engine and outside else NOTHING,
-            ]
-        )
+        for kind, count in result.kinds.items():
+            engine, outside = result.steps(kind)
+            rows.append(
+                [
+                    f"{result.stage}, {kind}" if len(result.kinds) > 1 else result.stage,
+                    str(count),
+                    str(engine.n if engine else 0),
+                    median(engine, 1e3),
+                    spread(engine, 1e3),
+                    median(outside, 1e3),
+                    spread(outside, 1e3),
+                    share(outside.median, engine.median + outside.median) if engine and outside else NOTHING,
+                ]
+            )
     headers = ["stage", "steps", "n", "engine ms", "p10-p90", "outside ms", "p10-p90", "outside"]
     return Table("Denoising steps: median of n", headers, rows)
 
@@ -336,8 +361,10 @@ def to_json(results: Sequence[StageResult]) -> dict[str, Any]:
                 "engine_s": _rounded(run.engine_seconds for run in result.runs),
                 "engine_calls": Counter(call.graph for call in result.runs[0].calls),
                 "steps": len(result.runs[0].step_ends),
-                "step_engine_s": _summary(result.step_engine),
-                "step_outside_s": _summary(result.step_outside),
+                "steps_by_kind": {
+                    kind: {"steps": count, "engine_s": _summary(engine), "outside_s": _summary(outside)}
+                    for kind, count, (engine, outside) in ((k, n, result.steps(k)) for k, n in result.kinds.items())
+                },
                 "load_s": round(result.load_seconds, 7),
                 "peak_memory_bytes": result.peak_memory,
             }

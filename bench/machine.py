@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.errors import EngineError
+from runtime.runner import INDUCTOR
 
 if TYPE_CHECKING:
     from engines.store import Bundle
@@ -24,38 +26,54 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
+_ORT = "onnxruntime"
+_BACKENDS = (_ORT, "onnxruntime-gpu", "torch", "tensorrt-rtx", "tensorrt")  # packages that run engines
+
+
+def describe_moment() -> dict[str, Any]:
+    """What changes while a benchmark runs."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
 
 
 def describe_host() -> dict[str, Any]:
     """Hardware and software that every benchmark has, as JSON's types."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **describe_moment(),
         "cpu": _cpu_model(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": _gpu(),
-        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": _os_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "backends": {name: found for name in _BACKENDS if (found := package_version(name))},
         "commit": git_commit(ROOT),
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """The host, and what engines on ONNX Runtime depend on."""
-    from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
-
+def describe_machine(bundle: "Bundle") -> dict[str, Any]:
+    """The host, and what the bundle's engines depend on there. Raises EngineError where that is not installed."""
     if psutil is None:
         raise EngineError("psutil is not installed. This benchmark needs it: `pip install -e '.[bench]'`.")
-    physical = psutil.cpu_count(logical=False)
-    return {
+    machine = {
         **describe_host(),
-        "cores": {"physical": physical, "logical": psutil.cpu_count()},
-        "threads": "ONNX Runtime's default, one per physical core",
+        "cores": {"physical": psutil.cpu_count(logical=False), "logical": psutil.cpu_count()},
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "onnxruntime": ort.__version__,
-        "providers_available": list(ort.get_available_providers()),
     }
+    backends = {entry.backend for entry in bundle.manifest.engines.values()}
+    threads = {}
+    if _ORT in backends:
+        from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
+
+        threads[_ORT] = "its default, one per physical core"
+        machine["providers_available"] = list(ort.get_available_providers())
+    if INDUCTOR in backends:
+        from runtime.runner_inductor import torch
+
+        threads[INDUCTOR] = torch.get_num_threads()
+    return {**machine, "threads": threads or None}
 
 
 def describe_torch() -> dict[str, Any]:
@@ -96,9 +114,14 @@ def describe_bundle(bundle: "Bundle") -> dict[str, Any]:
     }
 
 
-def device(machine: dict[str, Any]) -> str:
-    """What the engines run on, in a file's name."""
-    return "gpu" if "CUDAExecutionProvider" in machine["providers_available"] else "cpu"
+def device(bundle: "Bundle", machine: Mapping[str, Any]) -> str:
+    """What the engines run on, in a file's name: where they were compiled for one, or ONNX Runtime has a GPU. Then what
+    runs them, unless that is ONNX Runtime alone."""
+    entries = bundle.manifest.engines.values()
+    on_gpu = any(entry.needs_gpu for entry in entries)
+    on_gpu |= "CUDAExecutionProvider" in machine.get("providers_available", ())
+    others = sorted({entry.backend for entry in entries} - {_ORT})
+    return "-".join(["gpu" if on_gpu else "cpu", *others])
 
 
 def git_commit(root: Path) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.cost import Cost
 from bench.plots import Axis, Chart
-from bench.quality import bootstrap, percent, percent_range, run_quality
+from bench.quality import bootstrap, json_rows, percent, percent_range, run_quality
 from bench.report import NOTHING, Table, median, number, spread
 from bench.timing import Summary, summarize
 from export.demo.faithfulness import Faithfulness, Prompt
@@ -134,7 +134,7 @@ def to_json(results: Mapping[str, PresetResult]) -> dict[str, Any]:
                 "flop": result.cost.total,
                 "seconds": asdict(summary) if (summary := result.seconds) else None,
                 "faithfulness": asdict(result.faithfulness),
-                "videos": list(result.videos),
+                "videos": json_rows(result.videos),
             }
             for preset, result in results.items()
         }

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from bench.machine import ROOT, describe_moment, git_commit
 from bench.report import NOTHING, Table, number
 from engines.errors import OutputError
 from engines.store import write_atomically
@@ -25,6 +27,8 @@ from export.demo.judge import Frames, Reading, read
 from runtime.ops import psnr
 
 _SHEET_FRAMES, _SHEET_ROWS, _SHEET_WIDTH = 8, 8, 192
+_UNKNOWN = "unknown"
+_CONDITIONS = ("date", "load_average_1min", "commit")  # of a clip, as it was finished
 
 
 # Faithfulness
@@ -163,9 +167,11 @@ def run_quality(
     """Make and judge every prompt's video; keep clips and contact sheets in `out`, which is there.
 
     A clip that is there already is not made again: an interrupted run continues. `reference` is another run's folder;
-    `made_by` is kept with the clips, bundle and settings. Raises OutputError for clips of another prompt, seed or
-    `made_by`, and for a reference with fewer clips or of another size.
+    `made_by` is kept with the clips, bundle and settings, and so are date, commit and load, which a later run's
+    conditions say nothing of. Raises OutputError for clips of another prompt, seed or `made_by`, and for a reference
+    with fewer clips or of another size.
     """
+    _commit()  # asked before the first clip
     if reference is not None:
         missing = [clip_file(reference, i).name for i in range(len(prompts)) if not clip_file(reference, i).is_file()]
         if missing:
@@ -181,9 +187,9 @@ def run_quality(
             start = time.perf_counter()
             frames = make(prompt)
             _keep(file, prompt, maker, frames, time.perf_counter() - start)
-        frames, seconds = _kept(file, prompt, maker)
+        frames, making = _kept(file, prompt, maker)
         readings.append(read(frames))
-        row: dict[str, Any] = {"prompt": prompt.prompt, "seed": prompt.seed, "seconds": seconds}
+        row: dict[str, Any] = {"prompt": prompt.prompt, "seed": prompt.seed, **making}
         row["flicker"] = flicker(frames)
         row["seen"] = [f"{thing.colour} {thing.shape}, {thing.motion}" for thing in readings[-1].things]
         row["background"] = readings[-1].background
@@ -209,25 +215,61 @@ def run_quality(
     return {"faithfulness": result, "videos": rows}
 
 
+@cache
+def _commit() -> str | None:
+    """As the first run began: what is checked out since is not what this process runs."""
+    return git_commit(ROOT)
+
+
 def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float) -> None:
     content = io.BytesIO()
-    np.savez_compressed(content, frames=frames, prompt=prompt.prompt, seed=prompt.seed, maker=maker, seconds=seconds)
+    np.savez_compressed(
+        content,
+        frames=frames,
+        prompt=prompt.prompt,
+        seed=prompt.seed,
+        maker=maker,
+        seconds=seconds,
+        conditions=json.dumps({**describe_moment(), "commit": _commit()}),
+    )
     write_atomically(file, content.getvalue())
 
 
-def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, float]:
-    """Frames, and the seconds that they took."""
+def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, dict[str, Any]]:
+    """Frames, and how they were made: seconds, and conditions, None in clips of older versions."""
     _check_prompt(file, prompt)
     kept = np.load(file)
     if "maker" not in kept or str(kept["maker"]) != maker:
         raise OutputError(f"{file} was made by another bundle or with other settings. Choose another --out.")
-    return kept["frames"], float(kept["seconds"])
+    conditions = json.loads(str(kept["conditions"])) if "conditions" in kept else {}
+    return kept["frames"], {"seconds": float(kept["seconds"]), **{key: conditions.get(key) for key in _CONDITIONS}}
 
 
 def _check_prompt(file: Path, prompt: Prompt) -> None:
     kept = np.load(file)
     if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
         raise OutputError(f"{file} is of another prompt or seed. Choose another folder.")
+
+
+def json_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no infinity: the PSNR of equal videos."""
+    return [{**row, "psnr": "equal"} if np.isinf(row.get("psnr", 0)) else dict(row) for row in rows]
+
+
+def clips_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """When and by what the clips of each run were made: some may be older than the report's conditions."""
+    lines = []
+    for name, clips in rows.items():
+        dates, loads, commits = ([clip[key] for clip in clips] for key in _CONDITIONS)
+        distinct = ", ".join(dict.fromkeys(commit or _UNKNOWN for commit in commits))
+        lines.append([name, str(len(clips)), _span(dates), _span(loads), distinct])
+    return Table("Clips", ["clips", "number", "made", "load", "commit"], lines)
+
+
+def _span(values: Sequence[Any]) -> str:
+    known = sorted(value for value in values if value is not None)
+    parts = [" to ".join(map(str, dict.fromkeys((known[0], known[-1]))))] if known else []
+    return ", ".join([*parts, *([_UNKNOWN] if len(known) < len(values) else [])])
 
 
 def distance_table(rows: Iterable[dict[str, Any]]) -> Table:

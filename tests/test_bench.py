@@ -1,21 +1,23 @@
 """The benchmark: statistics, tables, where a stage's time is booked, and one real run on a small bundle."""
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.__main__ import main
+from bench.__main__ import _settings, main
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
-from bench.machine import describe_machine, git_commit
-from bench.report import Table, facts, number, share, spread
+from bench.machine import describe_host, describe_machine, device, git_commit
+from bench.report import Table, facts, number, share, spread, write_json
 from bench.timing import Summary, measure, summarize
 from engines.errors import SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
-from runtime.config import Settings
+from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +83,7 @@ TWO_LOOPS = StageRun(
         EngineCall("decode", 111.0, 3.0),
     ],
     step_ends=[103.25, 105.5, 108.25, 110.5],
-    loop=2,
+    guided=[True, True],
 )
 
 
@@ -100,12 +102,12 @@ def test_a_step_is_measured_from_the_end_of_the_one_before() -> None:
 
 
 def test_a_stage_without_steps_has_no_set_up() -> None:
-    run = StageRun(0.0, 2.0, [EngineCall("encode", 0.5, 1.0)], [], loop=0)
+    run = StageRun(0.0, 2.0, [EngineCall("encode", 0.5, 1.0)], [], guided=[])
     assert (run.set_up(), run.finish(), run.steps()) == (0.0, 0.0, [])
 
 
 def test_tables_show_stages_their_sum_and_steps() -> None:
-    text = StageResult("text", [StageRun(0.0, 2.0, [EngineCall("encode", 0.5, 1.0)], [], 0)], 0.5, 2**30)
+    text = StageResult("text", [StageRun(0.0, 2.0, [EngineCall("encode", 0.5, 1.0)], [], [])], 0.5, 2**30)
     base = StageResult("base", [TWO_LOOPS], 1.5, 2 * 2**30)
     stages, steps = tables([text, base])
     assert stages.rows[0] == ["text", "2.00", "-", "-", "-", "50 %", "1", "0.500", "1.00"]
@@ -115,11 +117,67 @@ def test_tables_show_stages_their_sum_and_steps() -> None:
     assert total_wall([text, base]) == [16.5]
 
 
-def test_conditions_name_no_path() -> None:
-    text = json.dumps(describe_machine())
+def test_steps_of_different_work_have_rows_of_their_own() -> None:
+    graphs = ("step", "shallow", "step", "shallow")
+    calls = [EngineCall(graph, float(i), 0.75 if graph == "step" else 0.25) for i, graph in enumerate(graphs)]
+    ends = [1.0, 2.0, 3.0, 4.0]
+    run = StageRun(0.0, 4.0, calls, ends, guided=[True, True, False, False])
+    _, steps = tables([StageResult("sr1", [run, run], 0.1, 2**30)])
+    assert [row[:4] for row in steps.rows] == [
+        ["sr1, guided", "1", "0", "-"],  # the first of the loop: its start is not known
+        ["sr1, guided, shallow", "1", "2", "250"],
+        ["sr1, unguided", "1", "2", "750"],
+        ["sr1, unguided, shallow", "1", "2", "250"],
+    ]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_compared_with_the_reference_runs_whole_guided_steps(preset: str) -> None:
+    asked = argparse.Namespace(preset=preset, steps=None, keyframes=None, video=None)
+    own = Settings(strength=0.1).with_guidance({"sr1": 1.0}).to_dict()
+    settings, reference = _settings(own, asked, guided=True), Settings()
+    for name in DIFFUSION_STAGES:
+        stage, wanted = getattr(settings, name), getattr(reference, name)
+        assert (stage.guidance_scale, stage.guided, stage.cache_interval) == (wanted.guidance_scale, ALL_STEPS, 1)
+    assert settings.strength == reference.strength
+    assert _settings(own, asked).sr1.cache_interval == (2 if preset == "fast" else 1)
+
+
+def test_conditions_name_what_runs_and_no_path(bundle: Path) -> None:
+    text = json.dumps(describe_machine(Bundle.open(bundle)))
     assert str(ROOT) not in text
-    assert json.loads(text)["cores"]["logical"] >= 1
+    machine = json.loads(text)
+    assert machine["cores"]["logical"] >= 1
+    assert list(machine["threads"]) == ["onnxruntime"] and "CPUExecutionProvider" in machine["providers_available"]
+    assert {"onnxruntime", "onnxruntime-gpu"} & set(describe_host()["backends"])
     assert peak_memory() > 2**20
+
+
+@pytest.mark.torch
+def test_engines_of_another_backend_have_its_conditions_and_a_file_of_their_own(bundle: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    opened = Bundle.open(bundle)
+
+    def by(backend: str, *targets: str) -> Bundle:
+        entries = opened.manifest.engines.items()
+        engines = {name: replace(entry, backend=backend, targets=targets) for name, entry in entries}
+        return Bundle(opened.root, replace(opened.manifest, engines=engines))
+
+    inductor = describe_machine(by("inductor", "cpu-x86-64-v3"))
+    assert inductor["threads"] == {"inductor": torch.get_num_threads()} and "providers_available" not in inductor
+    assert inductor["backends"]["torch"] == torch.__version__
+    cuda = {"providers_available": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    assert device(opened, {"providers_available": ["CPUExecutionProvider"]}) == "cpu"
+    assert device(opened, cuda) == "gpu"
+    assert device(by("inductor", "cpu-x86-64-v3"), inductor) == "cpu-inductor"
+    assert device(by("inductor", "sm90"), {}) == "gpu-inductor"
+    assert device(by("tensorrt-rtx", "sm86", "sm89"), {}) == "gpu-tensorrt-rtx"
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": "inf"}})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": None, "d": "inf"}}
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
@@ -127,7 +185,11 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
 
 
 def test_benchmarks_do_not_import_torch() -> None:
-    code = "import sys, bench.__main__, bench.latency, bench.memory, bench.work; sys.exit('torch' in sys.modules)"
+    modules = ", ".join(f"bench.{name}" for name in ("cost", "latency", "memory", "presets", "quality", "work"))
+    code = f"""import sys, bench.__main__ as command, {modules}
+command._run_export = lambda *words: None
+command._network_checkpoint("golden")
+sys.exit("torch" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -186,8 +248,9 @@ def test_latency_of_the_whole_cascade(bundle: Path, tmp_path: Path, capsys: pyte
     for stage in stages.values():
         assert 0 < stage["engine_s"][0] < stage["wall_s"][0]
         assert stage["set_up_s"][0] + stage["finish_s"][0] < stage["wall_s"][0]
-    assert stages["if2"]["step_outside_s"]["n"] == 1
-    assert stages["sr1"]["step_outside_s"] is None, "a loop of one step shows no step from end to end"
+    assert stages["if2"]["steps_by_kind"]["guided"]["outside_s"]["n"] == 1
+    single = stages["sr1"]["steps_by_kind"]["guided"]
+    assert (single["steps"], single["outside_s"]) == (1, None), "a loop of one step shows no step from end to end"
     assert result["total_wall_s"][0] == pytest.approx(sum(stage["wall_s"][0] for stage in stages.values()), abs=1e-6)
     printed = capsys.readouterr().out
     assert "end to end" in printed

@@ -27,7 +27,7 @@ def interp_run(steps: int) -> StageResult:
     """Both gaps at once, 2 s a step; 1 s before the first, 0.5 s after the last."""
     calls = [EngineCall("step", 1.0 + 2 * i, 1.5) for i in range(steps)]
     ends = [3.0 + 2 * i for i in range(steps)]
-    return StageResult("interp", [StageRun(0.0, ends[-1] + 0.5, calls, ends, steps)], 0.1, 2**30)
+    return StageResult("interp", [StageRun(0.0, ends[-1] + 0.5, calls, ends, [True] * steps)], 0.1, 2**30)
 
 
 def test_a_stage_that_ran_in_full_is_what_the_clock_said() -> None:
@@ -41,7 +41,7 @@ def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
     assert time.full is False
     assert time.seconds == pytest.approx(1 + 7 * 2 + 0.5)
     calls = [EngineCall("step", start, 1.5) for start in (1.0, 11.0, 13.0)]
-    slow_start = StageResult("interp", [StageRun(0.0, 15.5, calls, [11.0, 13.0, 15.0], 3)], 0.1, 2**30)
+    slow_start = StageResult("interp", [StageRun(0.0, 15.5, calls, [11.0, 13.0, 15.0], [True] * 3)], 0.1, 2**30)
     assert from_latency(slow_start, 7, INTERP).seconds == pytest.approx(1 + 7 * 2 + 0.5), "as baselines: the median"
     single = from_latency(interp_run(1), 7, INTERP)
     assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
@@ -91,6 +91,7 @@ def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path
     assert ours["base"]["seconds"] > 0 and eager["base"]["seconds"] == pytest.approx(75 * eager["base"]["call"])
     assert {"base", "if2"} == set(result["largest_difference"])
     assert all(difference < 1e-4 for difference in result["largest_difference"].values())
+    assert {"onnxruntime", "torch"} <= set(result["machine"]["backends"])
     assert "eager / onnxruntime" in out.with_suffix(".md").read_text(encoding="utf-8")
     assert (tmp_path / "e2e-stages.svg").is_file()
 

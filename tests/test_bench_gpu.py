@@ -60,6 +60,25 @@ def test_a_bundle_agrees_with_itself_on_the_cpu(bundle: Path) -> None:
         assert all(check.passed and check.difference == 0 for check in checks)
 
 
+def test_every_graph_of_a_network_sees_the_context_that_it_made(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    run = gpu._on_backend
+
+    def recording(engine: Any, graph: str, feeds: Any) -> Any:
+        outputs, seconds = run(engine, graph, feeds)
+        seen[graph] = outputs if graph == "context" else dict(feeds)
+        return outputs, seconds
+
+    monkeypatch.setattr(gpu, "_on_backend", recording)
+    whole = Bundle.open(bundle)
+    opened = Bundle(whole.root, replace(whole.manifest, engines={"base": whole.engine("base")}))
+    gpu.compare_bundles(opened, opened, tolerance=1e-3)
+    assert sorted(seen) == ["context", "shallow", "step"] and seen["context"]
+    for graph in ("shallow", "step"):
+        for name, array in seen["context"].items():
+            np.testing.assert_allclose(seen[graph][name], array, rtol=1e-3, atol=1e-4)
+
+
 def test_a_wrong_engine_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu._on_backend
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.__main__ import main
 from bench.cost import Cost
 from bench.presets import PresetResult, run_presets
 from engines.errors import OutputError
+from engines.store import Bundle
 from export.demo.faithfulness import Prompt, load_prompts
 from export.demo.judge import Frames
 from runtime.config import Settings
@@ -97,6 +99,8 @@ def test_equal_videos_and_no_change_can_be_shown(tmp_path: Path) -> None:
     results: dict[str, PresetResult] = compare(tmp_path, gray)
     row = dict(zip(presets.table(results).headers, presets.table(results).rows[1], strict=True))
     assert (row["points"], row["PSNR dB"], row["worst"]) == ("+0.0", "equal", "equal")
+    kept = json.loads(json.dumps(presets.to_json(results), allow_nan=False))["presets"]
+    assert [video["psnr"] for video in kept["fast"]["videos"]] == ["equal"] * 3
 
 
 def test_the_command_compares_small_videos_of_few_prompts(
@@ -118,8 +122,29 @@ def test_the_command_compares_small_videos_of_few_prompts(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == "presets" and list(report["presets"]) == ["fast", "draft"]
     page = (tmp_path / "report.md").read_text()
+    assert all(f"| {preset} | 2 | 20" in page for preset in ("fast", "draft")), "when the clips of both were made"
     assert "![fast/sheet-0.png](fast/sheet-0.png)" in page and "![faithfulness](report-faithfulness.svg)" in page
     assert "points and PSNR against fast" in capsys.readouterr().out
+
+
+def test_steps_are_those_that_ran_and_work_that_of_the_published_networks(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(bundle)
+    own = Settings(strength=0.1).with_guidance({"sr1": 1.0, "sr2": 1.0})
+    monkeypatch.setattr(Bundle, "open", lambda _: Bundle(opened.root, replace(opened.manifest, defaults=own.to_dict())))
+
+    def gray(self: Show1Pipeline, prompt: str, *, seed: int, settings: Settings) -> Video:
+        frames = np.full((5, 64, 112, 3), 128, np.uint8)
+        return Video(frames, np.zeros((1, 3, 5, 64, 112), np.float32), prompt, "", seed, settings)
+
+    monkeypatch.setattr(Show1Pipeline, "__call__", gray)
+    options = ["--presets", "reference,draft", "--prompts", "2", "--out", str(tmp_path)]
+    assert main(["quality", "--bundle", str(bundle), *options]) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "| reference | 75 | 75 | 70 | 125, unguided | 5, unguided |" in page
+    assert "| draft | 6 | 4 | 6 | 3, unguided | 1, unguided |" in page
+    assert "| reference | 19.7 |" in page
 
 
 @pytest.mark.parametrize(

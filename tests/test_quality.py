@@ -94,6 +94,36 @@ def test_flicker_leaves_steady_change_out() -> None:
     assert flicker(flashing) == pytest.approx(8, abs=1e-3)
 
 
+def gray(prompt: Prompt) -> Frames:
+    return np.full((5, 64, 112, 3), 128, np.uint8)
+
+
+def test_a_clip_keeps_the_conditions_that_it_was_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = {"date": "2026-11-20 08:00 UTC", "load_average_1min": 0.5}
+    monkeypatch.setattr(quality, "describe_moment", lambda: moment)
+    monkeypatch.setattr(quality, "_commit", lambda: "aaaa")
+    quality.run_quality(PROMPTS[:2], gray, tmp_path)
+    moment |= {"date": "2026-11-21 09:30 UTC", "load_average_1min": 2.25}
+    monkeypatch.setattr(quality, "_commit", lambda: "bbbb + changes")
+    rows = quality.run_quality(PROMPTS[:3], gray, tmp_path)["videos"]
+    assert [row["commit"] for row in rows] == ["aaaa", "aaaa", "bbbb + changes"]
+    assert [row["load_average_1min"] for row in rows] == [0.5, 0.5, 2.25]
+    span = ["2026-11-20 08:00 UTC to 2026-11-21 09:30 UTC", "0.5 to 2.25", "aaaa, bbbb + changes"]
+    assert quality.clips_table({"draft": rows}).rows == [["draft", "3", *span]]
+
+
+def test_clips_of_versions_that_kept_no_conditions_are_read(tmp_path: Path) -> None:
+    quality.run_quality(PROMPTS[:2], gray, tmp_path)
+    kept = dict(np.load(quality.clip_file(tmp_path, 0)))
+    del kept["conditions"]
+    np.savez_compressed(quality.clip_file(tmp_path, 0), **kept)
+    rows = quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)["videos"]
+    assert (rows[0]["date"], rows[0]["commit"], rows[0]["load_average_1min"]) == (None, None, None)
+    assert rows[1]["date"].endswith("UTC")
+    assert quality.clips_table({"old": rows[:1]}).rows == [["old", "1", "unknown", "unknown", "unknown"]]
+    assert quality.clips_table({"both": rows}).rows[0][2] == f"{rows[1]['date']}, unknown"
+
+
 @pytest.mark.torch
 def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[Frames]) -> None:
     prompts, made = PROMPTS[:3], []
@@ -117,7 +147,8 @@ def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[F
     text = quality.distance_table(against["videos"]).as_markdown()
     assert "| PSNR to reference, dB | equal | equal |" in text
     assert "faithfulness" in quality.faithfulness_table(against["faithfulness"]).as_text()
-    json.dumps(against["videos"])
+    kept = json.loads(json.dumps(quality.json_rows(against["videos"]), allow_nan=False))
+    assert [row["psnr"] for row in kept] == ["equal"] * 3 and kept[0]["ssim"] == against["videos"][0]["ssim"]
     with pytest.raises(OutputError, match=r"no 03\.npz"):
         quality.run_quality(PROMPTS[:4], make, second, reference=first)
     with pytest.raises(OutputError, match="another prompt or seed"):
