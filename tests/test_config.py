@@ -10,11 +10,20 @@ from runtime.config import DIFFUSION_STAGES, PRESETS, Settings, StageSettings
 
 # A bundle's own, unlike the reference in everything.
 OWN = Settings(
-    **{stage: StageSettings(33, 2.5, (0.1, 0.9), "trailing") for stage in DIFFUSION_STAGES},
+    **{stage: StageSettings(33, 2.5, (0.1, 0.9), "trailing", 3) for stage in DIFFUSION_STAGES},
     keyframes=3,
     size=(288, 160),
     strength=0.5,
+    if2_noise_level=100,
+    sr1_noise_level=200,
+    sr1_window=5,
+    fps=12,
 )
+
+
+def test_the_settings_of_these_tests_are_unlike_the_reference_in_everything() -> None:
+    for one, other in ((OWN, Settings()), *((getattr(OWN, s), getattr(Settings(), s)) for s in DIFFUSION_STAGES)):
+        assert not [field.name for field in fields(one) if getattr(one, field.name) == getattr(other, field.name)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -24,6 +33,8 @@ def test_a_preset_leaves_what_it_does_not_name(preset: str) -> None:
     assert all(getattr(changed, name) == getattr(OWN, name) for name in others)
     assert all(getattr(changed, stage).guidance_scale == 2.5 for stage in DIFFUSION_STAGES)
     if preset != "fast":
+        assert all(getattr(Settings().with_preset(preset), stage).cache_interval == 1 for stage in DIFFUSION_STAGES)
+        assert all(getattr(changed, stage).cache_interval == 3 for stage in DIFFUSION_STAGES)
         assert all(getattr(changed, stage).guided == (0.1, 0.9) for stage in DIFFUSION_STAGES)
         assert all(getattr(changed, stage).spacing == "trailing" for stage in DIFFUSION_STAGES)
     assert (changed == OWN) == (preset == "reference")
@@ -34,7 +45,7 @@ def test_fast_has_fewer_steps_where_they_matter_least_and_keeps_the_noise_that_s
     assert all(
         getattr(fast, s).num_inference_steps < getattr(Settings(), s).num_inference_steps for s in DIFFUSION_STAGES
     )
-    assert {stage for stage in DIFFUSION_STAGES if getattr(fast, stage).cache_interval > 1} == {"interp", "sr1"}
+    assert {stage for stage in DIFFUSION_STAGES if getattr(fast, stage).cache_interval == 2} == {"interp", "sr1"}
     assert [getattr(fast, stage).spacing for stage in DIFFUSION_STAGES] == ["logsnr"] * 4 + ["trailing"]
 
 

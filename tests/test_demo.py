@@ -16,8 +16,9 @@ def test_the_demo_checkpoint_makes_29_frames_of_576_by_320(tmp_path: Path) -> No
     from runtime.cli import main as show1
 
     bundle, out = ROOT / "build" / "demo-bundle", tmp_path / "demo.mp4"
+    options = ["--preset", "draft", "--steps", "base=40,interp=8,sr1=4,sr2=20", "--size", "576x320"]
     assert export(["build", "--stage", "all", "--checkpoint", "demo", "--out", str(bundle)]) == 0
-    assert show1(["generate", PROMPT, "--bundle", str(bundle), "--preset", "draft", "--out", str(out)]) == 0
+    assert show1(["generate", PROMPT, "--bundle", str(bundle), *options, "--out", str(out)]) == 0
     with av.open(str(out)) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(frames) == 29
