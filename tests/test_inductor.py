@@ -7,7 +7,9 @@ The UNet is the smallest that has every kind of layer: one level, from the golde
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +83,32 @@ def library() -> Path:
     return kernels.build_for(DEVICE)
 
 
-def built(checkpoint: Path, out: Path, precision: str) -> Bundle:
+def built(checkpoint: Path, out: Path, precision: str) -> None:
     """A bundle of the small network; in float32 with the variance that its scheduler does not read."""
     with Bundle.writer(out) as bundle, bundle.scratch() as scratch:
         folder = scratch / "interp"
         folder.mkdir()
         bundle.install(folder, build_engine(job(checkpoint, precision, precision == "fp32"), folder))
-        return Bundle(bundle.root, bundle.manifest)
 
 
 @pytest.fixture(scope="module")
-def float32(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return built(checkpoint, tmp_path_factory.mktemp("float32") / "bundle", "fp32")
+def bundles(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """By precision, both built at once: tracing and lowering keep a single core busy."""
+    folders = {precision: tmp_path_factory.mktemp(precision) / "bundle" for precision in ("fp32", "fp16")}
+    with ProcessPoolExecutor(len(folders), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(built, checkpoint, folder, name) for name, folder in folders.items()]:
+            done.result()
+    return {precision: Bundle.open(folder) for precision, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
-def float16(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return built(checkpoint, tmp_path_factory.mktemp("float16") / "bundle", "fp16")
+def float32(bundles: dict[str, Bundle]) -> Bundle:
+    return bundles["fp32"]
+
+
+@pytest.fixture(scope="module")
+def float16(bundles: dict[str, Bundle]) -> Bundle:
+    return bundles["fp16"]
 
 
 @pytest.fixture(scope="module")
