@@ -18,7 +18,7 @@ from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from export.configs import published_scheduler
-from export.kernels import CUDA, REFERENCE, build_library
+from export.kernels import CUDA, REFERENCE, build_library, native
 from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
 from runtime.schedulers import SchedulerConfig, make_schedule
 
@@ -104,6 +104,7 @@ def torch_with_gpu() -> Any:
 
 def build_kernels(architectures: str) -> tuple[Kernels, Kernels]:
     """The CUDA library for `architectures` (CMake's words, e.g. native; "all": the fat binary) and its references."""
+    architectures = native() if architectures == "native" else architectures
     folder = BUILD / architectures.replace(";", "-")
     options = [] if architectures == "all" else [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
     cuda, references = (build_library(name, folder, *options)[0] for name in (CUDA, REFERENCE))

@@ -55,10 +55,14 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     return libraries(folder, target)[0], printed
 
 
+def native() -> str:
+    """CMAKE_CUDA_ARCHITECTURES of the cards that are here, by number: for CMake's own "native" another card that has
+    taken this one's place is no reason to compile again."""
+    return ";".join(sorted({gpu.target.removeprefix("sm") for gpu in find_gpus()})) or "native"
+
+
 def build_for(device: str) -> Path:
     """The library that runs on "cuda" or "cpu", where `runtime.kernels.find_library` looks for it."""
     if device == "cuda":
-        # By number, not "native": CMake compiles again when another card has taken this one's place.
-        here = ";".join(sorted({gpu.target.removeprefix("sm") for gpu in find_gpus()}))
-        return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={here or 'native'}")[0]
+        return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={native()}")[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]
