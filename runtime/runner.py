@@ -78,9 +78,14 @@ def open_runner(backend: str, plan: Path) -> Runner:
     raise EngineError(f"{plan}: made for the backend {backend!r}, which this version does not run.")
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_error(plan: Path, library: str, error: Exception) -> Show1Error:
     """What it means that a library did not load a plan: it cannot be read, or memory is short."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if re.search(r"out of memory|failed to allocate|bad_alloc", str(error), re.IGNORECASE):
         return EngineError(f"{plan}: too little memory to load it ({text}). Close what else uses it, or the GPU.")
     return BundleError(f"{plan}: {library} cannot load it ({text}).")

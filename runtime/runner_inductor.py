@@ -32,7 +32,7 @@ from runtime.kernels import (
     step_modes,
     step_table,
 )
-from runtime.runner import Array, load_error
+from runtime.runner import Array, first_line, load_error
 from runtime.schedulers import Schedule
 
 try:
@@ -264,8 +264,7 @@ def _failures() -> Iterator[None]:
     except Show1Error:
         raise
     except Exception as error:  # its exceptions share no base class
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"inductor failed: {text}") from None
+        raise EngineError(f"inductor failed: {first_line(error)}") from None
 
 
 def _from_numpy(array: Array) -> Tensor:

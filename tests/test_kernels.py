@@ -31,10 +31,14 @@ GUARD = 64  # elements before and after every tensor
 HALVES = ("float16", "bfloat16")
 
 
-def _build(folder: Path, *options: str, target: str) -> tuple[Path, str]:
-    """The library, and what compiling it printed."""
+def _skip_without_programs(target: str) -> None:
     if missing := missing_programs(target):
         pytest.skip(f"needs {' and '.join(missing)}")
+
+
+def _build(folder: Path, *options: str, target: str) -> tuple[Path, str]:
+    """The library, and what compiling it printed."""
+    _skip_without_programs(target)
     return build_library(target, folder, *options)
 
 
@@ -53,8 +57,7 @@ def _on_cpu() -> Kernels:
 
 
 def _gpu() -> Kernels:
-    if missing := missing_programs(CUDA):
-        pytest.skip(f"needs {' and '.join(missing)}")
+    _skip_without_programs(CUDA)
     return Kernels(build_for("cuda"))
 
 
