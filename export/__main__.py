@@ -309,7 +309,10 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--stage", default="all", help="as for build")
     download.add_argument("--out", type=Path, default=CHECKPOINTS, help="default: %(default)s")
     download.add_argument(
-        "--precision", choices=list(PRECISIONS), default="fp16", help="fetch half-precision files where published"
+        "--precision",
+        choices=list(PRECISIONS),
+        default="fp16",
+        help="fp16: half-precision files where published, else full ones as for all others (default: %(default)s)",
     )
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")

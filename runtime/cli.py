@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=PRESETS,
         default="reference",
-        help="the authors' script (default), the steps of their quicker demo, an eighth of the work, or a look",
+        help="reference, as the bundle says: the authors' script (default); quick: half the work; fast: an eighth; "
+        "draft: a few steps, to look",
     )
     add("--steps", metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
     add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
