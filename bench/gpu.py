@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import ROOT, package_version
+from bench.machine import ROOT
 from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Summary, measure, summarize
 from engines import tensorrt
@@ -194,7 +194,7 @@ def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Con
 
 def backends() -> list[str]:
     """That may run on the card here; building says why one does not."""
-    found = [INDUCTOR] if package_version("torch") else []
+    found = [INDUCTOR] if tensorrt.installed_version("torch") else []
     try:
         import onnxruntime
 
@@ -293,7 +293,7 @@ def _on_backend(engine: Engine, graph: str, feeds: Mapping[str, Array]) -> tuple
 
 def _timed(call: Callable[[], Any], repeats: int = 5) -> tuple[Any, Summary | None]:
     timed = measure(call, 1, repeats)
-    return timed[-1].result, summarize([one.end - one.start for one in timed])
+    return timed[-1].result, summarize([one.seconds for one in timed])
 
 
 def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) -> Check | None:
@@ -312,10 +312,7 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     with EnginePool(bundle) as pool, pool.use(stage) as engine:
         unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
         guidance = guidance_scales(steps, 4)
-        if (
-            not hasattr(unet, "start_loop")
-            or unet.start_loop(x, schedule, guidance, whole_steps(guidance, 2), None) is None
-        ):
+        if unet.start_loop(x, schedule, guidance, whole_steps(guidance, 2), None) is None:
             return None
         run = partial(denoise, x=x, schedule=schedule, guidance_scale=4, cache_interval=2)
         ways = (unet, lambda *arguments, **keywords: unet(*arguments, **keywords))  # a function has no loop of its own

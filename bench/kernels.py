@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import ROOT, package_version
+from bench.machine import ROOT
 from bench.plots import Axis, Chart
 from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
+from engines.tensorrt import installed_version
 from export.configs import published_scheduler
 from export.kernels import CUDA, REFERENCE, build_library, native
 from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
@@ -121,7 +122,7 @@ def describe_gpu(torch: Any) -> dict[str, Any]:
         "memory_gib": round(card.total_memory / 2**30, 1),
         "l2_mib": round(card.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda,
-        "versions": {name: package_version(name) for name in ("torch", "triton", "xformers")},
+        "versions": {name: installed_version(name) for name in ("torch", "triton", "xformers")},
     }
 
 

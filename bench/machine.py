@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engines.errors import EngineError
+from engines.tensorrt import installed_version
 from runtime.runner import INDUCTOR
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def describe_host() -> dict[str, Any]:
         "os": _os_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "backends": {name: found for name in _BACKENDS if (found := package_version(name))},
+        "backends": {name: found for name in _BACKENDS if (found := installed_version(name))},
         "commit": git_commit(ROOT),
     }
 
@@ -85,15 +85,8 @@ def describe_torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
-        **{name: package_version(name) for name in ("diffusers", "transformers", "triton", "xformers")},
+        **{name: installed_version(name) for name in ("diffusers", "transformers", "triton", "xformers")},
     }
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def describe_bundle(bundle: "Bundle") -> dict[str, Any]:

@@ -18,6 +18,10 @@ class Timed(Generic[T]):
     end: float
     result: T
 
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class Summary:

@@ -7,7 +7,6 @@ what they leave (`published_flop`).
 """
 
 import importlib.util
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings,
 from runtime.sampler import guidance_scales, whole_steps
 from runtime.schedulers import executed_steps
 
-NETWORKS = ("t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder")
 COST_STAGES = ("text", *DIFFUSION_STAGES)
 STAGE_OF = {"t5": "text", "clip": "text", "vae_encoder": "sr2", "vae_decoder": "sr2"}  # others are stages themselves
 BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
@@ -125,19 +123,14 @@ def matrix_rate(device: str, dtype: str, repeats: int = 10) -> float:
     """FLOP/s of a large square matrix product on random data: what the card or processor gives today."""
     import torch
 
-    from bench.timing import measure_gpu, summarize
+    from bench.timing import measure, measure_gpu, summarize
 
     size = MATRIX_SIZE[device]
     a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     if device == "cuda":
         times = measure_gpu(lambda: a @ b, 3, repeats, graph=False)
     else:
-        times = []
-        for index in range(repeats + 3):
-            start = time.perf_counter()
-            a @ b
-            if index >= 3:
-                times.append(time.perf_counter() - start)
+        times = [timed.seconds for timed in measure(lambda: a @ b, 3, repeats)]
     summary = summarize(times)
     assert summary is not None
     return 2 * size**3 / summary.median

@@ -69,7 +69,7 @@ _TOKENS = Axis(1, 77, 512)
 
 
 def _pixels(opt: int, multiple: int, least: int) -> Axis:
-    """Up to four times the size tuned for, so that one engine serves other formats."""
+    """Up to 1024, or four times the size tuned for where that is more: one engine serves other formats."""
     opt = max(opt // multiple * multiple, least)
     return Axis(least, opt, max(4 * opt, 1024 // multiple * multiple), multiple)
 

@@ -24,8 +24,9 @@ class FileEntry:
 class GraphEntry:
     """A compiled graph: its contract, its plan (the file a runner opens) with what lies beside it, its measured error.
 
-    `graph_sha256` is of the ONNX graph without its weights. `parity` has one row per size tried: the sizes, the largest
-    and mean absolute difference from the torch module, the largest reference value, and the tolerance.
+    `graph_sha256` is of the ONNX graph without its weights (inductor: of the package). `parity` has one row per size
+    tried: the sizes, the largest and mean absolute difference from the torch module, the largest reference value, and
+    the tolerance; of int8 graphs, which are compared with the float32 one, neither sizes nor tolerance.
     """
 
     spec: GraphSpec

@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines import tensorrt
 from engines.catalog import CATALOG, STAGES
@@ -18,6 +19,9 @@ from runtime.cli import run_command
 from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 
+if TYPE_CHECKING:
+    from export.build import Backend
+
 CHECKPOINTS = Path("checkpoints")
 SIZE = "576x320"  # that engines are tuned for, where nothing else is asked for
 DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
@@ -28,8 +32,6 @@ def _build(arguments: argparse.Namespace) -> None:
     from export.build import Backend, build  # torch: only when something is built
 
     targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
-    if arguments.engine in ("onnxruntime", INDUCTOR) and (arguments.keep_onnx or arguments.attention != "fused"):
-        raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {arguments.engine}.")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise SettingsError(f"--jobs {arguments.jobs}; allowed: 1 or more.")
     for option in ("calibration", "judge"):
@@ -38,15 +40,19 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.no_autotune and arguments.engine != INDUCTOR:
         raise SettingsError(f"--no-autotune is for {INDUCTOR}; this is for {arguments.engine}.")
     precision, layers, size = arguments.precision, None, parse_size(arguments.size or SIZE)
+    of_plans = "fp16" if precision == INT8 else precision
+    backend = Backend.choose(arguments.engine, of_plans, targets, arguments.attention, not arguments.no_autotune)
+    if backend.name not in tensorrt.FLAVOURS and (arguments.keep_onnx or arguments.attention != "fused"):
+        raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {backend.name}.")
     if precision == INT8:
-        judged = _build_int8(arguments, targets)
+        judged = _build_int8(arguments, backend)
         for row in _int8_table(judged):
             print(row)
         if judged.root == arguments.out:
             return
         from export.int8 import plans_of
 
-        precision, layers, size = "fp16", plans_of(judged), judged.manifest.size
+        precision, layers, size = of_plans, plans_of(judged), judged.manifest.size
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
@@ -55,20 +61,19 @@ def _build(arguments: argparse.Namespace) -> None:
         size,
         arguments.force,
         arguments.jobs,
-        Backend.choose(arguments.engine, precision, targets, arguments.attention, not arguments.no_autotune),
+        backend,
         arguments.keep_onnx,
         layers,
     )
     print(f"{bundle.root}: {', '.join(bundle.manifest.engines)}")
 
 
-def _build_int8(arguments: argparse.Namespace, targets: list[str]) -> Bundle:
+def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
-    from export.build import Backend, build
+    from export.build import build
     from export.demo.faithfulness import load_prompts
     from export.int8 import JUDGE_PROMPTS, build_int8, check_calibration
 
-    backend = Backend.choose(arguments.engine, "fp16", targets, arguments.attention)
     if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
         raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
     prompts = load_prompts()
@@ -208,7 +213,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
-    """Why an engine is of no use: damaged files, another version, plans that its backend does not load."""
+    """Why an engine is of no use: damaged files, another version, plans that its backend does not load.
+
+    `shallow`, which few runs need, is not loaded.
+    """
     from runtime.runner import Engine
 
     reasons = bundle.problems(entry)

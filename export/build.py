@@ -46,7 +46,8 @@ from runtime.config import Settings, stage_sizes
 from runtime.runner import INDUCTOR, Runner, open_runner
 from runtime.runner_inductor import target, torch_version
 
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # either brings ONNX Runtime
+_PACKAGES = ("show1-rt", "torch", "onnx", "onnxscript", *_ORT_PACKAGES, "tokenizers")
 _GIB = 2**30
 
 
@@ -96,9 +97,8 @@ class Backend:
     def version(self) -> str:
         if self.name == INDUCTOR:
             return torch_version()
-        return (
-            version("onnxruntime") if self.name == compile_ort.BACKEND else tensorrt.installed_version(self.name) or ""
-        )
+        packages = _ORT_PACKAGES if self.name == compile_ort.BACKEND else (self.name,)
+        return next(filter(None, map(tensorrt.installed_version, packages)), "")
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ def build(
         timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
         _build_all(bundle, pending, 1 if timed else jobs)
         bundle.update(
-            versions={"show1-rt": version("show1-rt"), **{package: version(package) for package in _PACKAGES}},
+            versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
             defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},

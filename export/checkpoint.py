@@ -103,11 +103,14 @@ def tensor_sizes(files: Iterable[Path]) -> list[int]:
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 over the contents of files, in order."""
+    """SHA-256 over the contents of files, in order. Raises CheckpointError where one cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
     return digest.hexdigest()
 
 
@@ -126,7 +129,7 @@ def load_weights(
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     state: dict[str, Tensor] = {}
-    unexpected, misshapen = [], []
+    unexpected, misshapen = [], {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -145,15 +148,15 @@ def load_weights(
                         if tuple(value.shape) == (*wanted[ours], 1, 1):
                             value = value[..., 0, 0]
                         else:
-                            misshapen.append(f"{name} {list(value.shape)}, wanted {list(wanted[ours])}")
+                            misshapen[ours] = f"{name} {list(value.shape)}, wanted {list(wanted[ours])}"
                             continue
                     state[ours] = value.to(dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
-    missing = [name for name in wanted if name not in state and name not in {m.split()[0] for m in misshapen}]
+    missing = [name for name in wanted if name not in state and name not in misshapen]
     problems = [
         f"{len(names)} {kind}: {', '.join(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen.values()))
         if names
     ]
     if problems:

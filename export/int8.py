@@ -50,7 +50,8 @@ _LEAST_EXECUTED = 4  # of sr2's steps, most of which little strength skips
 _FEEDS = 12  # calls of each graph that are kept of a video, at most
 _JUDGED = 3  # of the held-out video's
 _ROUNDS = 3  # of timing
-_CODE = ("engines/quantize.py", "export/int8.py", "export/replay.py")  # that verdicts depend on
+# What int8 engines and their verdicts depend on.
+_CODE = ("engines/compile_ort.py", "engines/passes.py", "engines/quantize.py", "export/int8.py", "export/replay.py")
 _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
 JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for

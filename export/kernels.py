@@ -40,7 +40,11 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     """
     if missing := missing_programs(target):
         raise EngineError(f"{target} cannot be built here. Install {' and '.join(missing)}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.with_name(f"{folder.name}.lock").touch()
+    except OSError as error:
+        raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
     cmake, printed = str(find_program("cmake")), ""
     parallel = str(min(4, os.cpu_count() or 1))
     with FileLock(f"{folder}.lock"):

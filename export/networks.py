@@ -226,7 +226,7 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
     context = catalog.context_graph(config.text_dim, text_kv, cond_emb, bool(config.class_embed_type), dtype)
     width, height = stage_sizes(size)[name]
     if source.vae:
-        factor = 2 ** (len(source.vae["block_out_channels"]) - 1)
+        factor = downscaling(source.vae)
         width, height = width // factor, height // factor
     step = catalog.step_graph(
         name,

@@ -3,13 +3,12 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
+from engines.catalog import UNETS
 from engines.errors import SettingsError
 
-DIFFUSION_STAGES = ("base", "interp", "if2", "sr1", "sr2")
-Preset = Literal["reference", "quick", "fast", "draft"]
-PRESETS: tuple[str, ...] = get_args(Preset)
+DIFFUSION_STAGES = UNETS  # each is named after its network
 
 SEED = 345  # the authors' script's
 NEGATIVE_PROMPT = "low resolution, blur"  # for the latent stage; the pixel stages have the empty one
@@ -190,6 +189,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # A look at a prompt and a seed, no more.
     "draft": {"num_inference_steps": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4}},
 }
+PRESETS = tuple(_PRESETS)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 
 
 class Engine:
-    """A loaded engine: its graphs by name, float32 arrays in and out, the time spent in them.
+    """A loaded engine: its graphs by name, float32 arrays in and out.
 
     `on_call(graph, start, seconds)`, if set, is told of every run of a graph: when the runtime turned to it, and what
     the backend took. A step of a loop on the device counts as a run of its network. `on_feeds(graph, feeds)` sees what
@@ -113,8 +113,6 @@ class Engine:
     def __init__(self, bundle: Bundle, entry: EngineEntry):
         self.name, self.properties = entry.name, entry.properties
         self.specs: dict[str, GraphSpec] = {name: graph.spec for name, graph in entry.graphs.items()}
-        self.seconds = 0.0
-        self.calls = 0
         self.on_call: Callable[[str, float, float], None] | None = None
         self.on_feeds: Callable[[str, Mapping[str, Array]], None] | None = None
         self._bundle, self._entry = bundle, entry
@@ -188,16 +186,12 @@ class Engine:
         return _TimedLoop(self, loop, whole)
 
     @contextlib.contextmanager
-    def _timed(self, graph: str | None, turned: float | None = None) -> Iterator[None]:
-        """Count what is done inside as a run of `graph`; None: only its time."""
+    def _timed(self, graph: str, turned: float | None = None) -> Iterator[None]:
+        """Tell `on_call` of what is done inside as a run of `graph`."""
         start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        if graph is not None:
-            self.calls += 1
-            if self.on_call is not None:
-                self.on_call(graph, start if turned is None else turned, seconds)
+        if self.on_call is not None:
+            self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
 
     def close(self) -> None:
         for runner in self._runners.values():
@@ -206,7 +200,7 @@ class Engine:
 
 
 class _TimedLoop:
-    """A device works while its steps are queued: the time that is left is that of waiting for the sample."""
+    """Tells the engine's `on_call` of every step."""
 
     def __init__(self, engine: Engine, loop: Loop, whole: Array):
         self._engine, self._loop = engine, loop
@@ -219,8 +213,7 @@ class _TimedLoop:
                 self._loop.sample()  # who asks what a step took wants its work counted, not its queueing
 
     def sample(self) -> Array:
-        with self._engine._timed(None):
-            return self._loop.sample()
+        return self._loop.sample()
 
 
 class EnginePool:
@@ -228,8 +221,6 @@ class EnginePool:
 
     def __init__(self, bundle: Bundle, keep_loaded: bool = False):
         self.bundle, self.keep_loaded = bundle, keep_loaded
-        self.engine_seconds: dict[str, float] = {}
-        self.engine_calls: dict[str, int] = {}
         self._loaded: dict[str, Engine] = {}
 
     def open(self, name: str) -> Engine:
@@ -240,12 +231,9 @@ class EnginePool:
     def use(self, name: str) -> Iterator[Engine]:
         engine = self._loaded.get(name) or self.open(name)
         self._loaded[name] = engine
-        seconds, calls = engine.seconds, engine.calls
         try:
             yield engine
         finally:
-            self.engine_seconds[name] = self.engine_seconds.get(name, 0.0) + engine.seconds - seconds
-            self.engine_calls[name] = self.engine_calls.get(name, 0) + engine.calls - calls
             if not self.keep_loaded:
                 del self._loaded[name]
                 engine.close()

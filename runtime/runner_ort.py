@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engines.errors import EngineError
 from engines.gpu import find_gpus
-from runtime.runner import load_error
+from runtime.runner import first_line, load_error
 
 try:
     import onnxruntime as ort
@@ -57,7 +57,7 @@ class OrtRunner:
         try:
             return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed: {error}") from None
+            raise EngineError(f"ONNX Runtime failed: {first_line(error)}") from None
 
     def close(self) -> None:
         del self._session

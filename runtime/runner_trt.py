@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.errors import EngineError
 from engines.tensorrt import polygraphy
-from runtime.runner import load_error
+from runtime.runner import first_line, load_error
 
 
 class TrtRunner:
@@ -34,7 +34,7 @@ class TrtRunner:
             # Copied here, and only what is wanted: its buffers serve the next call.
             return {name: outputs[name].numpy() for name in wanted or outputs}
         except Exception as error:
-            raise EngineError(f"TensorRT failed: {error}") from None
+            raise EngineError(f"TensorRT failed: {first_line(error)}") from None
 
     def close(self) -> None:
         outputs = self._runner.output_allocator.buffers

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
 
 from bench.baseline import DenoisingLoop, Place, ReferenceUNet, Source, make_network, measure_network, network_flop
-from bench.work import NETWORKS, PUBLISHED_FLOP, reference_calls
+from bench.work import PUBLISHED_FLOP, reference_calls
 from engines.catalog import CATALOG, UNETS
 from engines.errors import SettingsError
 from export import networks
@@ -80,7 +80,7 @@ COUNTED |= {"vae_encoder": 22.6 / 29, "vae_decoder": 51.1 / 29}
 
 def test_the_work_of_a_video_is_that_counted_on_the_authors_code() -> None:
     total = 0
-    for name in NETWORKS:
+    for name in CATALOG:
         network = CATALOG[name]
         config = CONFIGS["published"][network.path]
         flop = network_flop(Source(name, config), calls(name))

@@ -38,7 +38,7 @@ from engines.store import Bundle
 from export import build as builder
 from export import networks
 from export.__main__ import main
-from export.build import Job, build, build_engine
+from export.build import Backend, Job, build, build_engine
 from export.networks import Source
 from runtime.runner import Engine
 
@@ -691,3 +691,9 @@ def test_check_of_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     code, _, err = run_check(tmp_path, capsys)
     assert code == 1
     assert err.startswith(f"error: {tmp_path}: no manifest.json there") and err.count("\n") == 1
+
+
+def test_onnxruntime_gpu_is_onnx_runtime_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime-gpu": "1.32.0", "torch": "2.13.0"}
+    monkeypatch.setattr(builder.tensorrt, "installed_version", installed.get)
+    assert Backend().version == "1.32.0"

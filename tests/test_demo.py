@@ -37,4 +37,4 @@ def test_half_precision_networks_stay_within_two_hundredths_of_the_reference(gol
     rows = [row for row in verify(Bundle.open(folder), golden) if row.case.startswith(("unet", "t5", "clip", "vae"))]
     assert len(rows) > 15
     # Values reach 3; float16 has steps of 2e-3 there, and the networks dozens of layers.
-    assert not [row for row in rows if row.max_error > 0.02]
+    assert not [row for row in rows if not row.max_error <= 0.02]

@@ -1,6 +1,7 @@
 """Graph passes change how a graph computes, never what: each is compared with the graph that it was given."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ SPEC = GraphSpec(
 
 @pytest.fixture
 def model() -> ir.Model:
+    return _traced().clone()
+
+
+@cache
+def _traced() -> ir.Model:
     torch.manual_seed(0)
     module = Layers().eval().requires_grad_(False)
     return trace(module, SPEC, (torch.randn(2 * FRAMES, CHANNELS, 4, 5), torch.randn(2, 7, TEXT)))

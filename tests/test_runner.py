@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -35,10 +36,9 @@ def test_inputs_are_converted_to_the_bindings_types_and_outputs_to_float32(clip:
 
 @pytest.mark.parametrize(("shape", "message"), [((9, 5), r"batch 9 \(built for 1\.\.8\)"), ((1, 78), r"tokens 78 \(")])
 def test_shapes_out_of_the_profile_never_reach_the_backend(clip: Engine, shape: tuple[int, ...], message: str) -> None:
-    calls = clip.calls
-    with pytest.raises(ProfileError, match=f"clip/encode: {message}"):
+    reached = patch.object(OrtRunner, "infer", side_effect=AssertionError("the backend was reached"))
+    with reached, pytest.raises(ProfileError, match=f"clip/encode: {message}"):
         clip.run("encode", input_ids=np.zeros(shape, np.int64))
-    assert clip.calls == calls
 
 
 def test_what_the_backend_cannot_compute_is_an_engine_error(clip: Engine) -> None:
@@ -194,12 +194,3 @@ def test_the_time_of_a_step_has_the_devices_work_in_it(bundle: Path) -> None:
         loop.step(None)
     assert [graph for graph, _ in seconds] == ["step", "shallow"]
     assert min(took for _, took in seconds) >= 0.05
-
-
-def test_a_pool_counts_calls_and_seconds_of_each_engine(bundle: Path) -> None:
-    with EnginePool(Bundle.open(bundle)) as pool:
-        for _ in range(2):
-            with pool.use("clip") as engine:
-                engine.run("encode", input_ids=np.zeros((1, 5), np.int64))
-        assert pool.engine_calls == {"clip": 2}
-        assert list(pool.engine_seconds) == ["clip"] and pool.engine_seconds["clip"] > 0

@@ -347,16 +347,14 @@ def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool
     try:
         stage = recipe.stage(clips, out)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{error.filename}: an earlier stage is not finished. Train text and vae first."
-        ) from None
+        raise CheckpointError(f"{error}: an earlier stage is not finished. Train text and vae first.") from None
     if not fresh:
         return stage
     try:
         for name, network in stage.networks.items() if init else ():
             network.load_state_dict(cascade.load_network(init, name).state_dict())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename}: --init needs a finished demo checkpoint.") from None
+        raise CheckpointError(f"{error}: --init needs a finished demo checkpoint.") from None
     if init is None and recipe.parent:
         if not _finished(out, recipe.parent):
             raise CheckpointError(f"{out}: {stage.ships[0]} starts from {recipe.parent}'s weights. Train that first.")

@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """The same for the frames of a pixel: very many rows (one per pixel) of 2 to 32 tokens suit other kernels."""
+    """The same for the frames of a pixel: very many rows (one per pixel) of few tokens suit other kernels."""
     return _plain(q, k, v, num_heads) if q.requires_grad else _temporal_attention_op(q, k, v, num_heads)
 
 

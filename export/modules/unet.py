@@ -125,8 +125,6 @@ class UNetConfig:
         for kind in (*down, *up):
             if kind[:-2] not in BLOCKS or kind[-2:] not in ("2D", "3D"):
                 raise refuse("block type", kind, ", ".join(BLOCKS) + " with 2D or 3D")
-        if mid not in MID_BLOCKS:
-            raise refuse("mid_block_type", mid, ", ".join(MID_BLOCKS))
 
         def per_level(key: str, default: Any) -> tuple:
             value = config.get(key, default)
