@@ -73,13 +73,13 @@ _BASE_LESSONS = (
 RECIPES: dict[str, Recipe] = {
     "text": Recipe(stages.Text, 0.03, 1024, (Lesson(1, (1, 1)),), bfloat16=False),
     "vae": Recipe(stages.Vae, 0.14, 32, (Lesson(0.7, (64, 64)), Lesson(0.3, (128, 128), batch=1 / 4))),
-    "base": Recipe(stages.Base, 0.4, 192, _BASE_LESSONS),
-    "interp": Recipe(stages.Interp, 0.12, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
-    "if2": Recipe(stages.FirstFrame, 0.08, 96, (Lesson(0.5, (64, 64)), Lesson(0.5, LARGE_SIZE, batch=1 / 8))),
+    "base": Recipe(stages.Base, 0.5, 192, _BASE_LESSONS),
+    "interp": Recipe(stages.Interp, 0.09, 48, (Lesson(1, KEYFRAME_SIZE, INTERP_FRAMES),), parent="base"),
+    "if2": Recipe(stages.FirstFrame, 0.06, 96, (Lesson(0.5, (64, 64)), Lesson(0.5, LARGE_SIZE, batch=1 / 8))),
     "sr1": Recipe(
-        stages.Sr1, 0.13, 12, (Lesson(0.6, (64, 64), 8), Lesson(0.4, LARGE_SIZE, 8, batch=1 / 8)), parent="if2"
+        stages.Sr1, 0.1, 12, (Lesson(0.6, (64, 64), 8), Lesson(0.4, LARGE_SIZE, 8, batch=1 / 8)), parent="if2"
     ),
-    "sr2": Recipe(stages.Sr2, 0.1, 12, (Lesson(0.6, (192, 160), 4), Lesson(0.4, FULL_SIZE, 8, batch=1 / 12))),
+    "sr2": Recipe(stages.Sr2, 0.08, 12, (Lesson(0.6, (192, 160), 4), Lesson(0.4, FULL_SIZE, 8, batch=1 / 12))),
 }
 
 
