@@ -112,7 +112,7 @@ def device(bundle: "Bundle", machine: Mapping[str, Any]) -> str:
     runs them, unless that is ONNX Runtime alone."""
     entries = bundle.manifest.engines.values()
     on_gpu = any(entry.needs_gpu for entry in entries)
-    on_gpu |= "CUDAExecutionProvider" in machine.get("providers_available", ())
+    on_gpu |= bool(machine.get("gpu")) and "CUDAExecutionProvider" in machine.get("providers_available", ())
     others = sorted({entry.backend for entry in entries} - {_ORT})
     return "-".join(["gpu" if on_gpu else "cpu", *others])
 

@@ -26,8 +26,11 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 @cache
 def _providers() -> list[str | tuple[str, dict[str, Any]]]:
-    """Best first. What the wheel lists it was compiled with; whether it loads, only a session tells."""
-    if _CUDA not in ort.get_available_providers():
+    """Best first. What the wheel lists it was compiled with; whether it loads, only a session tells.
+
+    Where there is no GPU, CUDA's is not tried: every session would say at length what it did not find.
+    """
+    if _CUDA not in ort.get_available_providers() or not find_gpus():
         return [_CPU]
     with contextlib.redirect_stdout(sys.stderr):  # where it says what it does not find
         ort.preload_dlls()  # CUDA's libraries from the packages that the extra `cuda` brings
@@ -43,7 +46,7 @@ class OrtRunner:
             self._session = ort.InferenceSession(str(plan), options, providers=providers)
         except Exception as error:  # its exceptions share no base class
             raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
-        if len(providers) > 1 and find_gpus() and _CUDA not in self._session.get_providers():
+        if len(providers) > 1 and _CUDA not in self._session.get_providers():
             # It would go on on the CPU, hours instead of minutes.
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} did not find the CUDA libraries that it needs for this GPU. "

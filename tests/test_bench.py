@@ -168,7 +168,8 @@ def test_engines_of_another_backend_have_its_conditions_and_a_file_of_their_own(
     assert inductor["backends"]["torch"] == torch.__version__
     cuda = {"providers_available": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
     assert device(opened, {"providers_available": ["CPUExecutionProvider"]}) == "cpu"
-    assert device(opened, cuda) == "gpu"
+    assert device(opened, {**cuda, "gpu": None}) == "cpu", "onnxruntime-gpu on a machine without one"
+    assert device(opened, {**cuda, "gpu": "NVIDIA H200"}) == "gpu"
     assert device(by("inductor", "cpu-x86-64-v3"), inductor) == "cpu-inductor"
     assert device(by("inductor", "sm90"), {}) == "gpu-inductor"
     assert device(by("tensorrt-rtx", "sm86", "sm89"), {}) == "gpu-tensorrt-rtx"

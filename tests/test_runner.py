@@ -108,8 +108,9 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     with pytest.raises(EngineError, match=r"did not find the CUDA libraries .*\.\[cuda\]"):
         OrtRunner(tmp_path / "step.onnx")
     assert capsys.readouterr().out == ""  # it is for `--json`
-    wheel(False, 0)
+    session = wheel(False, 0)
     OrtRunner(tmp_path / "step.onnx")
+    assert session.asked == [runner_ort._CPU], "and where there is none, it is not looked for"
 
 
 def test_float32_on_a_gpu_is_not_tf32(wheel, tmp_path: Path) -> None:
