@@ -19,7 +19,7 @@ from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video, check_run
-from runtime.runner import Engine, EnginePool
+from runtime.runner import EnginePool
 from runtime.stages import interp, sr1
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import PromptEmbeds
@@ -233,8 +233,8 @@ def assert_refused(
     **options: Any,
 ) -> None:
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    ran = patch.object(Engine, "run", side_effect=AssertionError("an engine ran before"))
-    with EnginePool(opened) as engines, ran, pytest.raises(kind, match=message):
+    loaded = patch.object(EnginePool, "open", side_effect=AssertionError("an engine was loaded before"))
+    with EnginePool(opened) as engines, loaded, pytest.raises(kind, match=message):
         Show1Pipeline(engines)(prompt, settings=settings, **options)
 
 

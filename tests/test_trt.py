@@ -159,14 +159,29 @@ def test_a_network_is_built_with_layers_in_int8(
 def test_a_bfloat16_network_is_built_and_compared(golden: Path, tmp_path: Path) -> None:
     source = Source.find(CATALOG["clip"], golden / "models", "bf16")
     phases: list[str] = []
-    job = Job(source, "bf16", (576, 320), Backend.choose(RTX, "bf16", ["sm89"]), keep_onnx=True)
+    job = Job(source, "bf16", (576, 320), Backend.choose(RTX, "bf16", ["sm89"]))
     entry = builder.build_engine(job, tmp_path, phases.append)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encode.onnx", "encode.plan", "encode.weights"]
     (graph,) = entry.graphs.values()
     assert graph.spec.outputs[0].dtype == "float32"  # NumPy has no bfloat16
     assert all(row["max_error"] <= row["tolerance"] for row in graph.parity)
     assert phases[:3] == ["loading", "tracing encode", "comparing encode"]
     assert any(phase.startswith("compiling encode: ") for phase in phases)
+
+
+def test_onnx_files_are_kept_on_request(golden: Path, tmp_path: Path) -> None:
+    build(
+        golden / "models",
+        tmp_path,
+        ["text"],
+        "fp16",
+        backend=Backend.choose(RTX, "fp16"),
+        keep_onnx=True,
+    )
+    assert [path.name for path in sorted(tmp_path.glob("engines/t5-*/*"))] == [
+        "encode.onnx",
+        "encode.plan",
+        "encode.weights",
+    ]
 
 
 # What is refused
