@@ -93,6 +93,12 @@ class Backend:
             )
         return cls(name)
 
+    @classmethod
+    def of(cls, entry: EngineEntry) -> "Backend":
+        """What an engine was built by, as `Job.made_from` wrote it down."""
+        source = entry.source
+        return cls(entry.backend, entry.targets, source.get("attention", "fused"), "autotune" not in source)
+
     @property
     def version(self) -> str:
         if self.name == INDUCTOR:

@@ -680,6 +680,4 @@ def _build_with_variance(entry: EngineEntry, checkpoint: Path, size: tuple[int, 
     if precision == INT8:  # what int8 engines are made from
         precision = "fp32" if entry.backend == BACKEND else "fp16"
     source = Source.find(CATALOG[entry.name], checkpoint, precision)
-    attention, autotune = entry.source.get("attention", "fused"), "autotune" not in entry.source
-    backend = Backend(entry.backend, entry.targets, attention, autotune)
-    return build_engine(Job(source, precision, size, backend, keep_variance=True), folder)
+    return build_engine(Job(source, precision, size, Backend.of(entry), keep_variance=True), folder)

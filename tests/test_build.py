@@ -31,14 +31,15 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from engines.catalog import CATALOG
-from engines.errors import BundleError, CheckpointError, ParityError
+from engines.errors import BundleError, CheckpointError, EngineError, ParityError
 from engines.manifest import Manifest
 from engines.spec import Binding
 from engines.store import Bundle
 from export import build as builder
-from export import networks
+from export import kernels, networks
 from export.__main__ import main
 from export.build import Backend, Job, build, build_engine
+from export.checkpoint import file_hash
 from export.networks import Source
 from runtime.runner import Engine
 
@@ -697,3 +698,22 @@ def test_onnxruntime_gpu_is_onnx_runtime_too(monkeypatch: pytest.MonkeyPatch) ->
     installed = {"onnxruntime-gpu": "1.32.0", "torch": "2.13.0"}
     monkeypatch.setattr(builder.tensorrt, "installed_version", installed.get)
     assert Backend().version == "1.32.0"
+
+
+def test_files_that_cannot_be_read_are_the_checkpoints_and_a_folder_that_cannot_be_written_the_kernels(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(CheckpointError, match=r"unet cannot be read"):
+        file_hash([tmp_path / "unet"])
+    (tmp_path / "file").touch()
+    if not kernels.missing_programs(kernels.REFERENCE):
+        with pytest.raises(EngineError, match=r"cannot be built: .*file cannot be written"):
+            kernels.build_library(kernels.REFERENCE, tmp_path / "file" / "build")
+
+
+def test_a_backend_is_read_back_from_what_it_built(golden: Path) -> None:
+    source = Source.find(CATALOG["clip"], golden / "models", "fp16")
+    for backend in (Backend("tensorrt-rtx", ("sm89",), "padded"), Backend("inductor", ("sm90",), autotune=False)):
+        made_from = Job(source, "fp16", (576, 320), backend).made_from()
+        entry = SimpleNamespace(backend=backend.name, targets=backend.targets, source=made_from)
+        assert Backend.of(entry) == backend
