@@ -20,7 +20,20 @@ from engines.errors import EngineError
 from engines.tensorrt import installed_version
 from export.configs import published_scheduler
 from export.kernels import CUDA, REFERENCE, build_library, native
-from runtime.kernels import COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
+from runtime.kernels import (
+    ACTIVATIONS,
+    COUNTER,
+    DTYPES,
+    NORM_PARTS,
+    STEP,
+    DenoiseArgs,
+    GroupNormArgs,
+    Heads,
+    Kernels,
+    Planes,
+    step_modes,
+    step_table,
+)
 from runtime.schedulers import SchedulerConfig, make_schedule
 
 DEVICE = "cuda"
@@ -63,6 +76,45 @@ ATTENTION_SHAPES = (
     *(AttentionShape("sr1", 2, 8, h, w, 64, 12) for h, w in ((20, 32), (10, 16))),
     AttentionShape("sr2 in", 2, 29, 40, 72, 8, 64),
     *(AttentionShape("sr2", 2, 29, h, w, n, 64) for h, w, n in ((40, 72, 5), (20, 36, 10), (10, 18, 20), (5, 9, 20))),
+)
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """Group normalisation in one place of a network, in 32 groups, with what the kernel takes over there.
+
+    In a residual block statistics are of a frame and scale and shift (sr2: the time embedding) of a clip; before a
+    convolution over frames they are of a clip, and what is added is the bias of the convolution before.
+    """
+
+    stage: str
+    batch: int
+    rows: int
+    channels: int
+    activation: str
+    clips: int = 0  # that scale and shift are of; 0: none
+
+    @property
+    def bytes(self) -> int:
+        """x read and the result written, once each, in half precision."""
+        return 4 * self.batch * self.rows * self.channels
+
+    def __str__(self) -> str:
+        modulated = ", scale and shift" if self.clips else ""
+        return f"{self.stage} {self.batch} x {self.rows} x {self.channels}, {self.activation}{modulated}"
+
+
+NORM_SHAPES = (
+    NormShape("base", 16, 40 * 64, 320, "gelu", clips=2),
+    NormShape("base", 16, 5 * 8, 1280, "gelu", clips=2),
+    NormShape("base", 2, 8 * 40 * 64, 320, "silu"),
+    NormShape("base", 2, 8 * 5 * 8, 1280, "silu"),
+    NormShape("interp", 70, 40 * 64, 320, "gelu", clips=14),
+    NormShape("interp", 14, 5 * 40 * 64, 320, "silu"),
+    NormShape("sr1", 16, 160 * 256, 128, "gelu", clips=2),
+    NormShape("sr1", 2, 8 * 160 * 256, 128, "silu"),
+    NormShape("sr2", 58, 40 * 72, 320, "silu"),
+    NormShape("sr2", 2, 29 * 40 * 72, 320, "silu"),
 )
 
 STEP_SHAPES: dict[str, tuple[int, ...]] = {  # stage -> sample [B, C, F, H, W]
@@ -237,6 +289,74 @@ class KernelBench:
             },
         )
 
+    # ---- Group normalisation
+
+    def norm(self, shape: NormShape, dtype: str = "float16") -> Row:
+        torch = self.torch
+        functional = torch.nn.functional
+        half = getattr(torch, dtype)
+        groups, eps = 32, 1e-5
+        torch.manual_seed(0)
+
+        def draw(*sizes: int) -> Any:
+            return torch.randn(*sizes, device=DEVICE).to(half)
+
+        x, weight, bias, add = (
+            draw(*sizes) for sizes in ((shape.batch, shape.rows, shape.channels), *[(shape.channels,)] * 3)
+        )
+        modulation = draw(shape.clips, 2 * shape.channels) if shape.clips else None
+        out = torch.full_like(x, torch.nan)
+        partials = torch.empty(shape.batch * NORM_PARTS * groups * 2, device=DEVICE)
+        args = GroupNormArgs(
+            dtype=DTYPES[dtype],
+            batch=shape.batch,
+            rows=shape.rows,
+            channels=shape.channels,
+            groups=groups,
+            repeat=shape.batch // (shape.clips or 1),
+            activation=ACTIVATIONS[shape.activation],
+            eps=eps,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=bias.data_ptr(),
+            add=add.data_ptr(),
+            partials=partials.data_ptr(),
+        )
+        if modulation is not None:
+            args.scale, args.modulation_row = modulation.data_ptr(), 2 * shape.channels
+            args.shift = args.scale + 2 * shape.channels
+
+        def norm(x: Any, kind: Any, inner: Any) -> Any:
+            """On x [N, rows, C]: sums in `inner`, everything else in `kind`."""
+            y = (x.to(kind) + add.to(kind)).transpose(1, 2)
+            y = functional.group_norm(y.to(inner), groups, weight.to(inner), bias.to(inner), eps).to(kind)
+            if modulation is not None:
+                scale, shift = modulation.to(kind).repeat_interleave(args.repeat, 0)[..., None].chunk(2, dim=1)
+                y = y * (1 + scale) + shift
+            return getattr(functional, shape.activation)(y).transpose(1, 2)
+
+        def plain(x: Any) -> Any:
+            return norm(x, half, torch.float32).contiguous()
+
+        self.kernels.group_norm(args, self.stream)
+        exact = norm(x, torch.float64, torch.float64)
+        error = float((out.double() - exact).abs().max())  # NaN where nothing was written
+        naive = float((plain(x).double() - exact).abs().max())
+        del exact
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, dynamic=False)
+        return Row(
+            kernel="group norm",
+            shape=str(shape),
+            bytes=shape.bytes,
+            error=error,
+            budget=2 * naive + torch.finfo(half).eps / 2,
+            ours=self.time(lambda: self.kernels.group_norm(args, self.stream)),
+            copy=self.copy(shape.bytes),
+            others={"torch": self.try_to_time(lambda: plain(x)), "compiled": self.try_to_time(lambda: compiled(x))},
+        )
+
     # ---- Denoising step
 
     def step(self, stage: str) -> Row:
@@ -391,6 +511,7 @@ class KernelBench:
                 for shape in ATTENTION_SHAPES
                 for first in (True, False)
             ),
+            *(lambda shape=shape: self.norm(shape) for shape in NORM_SHAPES),
             *(lambda stage=stage: self.step(stage) for stage in STEP_SHAPES),
             self.frames,
         ]

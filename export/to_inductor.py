@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.decomposition import register_decomposition
 from torch._inductor.package import package_aoti
@@ -21,12 +22,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engines.errors import EngineError
 from engines.spec import GraphSpec
 from export.modules import ops
-from export.modules.layers import TemporalConv, TemporalTransformer
+from export.modules.layers import (
+    ACTIVATIONS,
+    GroupNorm,
+    ResnetBlock2D,
+    TemporalConv,
+    TemporalConvLayer,
+    TemporalTransformer,
+)
 from export.networks import Graph
 from export.to_onnx import dynamic_shapes
 from runtime.runner_inductor import (
     BINDINGS,
     X86_LEVEL,
+    group_norm,
     plain_temporal_attention,
     set_up_cuda,
     temporal_attention,
@@ -46,7 +55,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 @register_decomposition(torch.ops.show1.temporal_attention.default)
 def _temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """[B, F, P, C], see `_frames_in_place`. The kernel takes half precision only."""
+    """[B, F, P, C], see `_for_our_kernels`. The kernel takes half precision only."""
     attention = plain_temporal_attention if q.dtype == torch.float32 else temporal_attention
     return attention(q, k, v, num_heads)
 
@@ -77,7 +86,7 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         torch.no_grad(),
         _quiet(),
         _on(device, graph.module),
-        _frames_in_place(),
+        _for_our_kernels(graph.module),
         sdpa_kernel(_ATTENTION),
     ):
         _filters_channels_last(graph.module)
@@ -132,22 +141,95 @@ def _filters_channels_last(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _frames_in_place() -> Iterator[None]:
-    """`TemporalTransformer`s leave frames before pixels, where channels-last activations have them."""
-    forward = TemporalTransformer.forward
-    TemporalTransformer.forward = _temporal_transformer  # type: ignore[method-assign]
+def _for_our_kernels(module: nn.Module) -> Iterator[None]:
+    """The forward functions of layers, written for the kernels and for channels-last activations.
+
+    Our norm takes half precision only, and so do the layers that leave more to it than a norm.
+    """
+    forwards: dict[type[nn.Module], Any] = {TemporalTransformer: _temporal_transformer}
+    if next(module.parameters()).dtype != torch.float32:
+        forwards |= {GroupNorm: _norm, ResnetBlock2D: _resnet, TemporalConvLayer: _temporal_convs}
+    plain = {layer: layer.forward for layer in forwards}
+    for layer, forward in forwards.items():
+        layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        TemporalTransformer.forward = forward  # type: ignore[method-assign]
+        for layer, forward in plain.items():
+            layer.forward = forward  # type: ignore[method-assign]
+
+
+def _norm(
+    self: GroupNorm,
+    x: Tensor,
+    activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """[N, C, ..] by the kernel, which wants channels last: views, where activations are so."""
+    rows = x.movedim(1, -1)
+    y = group_norm(
+        rows.flatten(1, -2), self.weight, self.bias, self.num_groups, self.eps, activation, add, scale, shift
+    )
+    return y.view(rows.shape).movedim(-1, 1)
+
+
+_NAMES = {function: "silu" if name == "swish" else name for name, function in ACTIVATIONS.items()}
+
+
+def _resnet(self: ResnetBlock2D, x: Tensor, emb: Tensor, frames: int) -> Tensor:
+    """The first convolution's bias, scale, shift and activations are the norms'."""
+    resample = _double if self.resample == "up" else self._resample
+    h = resample(_norm(self.norm1, x, _NAMES[self.act]))
+    h = F.conv2d(h, self.conv1.weight, padding=1)
+    t, bias = self.time_emb_proj(emb if self.skip_time_act else self.act(emb)), self.conv1.bias[None]
+    if self.scale_shift:
+        h = _norm(self.norm2, h, _NAMES[self.act], bias, *t.chunk(2, dim=1))
+    else:
+        h = _norm(self.norm2, h, _NAMES[self.act], t + bias)
+    h = self.conv2(h)
+    x = resample(x)
+    if self.conv_shortcut is not None:
+        x = self.conv_shortcut(x)
+    return (x + h) / self.out_scale_factor if self.out_scale_factor != 1 else x + h
+
+
+def _temporal_convs(self: TemporalConvLayer, x: Tensor, frames: int) -> Tensor:
+    """Every convolution's bias but the last one's is the next norm's."""
+    bf, c, h, w = x.shape
+    y, bias = x.reshape(-1, frames, c, h * w).transpose(1, 2), None  # [B, C, F, H*W]
+    for layers in (self.conv1, self.conv2, self.conv3, self.conv4):
+        conv = layers[-1]
+        y = F.conv2d(_norm(layers[0], y, "silu", bias), conv.weight.squeeze(-1), padding=(1, 0))
+        bias = conv.bias[None]
+    y = y + bias[..., None, None]
+    return x + y.transpose(1, 2).reshape(bf, c, h, w)
 
 
 def _temporal_transformer(self: TemporalTransformer, x: Tensor, frames: int) -> Tensor:
+    """Frames stay before pixels, where channels-last activations have them; attention alone looks at the axes.
+
+    Between the layers there are three: of four inductor would take the second for channels and put it last.
+    """
     bf, c, h, w = x.shape
     y = x.reshape(-1, frames, c, h * w).transpose(1, 2)  # [B, C, F, H*W]
-    y = self.proj_in(self.norm(y).permute(0, 2, 3, 1))  # [B, F, H*W, C]: the attention alone looks at the axes
-    y = self.proj_out(self.transformer_blocks[0](y))
-    return x + y.transpose(2, 3).reshape(bf, c, h, w)
+    y = self.proj_in(self.norm(y).permute(0, 2, 3, 1).flatten(1, 2))  # [B, F*H*W, C]
+    block = self.transformer_blocks[0]
+    for norm, attn in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
+        z = norm(y)
+        q, k, v = (project(z).unflatten(1, (frames, h * w)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        y = y + attn.to_out[0](attn.attention(q, k, v, attn.heads).flatten(1, 2))
+    y = self.proj_out(y + block.ff(block.norm3(y)))
+    return x + y.view(bf, h, w, c).permute(0, 3, 1, 2)
+
+
+def _double(x: Tensor) -> Tensor:
+    """Every pixel four times, [N, C, H, W] -> [N, C, 2 H, 2 W], for which inductor halves integers: its own nearest
+    neighbours are found by divisions in float64."""
+    n, c, h, w = x.shape
+    y = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+    return y.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,10 @@ from runtime.schedulers import Schedule
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
 LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2}
+NORM_PARTS = 64  # SHOW1_NORM_PARTS
 INVALID = 1
-ABI = 1  # SHOW1_ABI
+ABI = 2  # SHOW1_ABI
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "kernels"
 _BUILD_IT = (
@@ -46,6 +48,19 @@ class Planes(Structure):
     """show1_planes: where the planes of adjacent pixels of a clip begin; strides count elements."""
 
     _fields_ = (("data", c_void_p), ("batch", c_int64), ("channel", c_int64), ("frame", c_int64))
+
+
+class GroupNormArgs(Structure):
+    """show1_group_norm_args."""
+
+    _fields_ = (
+        *((name, c_int) for name in ("dtype", "batch", "rows", "channels", "groups", "repeat", "activation")),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("x", "out", "weight", "bias", "add", "scale", "shift")),
+        ("add_row", c_int64),
+        ("modulation_row", c_int64),
+        ("partials", c_void_p),
+    )
 
 
 class DenoiseArgs(Structure):
@@ -113,6 +128,7 @@ class Kernels:
         heads = [POINTER(Heads)] * 4
         signatures = {
             "temporal_attention": [c_int, *heads, *sizes, c_int, c_int, c_float, c_void_p],
+            "group_norm": [POINTER(GroupNormArgs), c_void_p],
             "denoise_step": [POINTER(DenoiseArgs), c_void_p],
             "frames_to_uint8": [c_int, POINTER(Planes), c_void_p, *sizes, c_void_p],
         }
@@ -144,6 +160,9 @@ class Kernels:
         self._call(
             "temporal_attention", DTYPES[dtype], *tensors, batch, frames, pixels, heads, head_dim, scale or 0.0, stream
         )
+
+    def group_norm(self, args: GroupNormArgs, stream: int | None = None) -> None:
+        self._call("group_norm", byref(args), stream)
 
     def denoise_step(self, args: DenoiseArgs, stream: int | None = None) -> None:
         self._call("denoise_step", byref(args), stream)

@@ -21,10 +21,13 @@ from engines.errors import EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
+    ACTIVATIONS,
     COUNTER,
     DTYPES,
+    NORM_PARTS,
     STEP,
     DenoiseArgs,
+    GroupNormArgs,
     Heads,
     Kernels,
     Planes,
@@ -169,6 +172,72 @@ def plain_temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) ->
     q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v))  # [B, P, heads, F, d]
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+@torch.library.custom_op("show1_kernels::group_norm", mutates_args=())
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """Group normalisation with what stands around it, by our kernel (kernels/include/show1/group_norm.h).
+
+    x [N, rows, C], float16 or bfloat16 -> the same, contiguous. `add`, `scale` and `shift` are [M, C], where M divides
+    N: one row for N / M of x's. `activation` is one of `runtime.kernels.ACTIVATIONS`.
+    """
+    batch, rows, channels = x.shape
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    out = torch.empty_like(x)
+    partials = torch.empty(batch * NORM_PARTS * num_groups * 2, dtype=torch.float32, device=x.device)
+    args = GroupNormArgs(
+        dtype=DTYPES[str(x.dtype).removeprefix("torch.")],
+        batch=batch,
+        rows=rows,
+        channels=channels,
+        groups=num_groups,
+        repeat=batch // max(len(tensor) for tensor in (add, scale, x[:1]) if tensor is not None),
+        activation=ACTIVATIONS[activation],
+        eps=eps,
+        **{name: tensor.data_ptr() for name, tensor in {"x": x, "out": out, "weight": weight, "bias": bias}.items()},
+        partials=partials.data_ptr(),
+    )
+    if add is not None:
+        args.add, args.add_row = add.data_ptr(), _row(add)
+    if scale is not None and shift is not None:
+        args.scale, args.shift, args.modulation_row = scale.data_ptr(), shift.data_ptr(), _row(scale)
+        if _row(shift) != args.modulation_row:
+            raise EngineError("group norm: scale and shift lie in memory in different ways.")
+    device = x.device.type
+    _kernels(device).group_norm(args, _stream(device))
+    return out
+
+
+@group_norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _row(x: Tensor) -> int:
+    """Elements between rows of [M, C], whose channels are side by side; 0 where all read the one there is."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise EngineError(f"group norm: channels {x.stride(1)} elements apart; wanted side by side.")
+    return x.stride(0) if len(x) > 1 else 0
 
 
 class InductorRunner:

@@ -34,6 +34,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
     monkeypatch.setattr(
         kernels, "ATTENTION_SHAPES", [replace(s, height=1, width=2) for s in kernels.ATTENTION_SHAPES[::4]]
     )
+    monkeypatch.setattr(kernels, "NORM_SHAPES", [replace(s, rows=3) for s in kernels.NORM_SHAPES[::3]])
     small = {stage: (*shape[:3], 6, 8) for stage, shape in kernels.STEP_SHAPES.items()}
     monkeypatch.setattr(kernels, "STEP_SHAPES", small)
     monkeypatch.setattr(kernels, "FRAMES_SHAPE", (3, 2, 5, 7))
@@ -42,7 +43,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
 
 def test_every_kernel_is_checked_and_compared(bench: kernels.KernelBench) -> None:
     rows = list(bench.rows())
-    assert len(rows) == 2 * len(kernels.ATTENTION_SHAPES) + len(kernels.STEP_SHAPES) + 1
+    assert len(rows) == 2 * len(kernels.ATTENTION_SHAPES) + len(kernels.NORM_SHAPES) + len(kernels.STEP_SHAPES) + 1
     attention, step, frames = rows[0], rows[-2], rows[-1]
     assert attention.bytes == kernels.ATTENTION_SHAPES[0].bytes and attention.others["SDPA"] is not None
     # 2 predictions, sample and x0 in and out, 2 inputs: 24 bytes per element.

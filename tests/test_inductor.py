@@ -6,6 +6,7 @@ The UNet is the smallest that has every kind of layer: one level, from the golde
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ from engines.store import Bundle
 from export import kernels, networks
 from export.__main__ import main
 from export.build import Backend, Job, build_engine, why_stale
+from export.modules.layers import GroupNorm
 from export.modules.unet import UNetConfig, VideoUNet
 from export.networks import Source
 from export.parity import check_parity, package_sizes
@@ -38,7 +40,7 @@ from runtime.config import ALL_STEPS, Interval
 from runtime.kernels import find_library
 from runtime.noise import NoiseStream
 from runtime.runner import INDUCTOR, Engine, EnginePool
-from runtime.runner_inductor import InductorRunner, plain_temporal_attention, temporal_attention
+from runtime.runner_inductor import InductorRunner, group_norm, plain_temporal_attention, temporal_attention
 from runtime.sampler import denoise
 from runtime.schedulers import SchedulerConfig, make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted
@@ -133,26 +135,33 @@ def test_a_package_was_compared_at_every_batch_before_it_was_installed(
     assert entry.targets == (runner_inductor.target(),) and entry.backend_version == runner_inductor.torch_version()
 
 
-def test_half_precision_attends_over_frames_with_our_kernel_and_float32_without(
-    float32: Bundle, float16: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_half_precision_attends_over_frames_and_normalises_with_our_kernels_and_float32_without(
+    checkpoint: Path, float32: Bundle, float16: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def calls(bundle: Bundle) -> int:
-        count = 0
+    def calls(bundle: Bundle) -> Counter[str]:
+        count: Counter[str] = Counter()
         kernels_of = runner_inductor._kernels
 
         class Counting:
             def temporal_attention(self, *arguments: Any, **sizes: Any) -> None:
-                nonlocal count
-                count += 1
+                count["attention"] += 1
                 kernels_of(DEVICE).temporal_attention(*arguments, **sizes)
+
+            def group_norm(self, *arguments: Any) -> None:
+                count["norm"] += 1
+                kernels_of(DEVICE).group_norm(*arguments)
 
         with monkeypatch.context() as patch, EnginePool(bundle) as pool, pool.use("interp") as engine:
             patch.setattr(runner_inductor, "_kernels", lambda device: Counting())
             run_step(engine, batch=1)
         return count
 
-    assert calls(float32) == 0
-    assert calls(float16) == 2 * 4  # two in each transformer: one on the way down, one in the middle, two on the way up
+    config = json.loads((checkpoint / "interpolation/unet/config.json").read_text(encoding="utf-8"))
+    layers = dict(VideoUNet(UNetConfig.from_dict(config, "test")).named_modules())
+    norms = [name for name, layer in layers.items() if isinstance(layer, GroupNorm)]
+    assert not calls(float32)
+    # Two in each transformer: one on the way down, one in the middle, two on the way up.
+    assert calls(float16) == {"attention": 2 * 4, "norm": len(norms)}
 
 
 def run_step(engine: Engine, batch: int) -> dict[str, Any]:
@@ -323,6 +332,54 @@ def test_channels_apart_are_refused() -> None:
     wrong = torch.zeros(1, 2, 8, 3, dtype=torch.float16, device=DEVICE).transpose(2, 3)
     with pytest.raises(EngineError, match="channels 3 elements apart"):
         temporal_attention(wrong, wrong, wrong, 2)
+
+
+# ---- Group normalisation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_of_add", [None, 1, 2], ids=str)
+@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
+@pytest.mark.usefixtures("library")
+def test_the_norm_does_what_stands_around_it(dtype: torch.dtype, rows_of_add: int | None, modulated: bool) -> None:
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(DEVICE, dtype)
+
+    x, weight, bias = draw(6, 5, 16), draw(16), draw(16)  # three frames of two clips
+    add = draw(rows_of_add, 16) if rows_of_add else None
+    modulation = draw(2, 2 * 16).chunk(2, dim=1) if modulated else (None, None)  # rows 32 elements apart
+    exact = x.double()
+    if add is not None:
+        exact = exact + add.double().repeat_interleave(6 // len(add), 0)[:, None]
+    exact = torch.nn.functional.group_norm(exact.mT, 4, weight.double(), bias.double(), 1e-5).mT
+    if modulated:
+        scale, shift = (part.double().repeat_interleave(3, 0)[:, None] for part in modulation)
+        exact = exact * (1 + scale) + shift
+    out = group_norm(x, weight, bias, 4, 1e-5, "silu", add, *modulation)
+    assert out.is_contiguous() and out.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), torch.nn.functional.silu(exact), rtol=eps, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
+def test_the_norm_is_what_torch_expects_of_an_operator() -> None:
+    x, row = torch.randn(2, 3, 8, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    for rest in ((None, None, None), (row[None], row[None], row[None])):
+        arguments = (x, row, row, 2, 1e-5, "gelu", *rest)
+        torch.library.opcheck(group_norm, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("library")
+def test_a_norm_of_channels_apart_is_refused() -> None:
+    x, row = torch.randn(2, 3, 8, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    apart = torch.zeros(8, 2, device=DEVICE).half().T
+    with pytest.raises(EngineError, match="channels 2 elements apart"):
+        group_norm(x, row, row, 2, 1e-5, "none", apart, None, None)
+    with pytest.raises(EngineError, match="scale and shift lie in memory in different ways"):
+        wide = torch.zeros(2, 16, device=DEVICE).half()
+        group_norm(x, row, row, 2, 1e-5, "none", None, wide[:, :8], wide[:, 8:].contiguous())
 
 
 def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(

@@ -6,6 +6,7 @@ gpu        the CUDA library on a GPU
 """
 
 import ctypes
+import math
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,22 @@ from test_schedulers import PUBLISHED
 from engines.errors import EngineError
 from engines.gpu import Gpu
 from export.kernels import CUDA, build_for, build_library, missing_programs
-from runtime.kernels import ABI, BUILD, COUNTER, STEP, DenoiseArgs, Heads, Kernels, Planes, step_modes, step_table
+from runtime.kernels import (
+    ABI,
+    ACTIVATIONS,
+    BUILD,
+    COUNTER,
+    DTYPES,
+    NORM_PARTS,
+    STEP,
+    DenoiseArgs,
+    GroupNormArgs,
+    Heads,
+    Kernels,
+    Planes,
+    step_modes,
+    step_table,
+)
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
 from runtime.sampler import denoise
@@ -362,6 +378,154 @@ def test_attention_refuses_what_it_cannot_do(implementation: Implementation, wro
     arguments = {"dtype": "float16", "q": tensor, "batch": 1, "frames": 2, "pixels": 2, "heads": 2, "head_dim": 4}
     with pytest.raises(EngineError, match=r"an argument is outside what kernels/include/show1/temporal_attention\.h"):
         implementation.kernels.temporal_attention(k=tensor, v=tensor, out=tensor, **{**arguments, **wrong})
+
+
+# ---- Group normalisation
+
+
+@dataclass
+class Norm:
+    """One call: x [N, rows, C], add [1 or N / repeat, C], scale and shift [N / repeat, C] side by side."""
+
+    batch: int
+    rows: int
+    channels: int
+    groups: int
+    repeat: int = 1
+    activation: str = "none"
+    adds: str = ""  # "one" row for all, or one "each"
+    modulates: bool = False
+    offset: int = 0  # of x and the result from an address of 64 bytes, in elements
+    mean: float = 0.0
+
+    def run(self, implementation: Implementation, dtype: str, spread: float = 1.0) -> None:
+        """Checked against float64 and plain half precision, with all memory around the result untouched."""
+        random = np.random.default_rng(self.rows * self.channels)
+
+        def draw(shape: tuple[int, ...], mean: float = 0.0, size: float = 1.0) -> np.ndarray:
+            return rounded(random.standard_normal(shape, np.float32) * np.float32(size) + np.float32(mean), dtype)
+
+        def placed(values: np.ndarray, offset: int = 0) -> int:
+            buffer = storage(dtype, values.size + offset)
+            buffer[offset:] = to_bits(values, dtype).ravel()
+            kept.append(buffer)
+            return implementation.pointer(buffer) + 2 * offset
+
+        kept: list[np.ndarray] = []  # the kernels know their addresses alone
+        clips = -(-self.batch // self.repeat)
+        shape = (self.batch, self.rows, self.channels)
+        of_clip = np.arange(self.batch) // self.repeat
+        x, weight, bias = draw(shape, self.mean, spread), draw((self.channels,), 1.0, 0.3), draw((self.channels,))
+        add = draw((1 if self.adds == "one" else clips, self.channels), size=spread) if self.adds else None
+        modulation = draw((clips, 2, self.channels), size=0.3) if self.modulates else None
+
+        def plain(step: Any) -> np.ndarray:
+            """`step` rounds what an operation gives."""
+            y = step(x if add is None else x + add[of_clip if len(add) > 1 else np.zeros_like(of_clip)][:, None])
+            grouped = y.reshape(self.batch, self.rows, self.groups, -1)
+            mean = grouped.mean((1, 3), keepdims=True)
+            var = np.square(grouped - mean).mean((1, 3), keepdims=True)
+            y = step(((grouped - mean) / np.sqrt(var + 1e-5)).reshape(shape) * weight + bias)
+            if modulation is not None:
+                scale, shift = modulation[of_clip][:, :, None].swapaxes(0, 1)
+                y = step(step(y * step(1 + scale)) + shift)
+            return step(ACTIVATED[self.activation](y))
+
+        partials = storage("float32", self.batch * NORM_PARTS * self.groups * 2)
+        args = GroupNormArgs(
+            dtype=DTYPES[dtype],
+            batch=self.batch,
+            rows=self.rows,
+            channels=self.channels,
+            groups=self.groups,
+            repeat=self.repeat,
+            activation=ACTIVATIONS[self.activation],
+            eps=1e-5,
+            x=placed(x, self.offset),
+            weight=placed(weight),
+            bias=placed(bias),
+            partials=implementation.pointer(partials),
+        )
+        if add is not None:
+            args.add, args.add_row = placed(add), 0 if self.adds == "one" else self.channels
+        if modulation is not None:
+            args.scale, args.modulation_row = placed(modulation), 2 * self.channels
+            args.shift = args.scale + 2 * self.channels
+        out = storage(dtype, x.size + 2 * GUARD + self.offset)
+        first = GUARD + self.offset
+        args.out = implementation.pointer(out) + 2 * first
+        implementation.kernels.group_norm(args)
+        implementation.fetch()
+        with np.errstate(over="ignore"):
+            exact = plain(lambda y: y.astype(np.float64))
+            naive = plain(lambda y: rounded(y.astype(np.float32), dtype))
+        assert_close_to_reference(from_bits(out[first : first + x.size], dtype).reshape(shape), exact, naive, dtype)
+        assert (out[:first] == 0xFFFF).all() and (out[first + x.size :] == 0xFFFF).all()
+
+
+ACTIVATED: dict[str, Any] = {
+    "none": lambda y: y,
+    "silu": lambda y: y / (1 + np.exp(-y)),
+    "gelu": lambda y: y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2,
+}
+# The published networks' channels, with fewer rows: base, interp and sr2 (320 k, groups of 10 k), sr1 (192 k), if2.
+NORMS = [
+    Norm(4, 40, 320, 32, repeat=2, activation="gelu", adds="one", modulates=True),
+    Norm(2, 300, 192, 32, activation="silu", adds="one"),
+    Norm(2, 33, 640, 32, adds="each", activation="silu"),
+    Norm(3, 5, 1280, 32, repeat=3, activation="gelu", adds="each", modulates=True),
+    Norm(5, 130, 320, 32, repeat=5, activation="silu", adds="each", modulates=True),
+    Norm(1, 3, 2560, 32, modulates=True),
+    Norm(5, 1, 128, 32, repeat=5, activation="gelu"),
+]
+OTHER_NORMS = [
+    Norm(1, 700, 16, 8, activation="silu"),  # more rows than one turn of every thread
+    Norm(2, 9, 30, 3, repeat=2, activation="gelu", adds="one", modulates=True),  # no pieces of 16 bytes
+    Norm(2, 9, 48, 8, offset=3, activation="silu"),
+    Norm(1, 2, 3001, 1),  # more channels than threads, an odd number
+    Norm(1, 3, 4096, 32, activation="gelu", adds="one"),  # and more pieces
+    Norm(7, 4, 8, 1, repeat=3, adds="each", modulates=True),
+    Norm(1, 1, 1, 1, adds="one"),
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("norm", NORMS + OTHER_NORMS, ids=str)
+def test_norms_are_as_exact_as_half_precision_allows(implementation: Implementation, dtype: str, norm: Norm) -> None:
+    norm.run(implementation, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_mean_far_from_zero_costs_a_norm_no_digits(implementation: Implementation, dtype: str) -> None:
+    Norm(2, 120, 32, 4, mean=1000.0, adds="one").run(implementation, dtype, spread=10.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"groups": 3},
+        {"groups": 0},
+        {"rows": 0},
+        {"rows": 2**31 - 1},
+        {"channels": 4104},
+        {"repeat": 0},
+        {"eps": 0.0},
+        {"activation": 3},
+        {"dtype": DTYPES["float32"]},
+        {"x": None},
+        {"partials": None},
+        {"scale": 64},
+    ],
+    ids=str,
+)
+def test_norms_refuse_what_they_cannot_do(implementation: Implementation, wrong: Mapping[str, Any]) -> None:
+    sizes = {"batch": 1, "rows": 2, "channels": 8, "groups": 2, "repeat": 1}
+    buffers = {name: storage("float32", 256) for name in ("x", "out", "weight", "bias", "partials")}
+    args = GroupNormArgs(**sizes, eps=1e-5, **{name: implementation.pointer(b) for name, b in buffers.items()})
+    for name, value in wrong.items():
+        setattr(args, name, value)
+    with pytest.raises(EngineError, match=r"kernels/include/show1/group_norm\.h"):
+        implementation.kernels.group_norm(args)
 
 
 # ---- Denoising step

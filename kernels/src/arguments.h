@@ -7,6 +7,7 @@
 
 #include "show1/denoise_step.h"
 #include "show1/frames_to_uint8.h"
+#include "show1/group_norm.h"
 #include "show1/temporal_attention.h"
 
 namespace show1 {
@@ -37,6 +38,13 @@ inline bool frames_to_uint8_accepts(int dtype, const show1_planes* clip, const u
                                     int frames, int pixels) {
     return clip && clip->data && frames_out && (is_half(dtype) || dtype == SHOW1_FLOAT32) && channels <= 4 &&
            sizes_fit({channels, frames, pixels});
+}
+
+inline bool group_norm_accepts(const show1_group_norm_args* a) {
+    if (!a || !a->x || !a->out || !a->weight || !a->bias || !a->partials || !a->scale != !a->shift) return false;
+    return is_half(a->dtype) && sizes_fit({a->rows, a->channels}) && sizes_fit({a->batch, SHOW1_NORM_PARTS}) && a->groups >= 1 &&
+           a->channels % a->groups == 0 && a->channels <= SHOW1_MAX_NORM_CHANNELS && a->repeat >= 1 && a->eps > 0 &&
+           std::isfinite(a->eps) && a->activation >= SHOW1_ACTIVATION_NONE && a->activation <= SHOW1_ACTIVATION_GELU;
 }
 
 inline bool denoise_step_accepts(const show1_denoise_args* a) {

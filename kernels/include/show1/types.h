@@ -20,7 +20,7 @@
 #endif
 
 // Raised when a signature or structure in these headers changes, here and in runtime/kernels.py.
-#define SHOW1_ABI 1
+#define SHOW1_ABI 2
 
 // The SHOW1_ABI that a library was built with, whichever of the libraries it is.
 SHOW1_API int show1_abi(void);
