@@ -26,9 +26,11 @@ from export.modules.layers import (
     ACTIVATIONS,
     GroupNorm,
     ResnetBlock2D,
+    SpatialTransformer,
     TemporalConv,
     TemporalConvLayer,
     TemporalTransformer,
+    per_frame,
 )
 from export.networks import Graph
 from export.to_onnx import dynamic_shapes
@@ -146,7 +148,10 @@ def _for_our_kernels(module: nn.Module) -> Iterator[None]:
 
     Our norm takes half precision only, and so do the layers that leave more to it than a norm.
     """
-    forwards: dict[type[nn.Module], Any] = {TemporalTransformer: _temporal_transformer}
+    forwards: dict[type[nn.Module], Any] = {
+        SpatialTransformer: _spatial_transformer,
+        TemporalTransformer: _temporal_transformer,
+    }
     if next(module.parameters()).dtype != torch.float32:
         forwards |= {GroupNorm: _norm, ResnetBlock2D: _resnet, TemporalConvLayer: _temporal_convs}
     plain = {layer: layer.forward for layer in forwards}
@@ -163,16 +168,17 @@ def _norm(
     self: GroupNorm,
     x: Tensor,
     activation: str = "none",
+    frames: int = 1,
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """[N, C, ..] by the kernel, which wants channels last: views, where activations are so."""
-    rows = x.movedim(1, -1)
-    y = group_norm(
-        rows.flatten(1, -2), self.weight, self.bias, self.num_groups, self.eps, activation, add, scale, shift
-    )
-    return y.view(rows.shape).movedim(-1, 1)
+    """By the kernel, which is given the very tensors that layers make.
+
+    What is seen through another shape before it is written down gets that shape's index in every element; coarse
+    levels, whose sizes need not divide, fill it with divisions.
+    """
+    return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, activation, frames, add, scale, shift)
 
 
 _NAMES = {function: "silu" if name == "swish" else name for name, function in ACTIVATIONS.items()}
@@ -180,14 +186,14 @@ _NAMES = {function: "silu" if name == "swish" else name for name, function in AC
 
 def _resnet(self: ResnetBlock2D, x: Tensor, emb: Tensor, frames: int) -> Tensor:
     """The first convolution's bias, scale, shift and activations are the norms'."""
-    resample = _double if self.resample == "up" else self._resample
-    h = resample(_norm(self.norm1, x, _NAMES[self.act]))
-    h = F.conv2d(h, self.conv1.weight, padding=1)
+    resample, act = _double if self.resample == "up" else self._resample, _NAMES[self.act]
+    h = F.conv2d(resample(_norm(self.norm1, x, act)), self.conv1.weight, padding=1)
     t, bias = self.time_emb_proj(emb if self.skip_time_act else self.act(emb)), self.conv1.bias[None]
     if self.scale_shift:
-        h = _norm(self.norm2, h, _NAMES[self.act], bias, *t.chunk(2, dim=1))
+        scale, shift = t.chunk(2, dim=1)
+        h = _norm(self.norm2, h, act, add=bias, scale=scale, shift=shift)
     else:
-        h = _norm(self.norm2, h, _NAMES[self.act], t + bias)
+        h = _norm(self.norm2, h, act, add=t + bias)
     h = self.conv2(h)
     x = resample(x)
     if self.conv_shortcut is not None:
@@ -198,13 +204,23 @@ def _resnet(self: ResnetBlock2D, x: Tensor, emb: Tensor, frames: int) -> Tensor:
 def _temporal_convs(self: TemporalConvLayer, x: Tensor, frames: int) -> Tensor:
     """Every convolution's bias but the last one's is the next norm's."""
     bf, c, h, w = x.shape
-    y, bias = x.reshape(-1, frames, c, h * w).transpose(1, 2), None  # [B, C, F, H*W]
-    for layers in (self.conv1, self.conv2, self.conv3, self.conv4):
-        conv = layers[-1]
-        y = F.conv2d(_norm(layers[0], y, "silu", bias), conv.weight.squeeze(-1), padding=(1, 0))
-        bias = conv.bias[None]
-    y = y + bias[..., None, None]
-    return x + y.transpose(1, 2).reshape(bf, c, h, w)
+    y = _clips(_norm(self.conv1[0], x, "silu", frames), frames)  # [B, C, F, H*W]
+    for layers, following in ((self.conv1, self.conv2), (self.conv2, self.conv3), (self.conv3, self.conv4)):
+        y = _taps(layers[-1], y)
+        y = _norm(following[0], y, "silu", add=layers[-1].bias[None])
+    y = _taps(self.conv4[-1], y).transpose(1, 2).reshape(bf, c, h, w)
+    return x + (y + self.conv4[-1].bias[:, None, None])
+
+
+def _taps(conv: TemporalConv, x: Tensor) -> Tensor:
+    """The convolution without its bias."""
+    return F.conv2d(x, conv.weight.squeeze(-1), padding=(1, 0))
+
+
+def _clips(x: Tensor, frames: int) -> Tensor:
+    """[B*F, C, H, W] -> [B, C, F, H*W]"""
+    _, c, h, w = x.shape
+    return x.reshape(-1, frames, c, h * w).transpose(1, 2)
 
 
 def _temporal_transformer(self: TemporalTransformer, x: Tensor, frames: int) -> Tensor:
@@ -213,8 +229,11 @@ def _temporal_transformer(self: TemporalTransformer, x: Tensor, frames: int) -> 
     Between the layers there are three: of four inductor would take the second for channels and put it last.
     """
     bf, c, h, w = x.shape
-    y = x.reshape(-1, frames, c, h * w).transpose(1, 2)  # [B, C, F, H*W]
-    y = self.proj_in(self.norm(y).permute(0, 2, 3, 1).flatten(1, 2))  # [B, F*H*W, C]
+    if x.dtype == torch.float32:
+        y = self.norm(_clips(x, frames)).permute(0, 2, 3, 1).flatten(1, 2)
+    else:
+        y = _norm(self.norm, x, frames=frames).permute(0, 2, 3, 1).reshape(-1, frames * h * w, c)
+    y = self.proj_in(y)  # [B, F*H*W, C]
     block = self.transformer_blocks[0]
     for norm, attn in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
         z = norm(y)
@@ -222,6 +241,16 @@ def _temporal_transformer(self: TemporalTransformer, x: Tensor, frames: int) -> 
         y = y + attn.to_out[0](attn.attention(q, k, v, attn.heads).flatten(1, 2))
     y = self.proj_out(y + block.ff(block.norm3(y)))
     return x + y.view(bf, h, w, c).permute(0, 3, 1, 2)
+
+
+def _spatial_transformer(self: SpatialTransformer, x: Tensor, text_kv: Tensor, frames: int) -> Tensor:
+    """Projections by 1 x 1 convolutions are matrix products here, which have their biases in them."""
+    bf, c, h, w = x.shape
+    y = self.norm(x).flatten(2).transpose(1, 2)  # [B*F, H*W, C]
+    y = F.linear(y, self.proj_in.weight.flatten(1), self.proj_in.bias)
+    y = self.transformer_blocks[0](y, per_frame(text_kv, frames))
+    y = F.linear(y, self.proj_out.weight.flatten(1), self.proj_out.bias)
+    return x + y.transpose(1, 2).reshape(bf, c, h, w)
 
 
 def _double(x: Tensor) -> Tensor:

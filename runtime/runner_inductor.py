@@ -182,29 +182,35 @@ def group_norm(
     num_groups: int,
     eps: float,
     activation: str,
+    frames: int,
     add: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
     """Group normalisation with what stands around it, by our kernel (kernels/include/show1/group_norm.h).
 
-    x [N, rows, C], float16 or bfloat16 -> the same, contiguous. `add`, `scale` and `shift` are [M, C], where M divides
-    N: one row for N / M of x's. `activation` is one of `runtime.kernels.ACTIVATIONS`.
+    x [B * frames, C, ..], float16 or bfloat16, is read in place if channels are innermost -> the same, channels
+    innermost. Statistics are of `frames` rows of the batch together. `add`, `scale` and `shift` are [M, C], where M
+    divides B: one row for B / M clips. `activation` is one of `runtime.kernels.ACTIVATIONS`.
     """
-    batch, rows, channels = x.shape
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    out = torch.empty_like(x)
+    pixels = x.movedim(1, -1).contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    out = torch.empty_like(pixels)
+    batch, channels = len(x) // frames, x.shape[1]
     partials = torch.empty(batch * NORM_PARTS * num_groups * 2, dtype=torch.float32, device=x.device)
     args = GroupNormArgs(
         dtype=DTYPES[str(x.dtype).removeprefix("torch.")],
         batch=batch,
-        rows=rows,
+        rows=x.numel() // (batch * channels),
         channels=channels,
         groups=num_groups,
         repeat=batch // max(len(tensor) for tensor in (add, scale, x[:1]) if tensor is not None),
         activation=ACTIVATIONS[activation],
         eps=eps,
-        **{name: tensor.data_ptr() for name, tensor in {"x": x, "out": out, "weight": weight, "bias": bias}.items()},
+        x=pixels.data_ptr(),
+        out=out.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
         partials=partials.data_ptr(),
     )
     if add is not None:
@@ -215,7 +221,7 @@ def group_norm(
             raise EngineError("group norm: scale and shift lie in memory in different ways.")
     device = x.device.type
     _kernels(device).group_norm(args, _stream(device))
-    return out
+    return out.movedim(-1, 1)
 
 
 @group_norm.register_fake
@@ -226,11 +232,13 @@ def _(
     num_groups: int,
     eps: float,
     activation: str,
+    frames: int,
     add: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    pixels = x.movedim(1, -1)
+    return torch.empty(pixels.shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 
 def _row(x: Tensor) -> int:

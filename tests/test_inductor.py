@@ -340,46 +340,59 @@ def test_channels_apart_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows_of_add", [None, 1, 2], ids=str)
 @pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.usefixtures("library")
-def test_the_norm_does_what_stands_around_it(dtype: torch.dtype, rows_of_add: int | None, modulated: bool) -> None:
+def test_the_norm_does_what_stands_around_it(
+    dtype: torch.dtype, rows_of_add: int | None, modulated: bool, layout: torch.memory_format
+) -> None:
     torch.manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(DEVICE, dtype)
 
-    x, weight, bias = draw(6, 5, 16), draw(16), draw(16)  # three frames of two clips
+    x, weight, bias = draw(6, 16, 2, 5).to(memory_format=layout), draw(16), draw(16)  # three frames of two clips
     add = draw(rows_of_add, 16) if rows_of_add else None
     modulation = draw(2, 2 * 16).chunk(2, dim=1) if modulated else (None, None)  # rows 32 elements apart
     exact = x.double()
     if add is not None:
-        exact = exact + add.double().repeat_interleave(6 // len(add), 0)[:, None]
-    exact = torch.nn.functional.group_norm(exact.mT, 4, weight.double(), bias.double(), 1e-5).mT
+        exact = exact + add.double().repeat_interleave(6 // len(add), 0)[..., None, None]
+    exact = torch.nn.functional.group_norm(exact, 4, weight.double(), bias.double(), 1e-5)
     if modulated:
-        scale, shift = (part.double().repeat_interleave(3, 0)[:, None] for part in modulation)
+        scale, shift = (part.double().repeat_interleave(3, 0)[..., None, None] for part in modulation)
         exact = exact * (1 + scale) + shift
-    out = group_norm(x, weight, bias, 4, 1e-5, "silu", add, *modulation)
-    assert out.is_contiguous() and out.dtype == dtype
+    out = group_norm(x, weight, bias, 4, 1e-5, "silu", 1, add, *modulation)
+    assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), torch.nn.functional.silu(exact), rtol=eps, atol=1e-5)
 
 
 @pytest.mark.usefixtures("library")
+def test_a_norm_over_the_frames_of_clips_is_one_over_clips() -> None:
+    torch.manual_seed(0)
+    x, row = torch.randn(6, 8, 2, 3, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    clips = x.unflatten(0, (2, 3)).transpose(1, 2).flatten(3)  # [B, C, F, H*W]
+    exact = torch.nn.functional.group_norm(clips.double(), 2, row.double(), row.double(), 1e-5)
+    out = group_norm(x, row, row, 2, 1e-5, "none", 3, None, None, None)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out.double(), exact.transpose(1, 2).reshape(x.shape), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
 def test_the_norm_is_what_torch_expects_of_an_operator() -> None:
-    x, row = torch.randn(2, 3, 8, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
-    for rest in ((None, None, None), (row[None], row[None], row[None])):
+    x, row = torch.randn(2, 8, 3, 2, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    for rest in ((1, None, None, None), (2, row[None], row[None], row[None])):
         arguments = (x, row, row, 2, 1e-5, "gelu", *rest)
         torch.library.opcheck(group_norm, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.usefixtures("library")
-def test_a_norm_of_channels_apart_is_refused() -> None:
-    x, row = torch.randn(2, 3, 8, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
-    apart = torch.zeros(8, 2, device=DEVICE).half().T
+def test_rows_that_a_norm_cannot_read_are_refused() -> None:
+    x, row = torch.randn(2, 8, 3, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    apart, wide = torch.zeros(8, 2, device=DEVICE).half().T, torch.zeros(2, 16, device=DEVICE).half()
     with pytest.raises(EngineError, match="channels 2 elements apart"):
-        group_norm(x, row, row, 2, 1e-5, "none", apart, None, None)
+        group_norm(x, row, row, 2, 1e-5, "none", 1, apart, None, None)
     with pytest.raises(EngineError, match="scale and shift lie in memory in different ways"):
-        wide = torch.zeros(2, 16, device=DEVICE).half()
-        group_norm(x, row, row, 2, 1e-5, "none", None, wide[:, :8], wide[:, 8:].contiguous())
+        group_norm(x, row, row, 2, 1e-5, "none", 1, None, wide[:, :8], wide[:, 8:].contiguous())
 
 
 def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
