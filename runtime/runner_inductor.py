@@ -190,21 +190,28 @@ def group_norm(
     """Group normalisation with what stands around it, by our kernel (kernels/include/show1/group_norm.h).
 
     x [B * frames, C, ..], float16 or bfloat16, is read in place if channels are innermost -> the same, channels
-    innermost. Statistics are of `frames` rows of the batch together. `add`, `scale` and `shift` are [M, C], where M
-    divides B: one row for B / M clips. `activation` is one of `runtime.kernels.ACTIVATIONS`.
+    innermost. Statistics are of `frames` rows of the batch together. `add`, `scale` and `shift` have one row of
+    channels, or M each: one for B / M clips. `activation` is one of `runtime.kernels.ACTIVATIONS`.
     """
     pixels = x.movedim(1, -1).contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
-    out = torch.empty_like(pixels)
+    out = torch.empty(pixels.shape, dtype=x.dtype, device=x.device)
     batch, channels = len(x) // frames, x.shape[1]
     partials = torch.empty(batch * NORM_PARTS * num_groups * 2, dtype=torch.float32, device=x.device)
+    around = {name: tensor for name, tensor in (("add", add), ("scale", scale), ("shift", shift)) if tensor is not None}
+    rows = {len(tensor) for tensor in around.values()} - {1}
+    if len(x) % frames or len(rows) > 1 or any(batch % count for count in rows):
+        shapes = {name: tuple(tensor.shape) for name, tensor in around.items()}
+        raise EngineError(f"group norm: {len(x)} rows of {frames} frames and {shapes} do not fit together.")
+    if any(tensor.dtype != x.dtype for tensor in (weight, bias, *around.values())):
+        raise EngineError("group norm: tensors of different types.")
     args = GroupNormArgs(
         dtype=DTYPES[str(x.dtype).removeprefix("torch.")],
         batch=batch,
         rows=x.numel() // (batch * channels),
         channels=channels,
         groups=num_groups,
-        repeat=batch // max(len(tensor) for tensor in (add, scale, x[:1]) if tensor is not None),
+        repeat=batch // max(rows, default=1),
         activation=ACTIVATIONS[activation],
         eps=eps,
         x=pixels.data_ptr(),
@@ -212,11 +219,12 @@ def group_norm(
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
         partials=partials.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in around.items()},
     )
     if add is not None:
-        args.add, args.add_row = add.data_ptr(), _row(add)
+        args.add_row = _row(add)
     if scale is not None and shift is not None:
-        args.scale, args.shift, args.modulation_row = scale.data_ptr(), shift.data_ptr(), _row(scale)
+        args.modulation_row = _row(scale)
         if _row(shift) != args.modulation_row:
             raise EngineError("group norm: scale and shift lie in memory in different ways.")
     device = x.device.type

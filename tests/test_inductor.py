@@ -387,12 +387,21 @@ def test_the_norm_is_what_torch_expects_of_an_operator() -> None:
 
 @pytest.mark.usefixtures("library")
 def test_rows_that_a_norm_cannot_read_are_refused() -> None:
-    x, row = torch.randn(2, 8, 3, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
-    apart, wide = torch.zeros(8, 2, device=DEVICE).half().T, torch.zeros(2, 16, device=DEVICE).half()
-    with pytest.raises(EngineError, match="channels 2 elements apart"):
-        group_norm(x, row, row, 2, 1e-5, "none", 1, apart, None, None)
-    with pytest.raises(EngineError, match="scale and shift lie in memory in different ways"):
-        group_norm(x, row, row, 2, 1e-5, "none", 1, None, wide[:, :8], wide[:, 8:].contiguous())
+    x, row = torch.randn(4, 8, 3, device=DEVICE).half(), torch.randn(8, device=DEVICE).half()
+    rows, apart = torch.zeros(4, 16, device=DEVICE).half(), torch.zeros(8, 2, device=DEVICE).half().T
+    half, other = rows[:, :8], rows[:, 8:]
+    wrong: dict[str, tuple[torch.Tensor, int, Any, Any, Any]] = {
+        "channels 2 elements apart": (row, 1, apart, None, None),
+        "scale and shift lie in memory in different ways": (row, 1, None, half, other.contiguous()),
+        "4 rows of 3 frames": (row, 3, None, None, None),
+        r"'add': \(3, 8\).* do not fit together": (row, 1, half[:3], None, None),
+        r"'scale': \(2, 8\).* do not fit together": (row, 1, half, half[:2], other[:2]),
+        "tensors of different types": (row.float(), 1, None, None, None),
+        r"kernels/include/show1/group_norm\.h": (row, 1, None, half, None),
+    }
+    for message, (weight, frames, *around) in wrong.items():
+        with pytest.raises(EngineError, match=message):
+            group_norm(x, weight, row, 2, 1e-5, "none", frames, *around)
 
 
 def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(

@@ -8,6 +8,7 @@
 #include <device.cuh>
 
 #include "arguments.h"
+#include "warp.h"
 
 namespace show1 {
 namespace {
@@ -142,11 +143,6 @@ __global__ void __launch_bounds__(kPointThreads) pointwise_kernel(Args a) {
 
 constexpr int kFrameThreads = 512;
 
-__device__ uint32_t warp_sum(uint32_t value) {
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kWholeWarp, value, distance);
-    return value;
-}
-
 // What all threads of the block together make of the shared `slot` with `combine`, beginning with `initial`.
 template <class Combine>
 __device__ uint32_t block_reduce(uint32_t* slot, uint32_t initial, const Combine& combine) {
@@ -166,7 +162,7 @@ __device__ float threshold(const ForEach& for_each, QuantileRank rank, float mos
     const auto count_up_to = [&](float bound) {
         uint32_t count = 0;
         for_each([&](float magnitude) { count += magnitude <= bound; });
-        count = warp_sum(count);
+        count = sum_over_warp(count);
         return static_cast<int>(block_reduce(slot, 0u, [&] {
             if (threadIdx.x % 32 == 0) atomicAdd(slot, count);
         }));

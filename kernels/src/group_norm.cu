@@ -1,8 +1,12 @@
+// Threads lie over channels. One kernel takes statistics of parts of the rows, a second does the rest; or one both.
 #include "show1/group_norm.h"
 
 #include <device.cuh>
 
+#include <algorithm>
+
 #include "arguments.h"
+#include "warp.h"
 
 namespace show1 {
 namespace {
@@ -94,15 +98,9 @@ __device__ void rows_of(const Bits<T>* x, int channels, int begin, int end, int 
     }
 }
 
-__device__ inline float sum_over_warp(float value) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(kWholeWarp, value, mask);
-    return value;
-}
-
 // Mean and sum of squared distances from it, of every group of `size` channels from x's first on, over rows
-// [begin, end): `take(group, mean, squares)` in one thread each. `seen(row, run, values)` is told of every load. Sums are
-// of distances from the first value that a thread sees (Chan et al. 1983 on how they join). `scratch` is shared memory.
+// [begin, end): `take(group, mean, squares)` in one thread each. `seen(row, run, loaded)` is told of every load. Sums
+// are of distances from the first value that a thread sees (Chan et al. 1983 on how they join). `scratch` is shared.
 template <class T, int W, class Seen, class Take>
 __device__ void statistics(const Args& a, const Tiling& tiling, const Bits<T>* x, const Bits<T>* add, int begin,
                            int end, float* scratch, Seen seen, Take take) {
@@ -171,7 +169,7 @@ __device__ void statistics(const Args& a, const Tiling& tiling, const Bits<T>* x
     }
 }
 
-// y * erfc(-y / sqrt(2)) / 2 by Abramowitz & Stegun 1964, 7.1.26, to 2e-7 of y: a fraction of erff's instructions.
+// y * erfc(-y / sqrt(2)) / 2 by Abramowitz & Stegun 1964, 7.1.26, to 3e-7 of y: a fraction of erff's instructions.
 __device__ inline float gelu(float y) {
     const float x = 0.70710678f * fabsf(y), t = __fdividef(1.0f, 1 + 0.3275911f * x);
     const float tail = -0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f));
@@ -267,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
     const int size = a.channels / a.groups;
     const int column = threadIdx.x % tiling.across, down = threadIdx.x / tiling.across;
     Affine<T, W> affine;
-    if (column < tiling.runs) affine.load(a, n, column * W);  // under way while the parts are joined
+    affine.load(a, n, column * W);  // under way while the parts are joined
     float* const means = shared_memory<float>();
     float* const factors = means + a.groups;
     float* const sums = factors + a.groups;  // [kWarps, groups]
@@ -310,9 +308,10 @@ __global__ void __launch_bounds__(kThreads, kTogether)
         float factor[W], offset[W];
         if (run != column) affine.load(a, n, first);
         affine.resolve(means, factors, [&](int i) { return (first + i) / size; }, factor, offset);
-        rows_of<T, W, kAhead>(x + first, a.channels, begin + down, end, tiling.down, [&](int r, const Run<T, W>& loaded) {
+        const auto write = [&](int r, const Run<T, W>& loaded) {
             write_run<T, W, kActivation>(out + r * a.channels + first, loaded, factor, offset);
-        });
+        };
+        rows_of<T, W, kAhead>(x + first, a.channels, begin + down, end, tiling.down, write);
     }
 }
 
@@ -345,11 +344,10 @@ __global__ void __launch_bounds__(kThreads, kTogether) small_kernel(Args a, Tili
         write_run<T, W, kActivation>(out + r * a.channels, Run<T, W>{kept[r * tiling.runs + column]}, factor, offset);
 }
 
-inline int least(int x, int y) { return x < y ? x : y; }
-inline int most(int x, int y) { return x < y ? y : x; }
 inline int pieces(int count, int size) { return (count + size - 1) / size; }
 
-// Channels of a block of the small kernel, whole groups; 0 where it does not fit, or leaves most of the card idle.
+// Channels of a block of the small kernel, whole groups; 0 where it does not fit, or would keep less than a quarter of
+// the largest cards busy.
 inline int slice_channels(const Args& a) {
     const int size = a.channels / a.groups;
     for (int groups = 1; groups <= a.groups; groups *= 2) {
@@ -369,14 +367,15 @@ cudaError_t run_as(const Args& a, cudaStream_t stream) {
             const Tiling tiling = Tiling::of<W>(channels);
             const int groups = channels / (a.channels / a.groups), slices = a.groups / groups;
             const int bytes = 2 * a.rows * channels + static_cast<int>(sizeof(float)) * (2 * groups + tiling.scratch());
-            return launch(small_kernel<T, W, kActivation>, a.batch * slices, kThreads, bytes, stream, a, tiling, slices);
+            return launch(small_kernel<T, W, kActivation>, a.batch * slices, kThreads, bytes, stream, a, tiling,
+                          slices);
         }
     }
     const Tiling tiling = Tiling::of<W>(a.channels);
     // As many parts as give every block a multiprocessor and every thread some rows; none is empty.
     const auto split = [&](int blocks, int at_most) {
-        const int wanted = least(pieces(blocks, a.batch), pieces(a.rows, 2 * tiling.down));
-        return pieces(a.rows, least(most(wanted, 1), at_most));
+        const int wanted = std::min(pieces(blocks, a.batch), pieces(a.rows, 2 * tiling.down));
+        return pieces(a.rows, std::min(std::max(wanted, 1), at_most));
     };
     const int per_part = split(2 * kBlocks, SHOW1_NORM_PARTS), parts = pieces(a.rows, per_part);
     const int bytes = static_cast<int>(sizeof(float)) * tiling.scratch();

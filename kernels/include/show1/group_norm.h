@@ -15,13 +15,14 @@
 // Row n of the batch reads row n / repeat of add, scale and shift, whose rows of adjacent channels are `add_row` and
 // `modulation_row` elements apart: frames share those of their clip, and with add_row 0 all share one.
 //
-// Sums and arithmetic are float32 without intermediate rounding; sums of squares are of distances from the group's
-// first element, so a mean far from 0 costs no digits. They are added in the same order in every run. Error against
-// float64: at most that of a norm that rounds each of its steps.
+// Sums and arithmetic are float32 without intermediate rounding; sums of squares are of distances from a value of the
+// same channel, so a mean far from 0 costs the statistics no digits (what is folded into one multiply-add keeps
+// |mean| / deviation units of float32). They are added in the same order in every run. Error against float64: at most
+// twice that of a norm that rounds each of its steps, but where a group is nearly constant.
 //
-// Memory bound, two kernels: x is read twice and out written once, 6 B per element in half precision, of which L2 can
-// serve the second read of what fits. In pieces of 16 bytes where channels is a multiple of 8 and x and out are so
-// aligned.
+// Memory bound. Two kernels: x is read twice and out written once, 6 B per element, of which L2 can serve the second
+// read of what fits; or one that reads x once, where the rows of some groups fit into shared memory. In pieces of 16
+// bytes where channels, add_row and modulation_row are multiples of 8 and all pointers to tensors are so aligned.
 #ifndef SHOW1_GROUP_NORM_H
 #define SHOW1_GROUP_NORM_H
 
@@ -30,12 +31,13 @@
 enum {
     SHOW1_NORM_PARTS = 64,  // that the rows of a batch row are summed in, at most
     SHOW1_MAX_NORM_CHANNELS = 4096,
+    SHOW1_MAX_NORM_GROUPS = 512,
 };
 
 enum {
     SHOW1_ACTIVATION_NONE = 0,
     SHOW1_ACTIVATION_SILU = 1,
-    SHOW1_ACTIVATION_GELU = 2,  // of the error function, no approximation
+    SHOW1_ACTIVATION_GELU = 2,  // of the error function, not of tanh
 };
 
 typedef struct {
@@ -53,9 +55,9 @@ typedef struct {
     float* partials;
 } show1_group_norm_args;
 
-// SHOW1_INVALID where a pointer that is needed is null, a size or repeat is below 1, the sizes' product does not fit 31
-// bits, groups do not divide channels, channels is above SHOW1_MAX_NORM_CHANNELS, eps is not a positive number, or a
-// dtype or activation is unknown.
+// SHOW1_INVALID where a pointer that is needed is null or not aligned to its elements, a size or repeat is below 1,
+// 2 * rows * channels, batch * groups or batch * SHOW1_NORM_PARTS does not fit 31 bits, groups do not divide channels,
+// there are more channels or groups than above, eps is not a positive number, or a dtype or activation is unknown.
 SHOW1_API int show1_group_norm(const show1_group_norm_args* args, show1_stream stream);
 
 SHOW1_API int show1_group_norm_ref(const show1_group_norm_args* args, show1_stream stream);
