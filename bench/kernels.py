@@ -83,8 +83,8 @@ ATTENTION_SHAPES = (
 class NormShape:
     """Group normalisation in one place of a network, in 32 groups, with what the kernel takes over there.
 
-    In a residual block statistics are of a frame and scale and shift (sr2: the time embedding) of a clip; before a
-    convolution over frames they are of a clip, and what is added is the bias of the convolution before.
+    In a residual block statistics are of a frame, scale and shift of a clip; before a convolution over frames they are
+    of a clip. What is added is the bias of the convolution before.
     """
 
     stage: str

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -161,10 +161,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def _heads(x: Tensor, head_dim: int) -> Heads:
-    batch, frame, pixel, channel = x.stride()
-    if channel != 1 and x.shape[-1] > 1:
-        raise EngineError(f"temporal attention: channels {channel} elements apart; wanted side by side.")
-    return Heads(x.data_ptr(), batch, frame, pixel, head_dim)
+    _check_channels("temporal attention", x)
+    return Heads(x.data_ptr(), *x.stride()[:3], head_dim)
+
+
+def _check_channels(what: str, x: Tensor) -> None:
+    """The kernels read the last axis side by side."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise EngineError(f"{what}: channels {x.stride(-1)} elements apart; wanted side by side.")
 
 
 def plain_temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -233,26 +237,14 @@ def group_norm(
 
 
 @group_norm.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    activation: str,
-    frames: int,
-    add: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     pixels = x.movedim(1, -1)
     return torch.empty(pixels.shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 
 def _row(x: Tensor) -> int:
     """Elements between rows of [M, C], whose channels are side by side; 0 where all read the one there is."""
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        raise EngineError(f"group norm: channels {x.stride(1)} elements apart; wanted side by side.")
+    _check_channels("group norm", x)
     return x.stride(0) if len(x) > 1 else 0
 
 

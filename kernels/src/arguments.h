@@ -40,12 +40,16 @@ inline bool frames_to_uint8_accepts(int dtype, const show1_planes* clip, const u
            sizes_fit({channels, frames, pixels});
 }
 
+// Whether all tensors of half precision begin at multiples of `bytes`.
+inline bool group_norm_aligned(const show1_group_norm_args& a, int bytes) {
+    for (const void* tensor : {a.x, static_cast<const void*>(a.out), a.weight, a.bias, a.add, a.scale, a.shift})
+        if (reinterpret_cast<uintptr_t>(tensor) % bytes) return false;
+    return true;
+}
+
 inline bool group_norm_accepts(const show1_group_norm_args* a) {
     if (!a || !a->x || !a->out || !a->weight || !a->bias || !a->partials || !a->scale != !a->shift) return false;
-    uintptr_t together = 0;
-    const void* const tensors[] = {a->x, a->out, a->weight, a->bias, a->add, a->scale, a->shift};
-    for (const void* tensor : tensors) together |= reinterpret_cast<uintptr_t>(tensor);
-    return is_half(a->dtype) && together % 2 == 0 && reinterpret_cast<uintptr_t>(a->partials) % 4 == 0 &&
+    return is_half(a->dtype) && group_norm_aligned(*a, 2) && reinterpret_cast<uintptr_t>(a->partials) % 4 == 0 &&
            sizes_fit({2, a->rows, a->channels}) && sizes_fit({a->batch, SHOW1_NORM_PARTS}) &&
            sizes_fit({a->batch, a->groups}) && a->channels % a->groups == 0 && a->channels <= SHOW1_MAX_NORM_CHANNELS &&
            a->groups <= SHOW1_MAX_NORM_GROUPS && a->repeat >= 1 && a->eps > 0 && std::isfinite(a->eps) &&

@@ -200,9 +200,8 @@ struct Affine {
             shift.load(row_of<T>(a.shift, n / a.repeat * a.modulation_row + channel));
         }
     }
-    // `means` and `factors` of the group of every channel, from `group_of(i)` on.
-    template <class GroupOf>
-    __device__ void resolve(const float* means, const float* factors, GroupOf group_of, float (&factor)[W],
+    // The run begins at channel `first` of those whose groups, of `size` channels, have these `means` and `factors`.
+    __device__ void resolve(const float* means, const float* factors, int first, int size, float (&factor)[W],
                             float (&offset)[W]) const {
         float values[W];
         weight.unpacked(factor);
@@ -210,7 +209,7 @@ struct Affine {
         if (adds) add.unpacked(values);
 #pragma unroll
         for (int i = 0; i < W; ++i) {
-            const int g = group_of(i);
+            const int g = (first + i) / size;
             factor[i] *= factors[g];
             offset[i] += ((adds ? values[i] : 0.0f) - means[g]) * factor[i];
         }
@@ -307,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
         const int first = run * W;
         float factor[W], offset[W];
         if (run != column) affine.load(a, n, first);
-        affine.resolve(means, factors, [&](int i) { return (first + i) / size; }, factor, offset);
+        affine.resolve(means, factors, first, size, factor, offset);
         const auto write = [&](int r, const Run<T, W>& loaded) {
             write_run<T, W, kActivation>(out + r * a.channels + first, loaded, factor, offset);
         };
@@ -338,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, kTogether) small_kernel(Args a, Tili
     __syncthreads();
     if (down >= tiling.down) return;
     float factor[W], offset[W];
-    affine.resolve(means, factors, [&](int i) { return (column * W + i) / size; }, factor, offset);
+    affine.resolve(means, factors, column * W, size, factor, offset);
     Bits<T>* const out = static_cast<Bits<T>*>(a.out) + row + column * W;
     for (int r = down; r < a.rows; r += tiling.down)
         write_run<T, W, kActivation>(out + r * a.channels, Run<T, W>{kept[r * tiling.runs + column]}, factor, offset);
@@ -401,10 +400,8 @@ cudaError_t run(const Args& a, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_by_width(const Args& a, cudaStream_t stream) {
-    uintptr_t together = 0;
-    for (const void* pointer : {a.x, static_cast<const void*>(a.out), a.weight, a.bias, a.add, a.scale, a.shift})
-        together |= reinterpret_cast<uintptr_t>(pointer);
-    const bool wide = together % 16 == 0 && a.channels % 8 == 0 && a.add_row % 8 == 0 && a.modulation_row % 8 == 0;
+    const bool wide =
+        group_norm_aligned(a, 16) && a.channels % 8 == 0 && a.add_row % 8 == 0 && a.modulation_row % 8 == 0;
     return wide ? run<T, 8>(a, stream) : run<T, 1>(a, stream);
 }
 
