@@ -54,15 +54,17 @@ def test_training_never_shows_what_evaluation_asks_for() -> None:
 
 
 def test_small_frames_are_large_ones_averaged() -> None:
-    scenes = [scene for scene, _ in training_scenes(6, 1)]
-    clips, frames = lay_out(scenes, 1), torch.tensor([[0.0, 13.0, 28.0]]).expand(6, -1)
+    scenes = [scene for scene, _ in training_scenes(12, 1)]
+    clips, frames = lay_out(scenes, 1), torch.tensor([[0.0, 13.0, 28.0]]).expand(12, -1)
     small, large = render(clips, frames, (64, 40)), render(clips, frames, (512, 320))
     averaged = torch.nn.functional.avg_pool3d(large, (1, 8, 8))
     assert small.min() >= -1
     assert small.max() <= 1
-    # Edges differ by how a pixel's share of a shape is estimated, the fine textures by their residue.
-    assert (small - averaged).abs().mean() < 0.02
-    assert (small - averaged).abs().max() < 0.5
+    # Edges differ by how a pixel's share of a shape is estimated, most at sharp tips, the fine textures by their
+    # residue. An eighth of a small frame's pixel to the side, and one pixel in a hundred would differ by 0.1.
+    difference = (small - averaged).abs()
+    assert difference.mean() < 0.008
+    assert (difference > 0.1).float().mean() < 0.003
     assert (large[:, :, 0] - large[:, :, 1]).abs().mean() > 0.001
 
 
@@ -209,11 +211,16 @@ def test_single_pictures_train_the_same_parameters_without_the_layers_over_time(
 def test_weights_that_a_lesson_does_not_use_stay_as_they_are(checkpoint: Path) -> None:
     stage = make("base", checkpoint)
     recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8)),))
-    before = {name: value.detach().clone() for name, value in stage.unet.named_parameters()}
-    Trainer(stage, recipe, Run(0, 2, 4, 10)).advance()
-    for name, value in stage.unet.named_parameters():
+    before = {name: value.detach().clone() for name, value in stage.modules().named_parameters()}
+    trainer = Trainer(stage, recipe, Run(0, 2, 4, 10))
+    trainer.advance()
+    for name, value in trainer.weights.items():
         assert torch.equal(value, before[name]) or "temp_" not in name, name
-    assert not torch.equal(stage.unet.conv_in.weight, before["conv_in.weight"])
+    first = "networks.base.conv_in.weight"
+    assert not torch.equal(trainer.weights[first], before[first])
+    # What computes follows what is trained, in its own type.
+    for name, value in stage.modules().named_parameters():
+        torch.testing.assert_close(value, trainer.weights[name].to(value.dtype), rtol=0, atol=0)
 
 
 def test_timesteps_are_drawn_where_much_is_decided(checkpoint: Path) -> None:
@@ -355,6 +362,39 @@ def test_training_goes_on_from_a_finished_checkpoint(tmp_path: Path, monkeypatch
         train(tmp_path / "third", ["text"], init=tmp_path / "nothing", **options)
 
 
+def test_pictures_beside_clips_are_learned_from_in_the_same_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stages.Base(Pool(4, 0, "cpu"), checkpoint)
+    lesson = Lesson(1, (16, 8), 2, batch=0.5, beside=Lesson(0, (24, 8), batch=1.5))
+    seen: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    loss = stage.loss
+
+    def record(*batch: torch.Tensor) -> torch.Tensor:
+        found = loss(*batch)
+        seen.append((tuple(batch[3].shape), found.detach()))
+        return found
+
+    monkeypatch.setattr(stage, "loss", record)
+    trainer = Trainer(stage, replace(RECIPES["base"], lessons=(lesson,), batch=2), Run(0, 2, 4, 1))
+    whole = trainer.advance()
+    assert [shape for shape, _ in seen] == [(1, 3, 2, 8, 16), (3, 3, 1, 8, 24)]
+    assert whole == torch.stack([one for _, one in seen]).mean()
+    changed = [name for name, value in trainer.weights.items() if not torch.equal(value, trainer.average[name])]
+    assert any("temp" in name for name in changed), "what pictures leave out is learned from the clips"
+
+
+def test_smaller_batches_take_shorter_steps(checkpoint: Path) -> None:
+    rates = {}
+    for batch in (2, 8, 32):
+        recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8)),), batch=8)
+        trainer = Trainer(stages.Base(Pool(4, 0, "cpu"), checkpoint), recipe, Run(0, batch, 4, 2))
+        trainer.advance()
+        rates[batch] = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+    assert rates[2] == pytest.approx([rate / 2 for rate in rates[8]])
+    assert rates[32] == rates[8]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -414,7 +454,8 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
 def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_trainer() -> Trainer:
         torch.manual_seed(0)
-        recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8), 2),), bfloat16=False)
+        lesson = Lesson(1, (16, 8), 2, beside=Lesson(0, (16, 8)))
+        recipe = replace(RECIPES["base"], lessons=(lesson,), bfloat16=False)
         return Trainer(stages.Base(Pool(4, 0, "cuda"), checkpoint), recipe, Run(0, 2, 4, 12))
 
     captured, plain = make_trainer(), make_trainer()

@@ -47,6 +47,7 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "counterclockwise": ("turning counterclockwise", "spinning counterclockwise"),
     "still": ("standing still", "at rest"),
 }
+TWO_THINGS = 0.5  # share of training's scenes: which word belongs to which thing is the hardest to learn
 TURNS = ("clockwise", "counterclockwise")  # not seen on what is round
 ROUND = ("circle", "ring")
 RESIZES = ("grow", "shrink")  # the size is then a part of the motion
@@ -118,10 +119,10 @@ def sample_scene(random: np.random.Generator, things: int, held: bool = False) -
 
 
 def training_scenes(count: int, seed: int) -> Iterator[tuple[Scene, str]]:
-    """Scenes and captions, three in ten with two things."""
+    """Scenes and captions, half of them with two things."""
     random = np.random.default_rng([seed, 1])
     for _ in range(count):
-        scene = sample_scene(random, 2 if random.random() < 0.3 else 1)
+        scene = sample_scene(random, 2 if random.random() < TWO_THINGS else 1)
         yield scene, scene.caption(random)
 
 

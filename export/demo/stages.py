@@ -70,7 +70,8 @@ class Lesson:
 
     `share` is of the stage's time. `size` is (width, height): of frames in base and interp, and of the part that is cut
     out of frames in the stages that add detail. `batch` is in the stage's own. `speed` is the least at which base's
-    clips are seen, the highest being 1: what hardly moves is where frames learn to agree.
+    clips are seen, the highest being 1: what hardly moves is where frames learn to agree. `beside` is learned from in
+    the same steps, its share of no account.
     """
 
     share: float
@@ -78,6 +79,11 @@ class Lesson:
     frames: int = 1
     batch: float = 1.0
     speed: float = 1.0
+    beside: "Lesson | None" = None
+
+    @property
+    def parts(self) -> "tuple[Lesson, ...]":
+        return (self,) if self.beside is None else (self, self.beside)
 
 
 class Pool:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,12 @@ class Recipe:
 
 
 # Base learns from still pictures what things look like, from slow clips that frames agree, then how things move.
+# Pictures go on beside clips, whose frames show the same few things again and again: shapes were forgotten over them.
+_PICTURES = Lesson(0, KEYFRAME_SIZE, batch=0.5)
 _BASE_LESSONS = (
     Lesson(0.35, KEYFRAME_SIZE),
-    Lesson(0.35, KEYFRAME_SIZE, 8, batch=0.25, speed=0),
-    Lesson(0.3, KEYFRAME_SIZE, 8, batch=0.25),
+    Lesson(0.35, KEYFRAME_SIZE, 8, batch=0.25, speed=0, beside=_PICTURES),
+    Lesson(0.3, KEYFRAME_SIZE, 8, batch=0.25, beside=_PICTURES),
 )
 # The last lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the
 # autoencoder's.
@@ -101,16 +103,16 @@ class _Graph:
         self.lesson, self._left = lesson, _EAGER_STEPS
         self._captured: torch.cuda.CUDAGraph | None = None
 
-    def run(self, learn: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    def run(self, learn: Callable[[list[Batch]], Tensor], batches: list[Batch]) -> Tensor:
         if self._left:
             self._left -= 1
-            return learn(batch)
+            return learn(batches)
         if self._captured is None:
-            self._batch = tuple(tensor.clone() for tensor in batch)
+            self._batches = [tuple(tensor.clone() for tensor in batch) for batch in batches]
             self._captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._captured):  # recorded, not run
-                self._loss = learn(self._batch)
-        for kept, tensor in zip(self._batch, batch, strict=True):
+                self._loss = learn(self._batches)
+        for kept, tensor in zip(chain(*self._batches), chain(*batches), strict=True):
             kept.copy_(tensor)
         self._captured.replay()
         return self._loss.clone()
@@ -124,19 +126,23 @@ def _set(variable: Any, value: float) -> Any:
 class Trainer:
     """One stage in training: weights, their moving average, the optimizers, the step.
 
-    Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
+    Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW. Networks compute
+    in bfloat16 where that is fast, on copies of the weights, which are float32.
     """
 
     def __init__(self, stage: Stage, recipe: Recipe, run: Run):
         self.stage, self.recipe, self.run = stage, recipe, run
         self.device = stage.pool.device
-        self.weights = dict(stage.modules().to(self.device).train().named_parameters())
+        modules = stage.modules().to(self.device).train()
+        self.weights = {name: value.detach().clone() for name, value in modules.named_parameters()}
+        if recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            modules.bfloat16()
+        self._copies = list(modules.parameters())
         self.average = {name: value.detach().clone() for name, value in self.weights.items()}
         matrices = {name for name, value in self.weights.items() if value.ndim > 1 and "_block" in name}
         # Muon takes matrices alone: views of filters, one row an output channel.
         self.trained = {
-            name: nn.Parameter(value.detach().flatten(1)) if name in matrices else value
-            for name, value in self.weights.items()
+            name: nn.Parameter(value.flatten(1) if name in matrices else value) for name, value in self.weights.items()
         }
         muon = [value for name, value in self.trained.items() if name in matrices]
         adamw = [value for name, value in self.trained.items() if name not in matrices]
@@ -157,7 +163,6 @@ class Trainer:
         self._graph: _Graph | None = None
         self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
-        self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     @property
     def lesson(self) -> int:
@@ -181,36 +186,40 @@ class Trainer:
 
     def advance(self) -> Tensor:
         """One step; the batch's loss, still on the device."""
-        self.stage.lesson = lesson = self.recipe.lessons[self.lesson]
         generator = torch.Generator(self.device).manual_seed(self.run.seed * 10**9 + self.step)
-        batch = self.stage.draw(max(1, round(self.run.batch * lesson.batch)), generator)
+        batches = []
+        for part in self.recipe.lessons[self.lesson].parts:
+            self.stage.lesson = part
+            batches.append(self.stage.draw(max(1, round(self.run.batch * part.batch)), generator))
         self._set_rates()
-        loss = self._replay(batch) if self.device == "cuda" else self._learn(batch)
+        loss = self._replay(batches) if self.device == "cuda" else self._learn(batches)
         self.step += 1
         return loss
 
-    def _replay(self, batch: Batch) -> Tensor:
+    def _replay(self, batches: list[Batch]) -> Tensor:
         """`_learn` as a CUDA graph of the lesson: thousands of small kernels, launched one by one, leave a GPU idle."""
         if self._graph is None or self._graph.lesson != self.lesson:
             self._graph = _Graph(self.lesson)
-        return self._graph.run(self._learn, batch)
+        return self._graph.run(self._learn, batches)
 
-    def _learn(self, batch: Batch) -> Tensor:
-        """Change the weights; the batch's loss."""
-        kind = {"enabled": self.bfloat16, "cache_enabled": self.device != "cuda"}  # a graph would keep what is cached
-        with torch.autocast(self.device, torch.bfloat16, **kind):
-            loss = self.stage.loss(*batch)
-        self._update(torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True))
+    def _learn(self, batches: list[Batch]) -> Tensor:
+        """Change the weights; the batches' mean loss."""
+        loss = torch.stack([self.stage.loss(*batch) for batch in batches]).mean()
+        self._update(torch.autograd.grad(loss, self._copies, allow_unused=True))
         return loss.detach()
 
     @torch.no_grad()
     def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Weights that the batch did not use stay as they are: no decay either."""
+        found = []
         for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = None if gradient is None else gradient.reshape(value.shape)
+            value.grad = None if gradient is None else torch.empty_like(value)
+            found += [] if gradient is None else [(value.grad, gradient.reshape(value.shape))]
+        torch._foreach_copy_(*map(list, zip(*found, strict=True)))  # to float32, all at once
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
+        torch._foreach_copy_(self._copies, list(self.weights.values()))
         changes = torch._foreach_sub(list(self.weights.values()), list(self.average.values()))
         torch._foreach_mul_(changes, self._pull)
         torch._foreach_add_(list(self.average.values()), changes)
@@ -230,9 +239,11 @@ class Trainer:
     def _rate(self) -> float:
         """Rising over the first steps, falling over the last; in shares of the full rates.
 
-        Muon's steps are as long on noisy gradients as on clear ones: lessons of small batches take shorter ones.
+        Muon's steps are as long on noisy gradients as on clear ones: smaller batches than the recipe's take shorter
+        ones.
         """
-        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.progress) / _FALL) * self.stage.lesson.batch**0.5
+        share = self.recipe.lessons[self.lesson].batch * self.run.batch / self.recipe.batch
+        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.progress) / _FALL) * min(1.0, share) ** 0.5
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes; what optimizers keep is there after the first step only."""
@@ -264,13 +275,12 @@ class Trainer:
                     else:
                         value = self.trained[name]
                         owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
+                torch._foreach_copy_(self._copies, list(self.weights.values()))
         self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
         """Ship the averaged weights."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(self.average[name])
+        self.stage.modules().float().load_state_dict(self.average)
         self.stage.finish(torch.Generator(self.device).manual_seed(self.run.seed))
         for name, network in self.stage.networks.items():
             cascade.save_network(checkpoint, name, network)
