@@ -19,12 +19,14 @@ from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from engines.tensorrt import installed_version
 from export.configs import published_scheduler
-from export.kernels import CUDA, REFERENCE, build_library, native
+from export.kernels import build_library, native
 from runtime.kernels import (
     ACTIVATIONS,
     COUNTER,
+    CUDA,
     DTYPES,
     NORM_PARTS,
+    REFERENCE,
     STEP,
     DenoiseArgs,
     GroupNormArgs,
@@ -39,7 +41,6 @@ from runtime.schedulers import SchedulerConfig, make_schedule
 DEVICE = "cuda"
 BUILD = ROOT / "build" / "bench-kernels"
 COPY_BYTES = 2**30  # of the large copy: read and written, well beyond any L2
-TABLE_ROWS = 4096  # more steps than are ever timed: beyond the last one the kernel would do nothing
 
 
 @dataclass(frozen=True)
@@ -370,10 +371,12 @@ class KernelBench:
         random = np.random.default_rng(0)
         half = np.float16
 
+        # Beyond the last row the kernel would do nothing.
+        rows = self.warmup + self.repeats + 100
         # One host array per buffer: what the reference works on and what is uploaded.
         host: dict[str, np.ndarray] = {
-            "table": np.repeat(step_table(schedule, guidance_scale)[index : index + 1], TABLE_ROWS),
-            "counter": np.array((0, TABLE_ROWS, 0), COUNTER),
+            "table": np.repeat(step_table(schedule, guidance_scale)[index : index + 1], rows),
+            "counter": np.array((0, rows, 0), COUNTER),
             "sample": random.standard_normal(shape, np.float32),
             "noise_pred": random.standard_normal((2 * batch, *shape[1:]), np.float32).astype(half),
             "network_input": np.zeros((2 * batch, *shape[1:]), half),

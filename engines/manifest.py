@@ -92,11 +92,12 @@ class Manifest:
                     f"{where}: manifest format {data['format']}, this version reads {FORMAT}. "
                     "Build the bundle again, in a new folder: `python -m export build --out NEW`."
                 )
+            width, height = data["size"]
             return cls(
                 versions=data["versions"],
-                size=tuple(data["size"]),
-                defaults=data["defaults"],
-                schedulers=data["schedulers"],
+                size=(width, height),
+                defaults=dict(data["defaults"]),
+                schedulers={name: dict(config) for name, config in data["schedulers"].items()},
                 tokenizers={name: FileEntry(**file) for name, file in data["tokenizers"].items()},
                 engines={name: _engine(engine) for name, engine in data["engines"].items()},
             )

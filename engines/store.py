@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shlex
 import shutil
 import tempfile
@@ -51,10 +52,14 @@ class Bundle:
                 f"{path} is not a bundle's manifest ({error}). "
                 "Build the bundle again, in a new folder: `python -m export build --out NEW`."
             ) from None
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{root}: no {MANIFEST} there, so it is not a bundle. "
                 "Make one with `python -m export build --stage all --out FOLDER`, or give --bundle."
+            ) from None
+        except OSError as error:
+            raise BundleError(
+                f"{path} cannot be read ({error.strerror}). Mend that, or give another --bundle."
             ) from None
         return cls(root, Manifest.from_json(text, str(path)))
 
@@ -147,8 +152,11 @@ class Bundle:
             foreign = [p for p in root.iterdir() if p.name != ".lock" and not p.name.startswith(_TEMPORARY)]
             if foreign and not exists:
                 raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
-            for leftover in root.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in [*root.glob(f"{_TEMPORARY}*"), *root.glob(f"{TOKENIZERS}/{_TEMPORARY}*")]:
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
             yield BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
         except OSError as error:
             raise BundleError(
@@ -207,7 +215,8 @@ class BundleWriter(Bundle):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    """Two processes may write one file: it is then the one's or the other's, whole."""
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -80,7 +80,9 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 
     A plan is read by the version that wrote it, on the cards that it was written for.
     """
-    return version_mismatch(bundle, entry) or _card_mismatch(bundle, entry)
+    return (
+        version_mismatch(bundle, entry) or _card_mismatch(bundle, entry) or _old_driver(entry.backend, find_gpus()[0])
+    )
 
 
 def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -117,10 +119,14 @@ def why_not_here(flavour: str, gpu: Gpu) -> str | None:
         return f"{flavour} is not installed. {_install(flavour)}"
     if flavour == "tensorrt-rtx" and not serves(TARGETS, gpu.target):
         return f"tensorrt-rtx does not serve {gpu.name} ({gpu.target})"
-    if gpu.driver < _CUDA:
-        needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
-        return f"the driver is for CUDA {has}, {flavour} needs {needs}: install a newer NVIDIA driver"
-    return None
+    return _old_driver(flavour, gpu)
+
+
+def _old_driver(flavour: str, gpu: Gpu) -> str | None:
+    if gpu.driver >= _CUDA:
+        return None
+    needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
+    return f"the driver is for CUDA {has}, {flavour} needs {needs}: install a newer NVIDIA driver"
 
 
 def choose_backend() -> tuple[str, str]:

@@ -1,36 +1,17 @@
 """Building the libraries of kernels (kernels/README.md) with CMake."""
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from filelock import FileLock
 
 from engines.errors import EngineError
 from engines.gpu import find_gpus
-from runtime.kernels import BUILD, libraries
+from runtime.kernels import BUILD, CUDA, REFERENCE, find_library, find_program, libraries, missing_programs
 
 ROOT = Path(__file__).resolve().parent.parent
-CUDA, REFERENCE = "show1_kernels", "show1_kernels_ref"
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 _NO_CUDA = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
-
-
-def find_program(name: str) -> str | None:
-    """From this Python's environment, where pip may have put it, or from PATH."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
-def missing_programs(target: str) -> list[str]:
-    """What has to be installed before a library can be built."""
-    missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
-    if not any(map(shutil.which, _COMPILERS)):
-        missing.append("a C++ compiler")
-    if target == CUDA and shutil.which("nvcc") is None:
-        missing.append("nvcc, of the CUDA toolkit 13")
-    return missing
 
 
 def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
@@ -66,7 +47,9 @@ def native() -> str:
 
 
 def build_for(device: str) -> Path:
-    """The library that runs on "cuda" or "cpu", where `runtime.kernels.find_library` looks for it."""
+    """The library that runs on "cuda" or "cpu": built where `find_library` looks for it, or what SHOW1_KERNELS has."""
+    if os.environ.get("SHOW1_KERNELS"):
+        return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":
         return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={native()}")[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]

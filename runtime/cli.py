@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError, Show1Error
-from runtime.config import NEGATIVE_PROMPT, PRESETS, SEED
+from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED
 
 EXAMPLES = """examples:
   show1-rt generate "a panda taking a selfie"
@@ -83,12 +83,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from runtime.video import check_output, save_video
 
     check_prompt(arguments.prompt, arguments.negative_prompt)
-    if arguments.save_stages:
-        if arguments.out:
-            _check_apart(arguments.out, arguments.save_stages)
-        _make_folder(arguments.save_stages)
-        check_output(arguments.save_stages / "base.mp4")
-    check_output(arguments.out or _free_name(arguments.prompt, arguments.seed))
+    if arguments.save_stages and arguments.out:
+        _check_apart(arguments.out, arguments.save_stages)
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
     settings = pipeline.settings.with_options(
         preset=arguments.preset,
@@ -100,6 +96,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         keyframes=arguments.keyframes,
         size=arguments.size,
     )
+    if arguments.save_stages:
+        _make_folder(arguments.save_stages)
+        check_output(arguments.save_stages / "base.mp4")
+    check_output(arguments.out or _free_name(arguments.prompt, arguments.seed))
 
     seconds: dict[str, float] = {}
     start = last = time.perf_counter()
@@ -149,10 +149,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _check_apart(out: str, stages: Path) -> None:
-    """A video may lie among the stages' files; it cannot be their folder or one around it."""
+    """A video may lie among the stages' files; it cannot be one of them, their folder or one around it."""
     target, folder = Path(out).resolve(), stages.resolve()
     if target in (folder, *folder.parents):
         raise OutputError(f"--out {out} holds --save-stages {stages}. Choose another place for one of them.")
+    if target.parent == folder and target.stem in DIFFUSION_STAGES:
+        raise OutputError(f"--out {out} is where --save-stages keeps what {target.stem} made. Choose another name.")
 
 
 def _free_name(prompt: str, seed: int) -> str:
@@ -239,6 +241,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
             arguments.run(arguments)
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import Any
 
 from engines.catalog import UNETS
 from engines.errors import SettingsError
+from runtime.schedulers import SPACINGS
 
 DIFFUSION_STAGES = UNETS  # each is named after its network
 
@@ -67,8 +68,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name in DIFFUSION_STAGES:
             stage = getattr(self, name)
-            if stage.num_inference_steps < 1:
+            if stage.num_inference_steps != int(stage.num_inference_steps) or stage.num_inference_steps < 1:
                 raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
+            if stage.spacing not in (None, *SPACINGS):
+                raise SettingsError(f"spacing of {name}: {stage.spacing!r}; allowed: {', '.join(SPACINGS)}.")
             if not 0 <= stage.guidance_scale < float("inf"):
                 raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
             if stage.cache_interval < 1:
@@ -84,8 +87,8 @@ class Settings:
             raise SettingsError(f"strength: {self.strength}; allowed: above 0, up to 1.")
         if self.sr1_window < 2:
             raise SettingsError(f"sr1_window: {self.sr1_window}; allowed: 2 or more frames.")
-        if self.fps < 1:
-            raise SettingsError(f"fps: {self.fps}; allowed: 1 or more.")
+        if not 1 <= self.fps <= 1000:
+            raise SettingsError(f"fps: {self.fps}; allowed: 1 to 1000.")
         stage_sizes(self.size)
 
     @property
@@ -194,7 +197,7 @@ PRESETS = tuple(_PRESETS)
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "576x320" -> (576, 320)."""
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
     if not match:
         raise SettingsError(f"size {text!r}; allowed: WIDTHxHEIGHT, e.g. 576x320.")
     return int(match[1]), int(match[2])

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from engines.errors import Show1Error
 from engines.gpu import Gpu, find_gpus
 from engines.tensorrt import FLAVOURS, TARGETS, installed_version, load, serves, why_not_here
+from runtime.kernels import CUDA, REFERENCE, missing_programs
 
 _EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
 
@@ -96,7 +97,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
             else:
                 result.runs.append(flavour)
     if gpus and serves(TARGETS, gpus[0].target) and not installed_version("tensorrt-rtx"):
-        result.hints.append("for this card there is TensorRT-RTX: `pip install -e '.[tensorrt-rtx]'`.")
+        result.hints.append(f"for this card there is TensorRT-RTX, but {why_not_here('tensorrt-rtx', gpus[0])}")
 
 
 def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
@@ -114,7 +115,10 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.hints.append(f"inductor's UNets do not run yet: {no_kernels}; building such engines does it too.")
     else:
         result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
-    if result.builds:
+    missing = missing_programs(CUDA if on_gpu else REFERENCE)
+    if result.builds and missing:
+        result.hints.append(f"building inductor's engines needs {' and '.join(missing)}.")
+    elif result.builds:
         result.builds.append(f"inductor (fp32, fp16, bf16) for {target}")
     if gpus and not on_gpu:
         result.hints.append("torch here leaves the GPU idle: install its CUDA build, as pytorch.org says.")

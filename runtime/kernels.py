@@ -5,6 +5,8 @@ The same calls serve the GPU library (device pointers) and the references (host 
 
 import ctypes
 import os
+import shutil
+import sys
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ NORM_PARTS = 64  # SHOW1_NORM_PARTS
 INVALID = 1
 ABI = 2  # SHOW1_ABI
 
+CUDA, REFERENCE = "show1_kernels", "show1_kernels_ref"  # the libraries
 BUILD = Path(__file__).resolve().parent.parent / "build" / "kernels"
 _BUILD_IT = (
     "Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build build/kernels --config Release`, "
     "or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
 )
+_COMPILERS = ("c++", "g++", "clang++", "cl")
 _SUFFIXES = (".so", ".dll", ".dylib")
 
 _WEIGHTS = ("pred_weight", "divisor", "sample_weight", "x0_weight", "previous_x0_weight")
@@ -100,7 +104,7 @@ def step_modes(schedule: Schedule) -> dict[str, int | float]:
 
 
 def find_library(name: str) -> Path:
-    """The newest build of libshow1_kernels (CUDA) or libshow1_kernels_ref below build/kernels, or SHOW1_KERNELS."""
+    """The newest build of the library CUDA or REFERENCE below build/kernels, or SHOW1_KERNELS."""
     folder = Path(os.environ.get("SHOW1_KERNELS") or BUILD)
     if found := libraries(folder, name):
         return max(found, key=lambda path: path.stat().st_mtime)
@@ -109,6 +113,21 @@ def find_library(name: str) -> Path:
 
 def libraries(folder: Path, name: str) -> list[Path]:
     return [path for path in folder.rglob(f"*{name}.*") if path.suffix in _SUFFIXES]
+
+
+def find_program(name: str) -> str | None:
+    """From this Python's environment, where pip may have put it, or from PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def missing_programs(library: str) -> list[str]:
+    """What has to be installed before a library can be built."""
+    missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
+    if not any(map(shutil.which, _COMPILERS)):
+        missing.append("a C++ compiler")
+    if library == CUDA and shutil.which("nvcc") is None:
+        missing.append("nvcc, of the CUDA toolkit 13")
+    return missing
 
 
 class Kernels:

@@ -29,8 +29,11 @@ def cross_fade(first: FloatArray, last: FloatArray, frames: int) -> FloatArray:
 
 def clip_to_frames(clip: FloatArray) -> Frames:
     """[1, 3, F, H, W] near [-1, 1] -> uint8 [F, H, W, 3]. The reference truncates instead of rounding; so do we."""
-    unit = np.clip(clip[0] * np.float32(0.5) + np.float32(0.5), 0, 1)
-    return np.ascontiguousarray((unit * np.float32(255)).astype(np.uint8).transpose(1, 2, 3, 0))
+    frames = np.empty((*clip.shape[2:], clip.shape[1]), np.uint8)
+    for number in range(len(frames)):  # one at a time: copies of a long clip as float32 take gigabytes
+        unit = np.clip(clip[0, :, number] * np.float32(0.5) + np.float32(0.5), 0, 1)
+        frames[number] = (unit * np.float32(255)).astype(np.uint8).transpose(1, 2, 0)
+    return frames
 
 
 def resize_frames(frames: Frames, size: tuple[int, int]) -> Frames:

@@ -63,8 +63,8 @@ class Show1Pipeline:
         self.engines = engines
         try:
             self.settings = Settings.from_dict(engines.bundle.manifest.defaults)
-        except SettingsError as error:
-            raise BundleError(f"{engines.bundle.root}: {error} Build the bundle again.") from None
+        except (SettingsError, TypeError, ValueError) as error:
+            raise BundleError(f"{engines.bundle.root}: its settings: {error} Build the bundle again.") from None
 
     @classmethod
     def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
@@ -100,12 +100,7 @@ class Show1Pipeline:
                 on_cut(encoder, text)
 
         def done(stage: str, clip: FloatArray) -> FloatArray:
-            if not np.isfinite(clip).all():
-                precision = engines.bundle.engine(stage).precision
-                mend = f"`python -m export check {engines.bundle.root}`"
-                if precision != "fp32":
-                    mend = f"fp32 has more range: {engines.bundle.rebuild_command(stage, precision='fp32')}"
-                raise EngineError(f"{stage}: its {precision} engines made values that are not finite. {mend}.")
+            check_finite(engines.bundle, stage, clip)
             if on_clip is not None:
                 on_clip(stage, clip)
             return clip
@@ -113,11 +108,13 @@ class Show1Pipeline:
         engines = self.engines
         check_run(engines.bundle, settings)
         text = run_text(engines, prompt, note_cut)
+        check_finite(engines.bundle, "t5", text.negative, text.prompt)
         keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
         clip = done("interp", run_interp(engines, text, keyframes, settings, seed, progress))
         first_frame = done("if2", run_if2(engines, text, clip[:, :, :1], settings, seed, progress))
         clip = done("sr1", run_sr1(engines, text, clip, first_frame, settings, seed, progress))
         latent_text = run_clip_text(engines, prompt, negative_prompt, note_cut)
+        check_finite(engines.bundle, "clip", latent_text.negative, latent_text.prompt)
         clip = done("sr2", run_sr2(engines, latent_text, clip_to_frames(clip), settings, seed, progress))
         return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
 
@@ -140,6 +137,17 @@ def check_prompt(prompt: str, negative_prompt: str = "") -> None:
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
         if any(0xD800 <= ord(char) < 0xE000 for char in text):
             raise SettingsError(f"the {name} is not valid text (bytes that are not UTF-8). Type it again in UTF-8.")
+
+
+def check_finite(bundle: Bundle, network: str, *made: FloatArray) -> None:
+    """Raises EngineError, with what mends it, where a network made a NaN or an infinity."""
+    if all(np.isfinite(array).all() for array in made):
+        return
+    precision = bundle.engine(network).precision
+    mend = f"`python -m export check {bundle.root}`"
+    if precision != "fp32":
+        mend = f"fp32 is more exact, and has more range than fp16: {bundle.rebuild_command(network, precision='fp32')}"
+    raise EngineError(f"{network}: its {precision} engines made values that are not finite. {mend}.")
 
 
 def check_run(bundle: Bundle, settings: Settings) -> None:

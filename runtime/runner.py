@@ -46,7 +46,7 @@ class LoopRunner(Protocol):
 
     `guidance` [N] is the scale of each step (`sampler.guidance_scales`), `whole` [N] which steps run the whole network
     (`sampler.whole_steps`); the others run `shallow`. `context` has the network's inputs besides sample and timestep,
-    in the bindings' types; `dtype` is the sample's.
+    in the bindings' types; `dtype` is that of the network's input.
     """
 
     def start_loop(
@@ -137,6 +137,10 @@ class Engine:
             try:
                 self._runners[name] = open_runner(self._entry.backend, plan)
             except BundleError as error:
+                if not any(map(self._bundle.damage, filter(None, (graph.plan, graph.weights)))):
+                    raise EngineError(
+                        f"{error} Its files are as they were built; `show1-rt doctor` says what this machine can run."
+                    ) from None
                 again = self._bundle.rebuild_command(self._entry.name)
                 raise BundleError(f"{error} Build it again, with --force: {again}.") from None
         return self._runners[name]
@@ -194,9 +198,10 @@ class Engine:
             self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
 
     def close(self) -> None:
-        for runner in self._runners.values():
-            runner.close()
-        self._runners.clear()
+        while self._runners:
+            _, runner = self._runners.popitem()
+            with contextlib.suppress(Exception):  # the failure before it is the one to tell
+                runner.close()
 
 
 class _TimedLoop:
@@ -229,8 +234,10 @@ class EnginePool:
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Engine]:
-        engine = self._loaded.get(name) or self.open(name)
-        self._loaded[name] = engine
+        if name in self._loaded:  # it is whose who loaded it
+            yield self._loaded[name]
+            return
+        engine = self._loaded[name] = self.open(name)
         try:
             yield engine
         finally:

@@ -23,8 +23,10 @@ from engines.store import Bundle
 from runtime.kernels import (
     ACTIVATIONS,
     COUNTER,
+    CUDA,
     DTYPES,
     NORM_PARTS,
+    REFERENCE,
     STEP,
     DenoiseArgs,
     GroupNormArgs,
@@ -87,12 +89,13 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
         return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
     if reason := version_mismatch(bundle, entry):
         return reason
-    # What denoises runs on our kernels; the rest does without.
-    return why_no_kernels("cuda" if entry.needs_gpu else "cpu") if "step" in entry.graphs else None
+    # Layers over time and the solver are our kernels, and in half precision every group norm.
+    needs_kernels = "step" in entry.graphs or (entry.name.startswith("vae") and entry.precision != "fp32")
+    return why_no_kernels("cuda" if entry.needs_gpu else "cpu") if needs_kernels else None
 
 
 def why_no_kernels(device: str) -> str | None:
-    """Why UNets cannot run on "cuda" or "cpu" for want of a library of kernels."""
+    """Why packages cannot run on "cuda" or "cpu" for want of a library of kernels."""
     try:
         _kernels(device)
     except EngineError as error:
@@ -110,13 +113,10 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     )
 
 
-def _library(device: str) -> str:
-    return "show1_kernels" if device == "cuda" else "show1_kernels_ref"
-
-
 @cache
 def _kernels(device: str) -> Kernels:
-    return Kernels(find_library(_library(device)), suffix="" if device == "cuda" else "_ref")
+    library, suffix = (CUDA, "") if device == "cuda" else (REFERENCE, "_ref")
+    return Kernels(find_library(library), suffix)
 
 
 def _stream(device: str) -> int | None:
@@ -125,7 +125,7 @@ def _stream(device: str) -> int | None:
 
 @cache
 def _warm_up_stream() -> "torch.cuda.Stream":
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """One for what runs before captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream()
 
 
@@ -137,6 +137,8 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
     """
     batch, frames, pixels, channels = q.shape
     head_dim = channels // num_heads
+    if any(x.shape != q.shape or x.dtype != q.dtype for x in (k, v)):
+        raise EngineError("temporal attention: q, k and v are of different shapes or types.")
     if frames > _MAX_FRAMES or head_dim > _MAX_HEAD_DIM:
         return plain_temporal_attention(q, k, v, num_heads).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -174,7 +176,8 @@ def _check_channels(what: str, x: Tensor) -> None:
 def plain_temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """The same in any precision, by matrix products: fused kernels have room for 65,535 rows, here one per pixel."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v))  # [B, P, heads, F, d]
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    scale = q.shape[-1] ** -0.25  # on either side, lest products leave the range of float16
+    weights = ((q * scale) @ (k * scale).transpose(-1, -2)).softmax(-1)
     return (weights @ v).permute(0, 3, 1, 2, 4).flatten(3)
 
 
@@ -204,9 +207,12 @@ def group_norm(
     partials = torch.empty(batch * NORM_PARTS * num_groups * 2, dtype=torch.float32, device=x.device)
     around = {name: tensor for name, tensor in (("add", add), ("scale", scale), ("shift", shift)) if tensor is not None}
     rows = {len(tensor) for tensor in around.values()} - {1}
-    if len(x) % frames or len(rows) > 1 or any(batch % count for count in rows):
+    other_channels = any(tensor.shape[-1] != channels for tensor in (weight, bias, *around.values()))
+    if len(x) % frames or other_channels or len(rows) > 1 or any(batch % count for count in rows):
         shapes = {name: tuple(tensor.shape) for name, tensor in around.items()}
-        raise EngineError(f"group norm: {len(x)} rows of {frames} frames and {shapes} do not fit together.")
+        raise EngineError(
+            f"group norm: {len(x)} rows of {frames} frames and {channels} channels and {shapes} do not fit together."
+        )
     if any(tensor.dtype != x.dtype for tensor in (weight, bias, *around.values())):
         raise EngineError("group norm: tensors of different types.")
     args = GroupNormArgs(
@@ -376,6 +382,7 @@ class _Buffers:
 
     def __init__(self, runner: InductorRunner, layout: _Layout):
         self.deep: dict[bool, Tensor] = {}  # guided -> what the last whole step of that batch kept
+        self.pool: Any = None  # of the graphs' memory: one runs at a time, and what outlasts it lies here
         _, channels, frames, height, width = layout.shape
         self.runner, self.layout = runner, layout
         self.kernels = _kernels(runner.device)
@@ -522,9 +529,11 @@ class _Step:
                 self._enqueue()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._outputs = self._enqueue()  # the graph writes where they are
-        self._graph = graph
+        # torch frees a stream's cuBLAS workspace with any graph captured there: each gets one in its own memory.
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.graph(graph, pool=self._buffers.pool):
+            self._enqueue()
+        self._graph, self._buffers.pool = graph, graph.pool()
 
     def run(self) -> None:
         if self._graph is None:
@@ -532,19 +541,20 @@ class _Step:
         else:
             self._graph.replay()
 
-    def _enqueue(self) -> dict[str, Tensor]:
+    def _enqueue(self) -> None:
         buffers = self._buffers
         feeds = self._feeds if self._kind.whole else {**self._feeds, DEEP: buffers.deep[self._kind.guided]}
         outputs = self._network.run(feeds)
         if self._keeps:
-            buffers.deep[self._kind.guided] = outputs[DEEP].contiguous()
+            if self._kind.guided not in buffers.deep:  # before a capture
+                buffers.deep[self._kind.guided] = torch.empty_like(outputs[DEEP], memory_format=torch.contiguous_format)
+            buffers.deep[self._kind.guided].copy_(outputs[DEEP])
         outputs = {name: _with_planes(x) for name, x in outputs.items() if name != DEEP}
         self._args.noise_pred = _planes(outputs["noise_pred"])
         if self._args.variance:
             # The guided variance is the prompt's, the last B of the network's batch.
             self._args.variance_frac = _planes(outputs["variance_frac"][-len(buffers.sample) :])
         buffers.kernels.denoise_step(self._args, _stream(buffers.runner.device))
-        return outputs
 
 
 def _with_planes(x: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--guided", "base=0.7-0.3"], "guided part of base: 0.7-0.3; allowed: BEGIN-END from 0 to 1"),
         (["--guided", "sr2=1.5"], "guided part of sr2: 0-1.5; allowed: BEGIN-END from 0 to 1"),
         (["--guided", "text=0.5"], "unknown stage text; allowed: base"),
-        (["--spacing", "base=karras"], "base: spacing is 'karras'; allowed: linspace, leading, trailing, logsnr"),
+        (["--spacing", "base=karras"], "spacing of base: 'karras'; allowed: linspace, leading, trailing, logsnr"),
         (["--spacing", "base"], "'base'; allowed: STAGE=SPACING, stages base, interp, if2, sr1, sr2, e.g. sr1=logsnr"),
         (["--cache", "sr1=0"], "cache interval of sr1: 0; allowed: 1 (none) or more"),
         (["--cache", "sr1=often"], "'sr1=often'; allowed: STAGE=NUMBER"),
@@ -199,6 +199,10 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--save-stages", "taken"], "taken: cannot be made"),
         (["--out", "run/", "--save-stages", "run/stages"], "--out run/ holds --save-stages run/stages. Choose another"),
         (["--out", "x.mp4", "--save-stages", "x.mp4"], "--out x.mp4 holds --save-stages x.mp4. Choose another"),
+        (["--out", "st/sr1.mp4", "--save-stages", "st"], "st/sr1.mp4 is where --save-stages keeps what sr1 made."),
+        (["--bundle", "nowhere", "--save-stages", "st"], "nowhere: no manifest.json there"),
+        (["--size", "1" * 5000 + "x64", "--save-stages", "st"], "allowed: WIDTHxHEIGHT"),
+        (["--bundle", "taken"], "taken: no manifest.json there, so it is not a bundle. Make one with"),
         (["--bundle", "nowhere"], "nowhere: no manifest.json there, so it is not a bundle. Make one with"),
     ],
 )
@@ -309,6 +313,14 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         run_command(parser_of(run), [], "")
     assert (exit.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
+
+
+def test_memory_that_is_short_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: argparse.Namespace) -> None:
+        raise MemoryError("Unable to allocate 9.00 GiB")
+
+    assert run_command(parser_of(run), [], "") == 1
+    assert capsys.readouterr().err.startswith("error: too little memory (Unable to allocate 9.00 GiB). Close")
 
 
 def test_a_name_that_cannot_be_printed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

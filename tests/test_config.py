@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,19 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
     assert Settings.from_dict(json.loads(json.dumps(OWN.to_dict()))) == OWN
     old = {"num_inference_steps": 75, "guidance_scale": 9.0}
     assert Settings.from_dict({"base": old}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"base": StageSettings(7.5, 9.0)}, r"steps of base: 7\.5; allowed"),  # type: ignore[arg-type]
+        ({"sr1": StageSettings(7, 9.0, spacing="karras")}, "spacing of sr1: 'karras'; allowed: linspace"),
+        ({"fps": 1001}, "fps: 1001; allowed: 1 to 1000"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_it_is_said(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings(**wrong)
 
 
 def test_an_unknown_preset_is_refused() -> None:

@@ -36,6 +36,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
         monkeypatch.setattr(doctor.importlib, "import_module", import_module)
         target = gpus[0].target if gpus else "cpu-x86-64-v3"
         monkeypatch.setattr(doctor, "_torch", lambda: (packages["torch"], target, None))
+        monkeypatch.setattr(doctor, "missing_programs", lambda library: [])
         return doctor.diagnose()
 
     return describe
@@ -122,6 +123,14 @@ def test_inductor_without_its_kernels_is_not_said_to_run(machine, monkeypatch: p
     monkeypatch.setattr(doctor, "_torch", lambda: ("2.13.0", "cpu-x86-64-v3", "build/kernels holds no library"))
     found = doctor.diagnose()
     assert found.runs == ["onnxruntime (CPU)"] and any("build/kernels holds no library" in hint for hint in found.hints)
+
+
+def test_what_compiles_kernels_is_asked_for(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine([], {"onnxruntime": "1.31", **EXPORT})
+    monkeypatch.setattr(doctor, "missing_programs", lambda library: ["CMake (`pip install cmake`)", "a C++ compiler"])
+    found = doctor.diagnose()
+    assert found.builds == ["onnxruntime (fp32, fp16, int8)"]
+    assert found.hints == ["building inductor's engines needs CMake (`pip install cmake`) and a C++ compiler."]
 
 
 def test_nothing_that_runs_is_an_error(machine) -> None:

@@ -5,6 +5,7 @@ The UNet is the smallest that has every kind of layer: one level, from the golde
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ from test_schedulers import PUBLISHED
 from engines.catalog import CATALOG
 from engines.errors import BundleError, EngineError, ParityError, SettingsError
 from engines.store import Bundle
-from export import kernels, networks
+from export import networks
 from export.__main__ import main
 from export.build import Backend, Job, build_engine, why_stale
+from export.kernels import build_for
 from export.modules.layers import GroupNorm
 from export.modules.unet import UNetConfig, VideoUNet
 from export.networks import Source
@@ -37,7 +39,7 @@ from export.to_inductor import tuned_sizes
 from export.verify import verify
 from runtime import runner_inductor
 from runtime.config import ALL_STEPS, Interval
-from runtime.kernels import find_library
+from runtime.kernels import CUDA, REFERENCE, find_library, missing_programs
 from runtime.noise import NoiseStream
 from runtime.runner import INDUCTOR, Engine, EnginePool
 from runtime.runner_inductor import InductorRunner, group_norm, plain_temporal_attention, temporal_attention
@@ -46,7 +48,7 @@ from runtime.schedulers import SchedulerConfig, make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MISSING = kernels.missing_programs(kernels.CUDA if DEVICE == "cuda" else kernels.REFERENCE)
+MISSING = missing_programs(CUDA if DEVICE == "cuda" else REFERENCE)
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")]
 
@@ -84,7 +86,7 @@ def job(checkpoint: Path, precision: str, keep_variance: bool = False, name: str
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The kernels, for operator and loop."""
-    return kernels.build_for(DEVICE)
+    return build_for(DEVICE)
 
 
 def built(checkpoint: Path, out: Path, precision: str) -> None:
@@ -394,6 +396,8 @@ def test_rows_that_a_norm_cannot_read_are_refused() -> None:
         "channels 2 elements apart": (row, 1, apart, None, None),
         "scale and shift lie in memory in different ways": (row, 1, None, half, other.contiguous()),
         "4 rows of 3 frames": (row, 3, None, None, None),
+        r"8 channels and {'add': \(4, 4\)} do not fit": (row, 1, half[:, :4], None, None),
+        "8 channels and {} do not fit": (row[:4], 1, None, None, None),
         r"'add': \(3, 8\).* do not fit together": (row, 1, half[:3], None, None),
         r"'scale': \(2, 8\).* do not fit together": (row, 1, half, half[:2], other[:2]),
         "tensors of different types": (row.float(), 1, None, None, None),
@@ -402,6 +406,18 @@ def test_rows_that_a_norm_cannot_read_are_refused() -> None:
     for message, (weight, frames, *around) in wrong.items():
         with pytest.raises(EngineError, match=message):
             group_norm(x, weight, row, 2, 1e-5, "none", frames, *around)
+
+
+def test_attention_over_frames_asks_for_tensors_of_one_kind() -> None:
+    q = torch.zeros(1, 4, 3, 16, device=DEVICE).half()
+    for k in (q[:, :2], q.float()):
+        with pytest.raises(EngineError, match="q, k and v are of different shapes or types"):
+            temporal_attention(q, k, q, 2)
+
+
+def test_attention_over_more_frames_than_the_kernel_takes_stays_in_the_range_of_float16() -> None:
+    q, v = torch.full((1, 65, 1, 64), 40.0).half(), torch.randn(1, 65, 1, 64).half()
+    torch.testing.assert_close(plain_temporal_attention(q, q, v, 1), v.mean(1, keepdim=True).expand_as(v))
 
 
 def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
@@ -414,6 +430,12 @@ def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
         find_library("show1_kernels_ref")
     with pytest.raises(BundleError, match=f"interp: .*{message}"):
         Engine(float32, float32.engine("interp"))
+    # Of the autoencoder norms alone are kernels, which take half precision.
+    entry = replace(float32.engine("interp"), name="vae_decoder", graphs={})
+    assert runner_inductor.why_unusable(float32, entry) is None
+    assert re.search(message, runner_inductor.why_unusable(float32, replace(entry, precision="fp16")) or "")
+    with pytest.raises(EngineError, match=message):
+        build_for(DEVICE)
 
 
 # ---- The loop on the device
@@ -481,6 +503,16 @@ def test_a_loop_on_the_device_equals_the_sampler(engine: Engine, case: str) -> N
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(x, before)
     assert np.abs(expected).max() > 0.5
+
+
+def test_a_loop_is_what_it_was_when_others_have_come_and_gone(engine: Engine) -> None:
+    """A runner keeps two; graphs share libraries' workspaces with those that are dropped, unless each has its own."""
+    engine._runners["step"]._loops.clear()
+    first: dict[int, Any] = {}
+    for clips in (1, 2, 3, 2, 1):
+        unet, x, condition = loop_inputs(engine, 4.0, clips)
+        result, _ = run_loop(unet, x, condition, "interp, guided at first")
+        np.testing.assert_allclose(result, first.setdefault(clips, result), rtol=0, atol=0 if DEVICE == "cpu" else 2e-4)
 
 
 def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine: Engine) -> None:

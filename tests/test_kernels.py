@@ -21,12 +21,13 @@ from test_schedulers import PUBLISHED
 
 from engines.errors import EngineError
 from engines.gpu import Gpu
-from export.kernels import CUDA, build_for, build_library, missing_programs
+from export.kernels import build_for, build_library
 from runtime.kernels import (
     ABI,
     ACTIVATIONS,
     BUILD,
     COUNTER,
+    CUDA,
     DTYPES,
     NORM_PARTS,
     STEP,
@@ -35,6 +36,7 @@ from runtime.kernels import (
     Heads,
     Kernels,
     Planes,
+    missing_programs,
     step_modes,
     step_table,
 )

@@ -105,6 +105,7 @@ def test_a_clip_is_the_gaps_side_by_side_with_shared_ends_once(pipeline: Show1Pi
 @pytest.mark.parametrize(
     ("frames", "window", "expected"),
     [
+        (1, 8, [(0, 1)]),
         (5, 8, [(0, 5)]),
         (8, 8, [(0, 8)]),
         (9, 8, [(0, 8), (7, 9)]),
@@ -268,14 +269,34 @@ def test_a_stage_that_overflowed_is_named(pipeline: Show1Pipeline, monkeypatch: 
         pipeline(PROMPT, settings=DRAFT)
 
 
-@pytest.mark.parametrize("base", [{"steps": 3}, {}])
-def test_settings_of_another_version_are_the_bundles_fault(bundle: Path, base: dict[str, int]) -> None:
+@pytest.mark.parametrize("network", ["t5", "clip"])
+def test_a_text_encoder_that_overflowed_is_named(
+    pipeline: Show1Pipeline, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    broken = np.full((1, 77, 64), np.inf, np.float32)
+    name = {"t5": "run_text", "clip": "run_clip_text"}[network]
+    monkeypatch.setattr(f"runtime.pipeline.{name}", lambda *_: PromptEmbeds(broken, broken))
+    with pytest.raises(EngineError, match=f"{network}: its fp32 engines made values that are not finite"):
+        pipeline(PROMPT, settings=DRAFT)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": {"steps": 3}},
+        {"base": {}},
+        {"base": {**DRAFT.to_dict()["base"], "guided": [0.5]}},
+        {"base": {**DRAFT.to_dict()["base"], "num_inference_steps": "75"}},
+        {"size": 576},
+        {"size": [576]},
+        {"keyframes": "8"},
+        {"strength": None},
+    ],
+)
+def test_settings_that_cannot_be_read_are_the_bundles_fault(bundle: Path, wrong: dict[str, Any]) -> None:
     opened = Bundle.open(bundle)
-    defaults = {**opened.manifest.defaults, "base": base}
-    other = Bundle(opened.root, replace(opened.manifest, defaults=defaults))
-    with pytest.raises(
-        BundleError, match=r"settings of a stage that this version does not read .*Build the bundle again"
-    ):
+    other = Bundle(opened.root, replace(opened.manifest, defaults={**opened.manifest.defaults, **wrong}))
+    with pytest.raises(BundleError, match=r"its settings: .*Build the bundle again"):
         Show1Pipeline(EnginePool(other))
 
 
@@ -411,6 +432,17 @@ def test_engines_are_kept_until_the_pipeline_is_left_or_dropped_after_their_stag
     with Show1Pipeline.from_bundle(bundle) as dropping:
         run_base(dropping.engines, text, DRAFT, SEED)
         assert runners == []
+
+
+def test_an_engine_in_use_outlives_another_use_inside(bundle: Path, runners: list[str], text: PromptEmbeds) -> None:
+    calls: list[str] = []
+    with EnginePool(Bundle.open(bundle)) as pool:
+        with pool.use("base") as engine:
+            engine.on_call = lambda graph, start, seconds: calls.append(graph)
+            run_base(pool, text, DRAFT, SEED)
+            assert sorted(runners) == ["base/context", "base/step"]
+        assert runners == []
+    assert calls == ["context", "step", "step"]
 
 
 def test_engines_are_dropped_when_a_stage_fails(bundle: Path, runners: list[str], text: PromptEmbeds) -> None:

@@ -68,14 +68,38 @@ def test_memory_that_is_short_is_no_reason_to_build_again(bundle: Path, monkeypa
     assert "--force" not in str(e.value)
 
 
-def test_how_to_build_a_plan_again_that_cannot_be_loaded_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_backend: str, plan: Path) -> None:
         raise BundleError(f"{plan}: cannot load it.")
 
     monkeypatch.setattr("runtime.runner.open_runner", refuse)
     opened = Bundle.open(bundle)
+    entry = opened.engine("clip")
+    with pytest.raises(EngineError, match=r"cannot load it\. Its files are as they were built; `show1-rt doctor`"):
+        Engine(opened, entry)
+    encode = entry.graphs["encode"]
+    damaged = replace(encode, plan=replace(encode.plan, sha256="another"))
     with pytest.raises(BundleError, match=r"cannot load it\. Build it again, with --force: `python -m .* --stage sr2 "):
-        Engine(opened, opened.engine("clip"))
+        Engine(opened, replace(entry, graphs={"encode": damaged}))
+
+
+def test_an_engine_is_closed_whatever_its_runners_say(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def infer(*_: object) -> None:
+        raise EngineError("the first failure")
+
+    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: SimpleNamespace(infer=infer, close=fail))
+    with (
+        pytest.raises(EngineError, match="the first failure"),
+        EnginePool(Bundle.open(bundle)) as pool,
+        pool.use("clip") as engine,
+    ):
+        engine.run("encode", input_ids=np.array([[1, 2, 3]]))
+    assert not engine._runners
 
 
 class WheelWithCuda:

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kPointThreads) pointwise_kernel(Args a) {
     if (is_over(a, step)) return;
     const show1_step s = a.table[step];
     constexpr int kSpan = kPointThreads * kPointsPerThread;
-    const int spans = (a.pixels + kSpan - 1) / kSpan;
+    const int spans = (a.pixels - 1) / kSpan + 1;
     const int f = blockIdx.x / spans % a.frames, c = blockIdx.x / spans / a.frames % a.channels;
     const Plane at(a, blockIdx.x / spans / a.frames / a.channels, c, f);
     const int first = blockIdx.x % spans * kSpan + threadIdx.x;
@@ -170,7 +170,7 @@ __device__ float threshold(const ForEach& for_each, QuantileRank rank, float mos
     const int needed = rank.lower + 1;  // values up to and with the lower neighbour
     const int below_one = count_up_to(1);
     if (below_one >= needed + (rank.fraction > 0)) return 1;  // late in a run nearly always
-    if (count_up_to(most) < needed) return most;  // early in a run often
+    if (count_up_to(most) < needed) return fminf(most, FLT_MAX);  // early in a run often
     int too_small = below_one < needed ? __float_as_int(1.0f) : -1;
     int enough = below_one < needed ? __float_as_int(most) : __float_as_int(1.0f);
     while (enough - too_small > 1) {
@@ -238,7 +238,7 @@ cudaError_t run(Args a, cudaStream_t stream) {
     }
     if (a.limit == SHOW1_LIMIT_NONE) a.limit_max = INFINITY;
     constexpr int kSpan = kPointThreads * kPointsPerThread;
-    const int spans = (a.pixels + kSpan - 1) / kSpan;
+    const int spans = (a.pixels - 1) / kSpan + 1;
     return launch(pointwise_kernel<T>, a.batch * a.channels * a.frames * spans, kPointThreads, 0, stream, a);
 }
 

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
     constexpr int kPieces = kRun * sizeof(Bits<T>) / 16;  // of a channel
     constexpr int kWords = kRun * C / 4;
     uint32_t* const tile = shared_memory<uint32_t>();
-    const int tiles = (pixels + kTile - 1) / kTile;
+    const int tiles = (pixels - 1) / kTile + 1;
     const int f = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
     const int count = min(kTile, pixels - first);
     if (kRun * threadIdx.x < static_cast<unsigned>(count)) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads)
     pixels_kernel(const Bits<T>* clip, int64_t channel, int64_t frame, uint8_t* out, int pixels) {
-    const int blocks_per_frame = (pixels + kThreads - 1) / kThreads;
+    const int blocks_per_frame = (pixels - 1) / kThreads + 1;
     const int f = blockIdx.x / blocks_per_frame, p = blockIdx.x % blocks_per_frame * kThreads + threadIdx.x;
     if (p >= pixels) return;
 #pragma unroll
@@ -73,7 +73,7 @@ cudaError_t run_as(const show1_planes& clip, uint8_t* out, int frames, int pixel
     const bool tiled = aligned(clip.data) && aligned(out) && pixels % 16 == 0 && clip.channel % kPerPiece == 0 &&
                        clip.frame % kPerPiece == 0;
     const int of_block = tiled ? kTile : kThreads;
-    return launch(tiled ? tiles_kernel<T, C> : pixels_kernel<T, C>, frames * ((pixels + of_block - 1) / of_block),
+    return launch(tiled ? tiles_kernel<T, C> : pixels_kernel<T, C>, frames * ((pixels - 1) / of_block + 1),
                   kThreads, tiled ? kTile * C : 0, stream, static_cast<const Bits<T>*>(clip.data), clip.channel,
                   clip.frame, out, pixels);
 }

@@ -52,7 +52,7 @@ def run_sr1(
     stage, level = settings.sr1, settings.sr1_noise_level
     frames = clip.shape[2]
     out = np.empty((1, 3, frames, *first_frame.shape[3:]), np.float32)
-    starts = range(0, frames - 1, settings.sr1_window - 1)
+    starts = range(0, max(1, frames - 1), settings.sr1_window - 1)
     with engines.use("sr1") as engine:
         unet = prompted(engine, text, stage.guidance_scale, noise_level=level)
         for number, start in enumerate(starts):
