@@ -53,6 +53,7 @@ def _build(arguments: argparse.Namespace) -> None:
         from export.int8 import plans_of
 
         precision, layers, size = of_plans, plans_of(judged), judged.manifest.size
+        print(f"int8 in TensorRT's plans, fast here or not: {', '.join(layers) or 'none'}", file=sys.stderr)
     bundle = build(
         _checkpoint(arguments.checkpoint),
         arguments.out,
@@ -84,8 +85,9 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
             "gives is told by each other's)."
         )
     out, for_memory = arguments.out, backend.name in tensorrt.FLAVOURS
+    named = out if out.name else out.absolute()  # "." has no name
     if for_memory:
-        out = out.with_name(f"{out.name}-onnx")
+        out = named.with_name(f"{named.name}-onnx")
     stages = arguments.stage.split(",")
     if arguments.calibration is not None:
         if arguments.calibration.resolve() == arguments.out.resolve():
@@ -98,7 +100,7 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
         checkpoint = _checkpoint(arguments.checkpoint) if for_memory or arguments.checkpoint else None
         check_calibration(floats, stages, checkpoint, parse_size(arguments.size) if arguments.size else None)
     else:
-        beside = arguments.out.with_name(f"{arguments.out.name}-fp32")
+        beside = named.with_name(f"{named.name}-fp32")
         print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
         size = parse_size(arguments.size or SIZE)
         floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
@@ -348,7 +350,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--init", type=Path, metavar="DIR", help="start from the weights of this finished checkpoint")
     training.add_argument("--skip-lessons", type=int, default=0, metavar="N", help="that its stages have had already")
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    training.add_argument("--batch", type=int, help="clips a step (default: what suits a data-centre GPU)")
+    training.add_argument(
+        "--batch", type=int, help="of a stage; its lessons take shares of it (default: what suits a data-centre GPU)"
+    )
     training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")
     training.add_argument("--pack", type=Path, metavar="FILE", help="where to write the .tar.xz when all is trained")
 

@@ -150,18 +150,25 @@ class Job:
         compilation = 0.0 if self.backend.name == compile_ort.BACKEND else 0.03 * layers + 4 * self.weight_bytes / _GIB
         return 2 + 0.08 * layers + compilation
 
+    @property
+    def _tuned_for(self) -> tuple[int, int] | None:
+        """Pixels, (width, height); of text encoders None."""
+        network = self.source.network
+        return self.size if network.stage == "sr2" and network.name != "clip" else stage_sizes(self.size).get(self.name)
+
     def made_from(self) -> dict[str, str]:
         """Everything the engine depends on. When one of these changes, it is stale."""
         made_from = {
             **self.source.fingerprint(),
             "learned_variance": str(self.source.learned_variance),
             "precision": self.precision,
-            "size": str(stage_sizes(self.size)),  # what profiles are tuned for
+            "size": str(self._tuned_for),
             "exporter": _exporter_hash(self.backend.name),
             "backend": self.backend.name,
         }
         if self.backend.name != INDUCTOR:
-            made_from |= {package: version(package) for package in ("torch", "onnxscript", "onnx-ir")}
+            # Less what says for which devices a wheel is: +cpu, +cu130.
+            made_from |= {name: version(name).partition("+")[0] for name in ("torch", "onnxscript", "onnx-ir")}
         if self.backend.name != compile_ort.BACKEND:  # ONNX Runtime reads what its older versions were given
             made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
         if self.backend.name in tensorrt.FLAVOURS:
@@ -218,8 +225,7 @@ def _build_plans(job: Job, made_from: dict[str, str], folder: Path, report: Repo
     """ONNX, for ONNX Runtime or TensorRT."""
     start = time.perf_counter()
     loaded = _load(job, report)  # here, where it is let go before compilation
-    on_ort = job.backend.name == compile_ort.BACKEND
-    graphs = loaded.graphs if on_ort else [replace(graph, spec=graph.spec.narrowed()) for graph in loaded.graphs]
+    graphs, on_ort = loaded.graphs, job.backend.name == compile_ort.BACKEND
     detached: dict[str, DetachedModel] = {}
     compiled: dict[str, DetachedModel] = {}
     hashes: dict[str, str] = {}
@@ -253,7 +259,8 @@ def _build_plans(job: Job, made_from: dict[str, str], folder: Path, report: Repo
             runner.close()
     compared = time.perf_counter()
 
-    specs, properties = [graph.spec for graph in graphs], loaded.properties
+    specs = [graph.spec if on_ort else graph.spec.narrowed() for graph in graphs]
+    properties = loaded.properties
     del loaded, graphs, graph, runner, detached  # what the module holds beside the weights' pages
     gc.collect()
     files: dict[str, tuple[FileEntry, FileEntry | None]] = {}
@@ -396,7 +403,7 @@ def build(
         raise CheckpointError(f"{checkpoint}: no such folder. Give --checkpoint, or run `python -m export download`.")
     # Everything that can be wrong with the checkpoint's layout is found before the first minute is spent.
     sources = [Source.find(network, checkpoint, precision) for network in wanted]
-    schedulers = networks.schedulers(checkpoint, wanted)
+    schedulers = networks.schedulers(sources)
     tokenizers = _tokenizers(checkpoint, wanted)
     defaults = recommended_settings(checkpoint, size)
     all_jobs = [
@@ -416,15 +423,15 @@ def build(
             kernels.build_for("cpu" if backend.targets[0].startswith("cpu") else "cuda")
         for name, text in tokenizers.items():
             bundle.install_tokenizer(name, text)
-        # Where kernels are chosen by timing, one engine at a time has the GPU.
-        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
-        _build_all(bundle, pending, 1 if timed else jobs)
         bundle.update(
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
             defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
+        # Where kernels are chosen by timing, one engine at a time has the GPU.
+        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
+        _build_all(bundle, pending, 1 if timed else jobs)
         return Bundle(bundle.root, bundle.manifest)
 
 
@@ -503,7 +510,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                     waiting.remove(fitting)
                     progress.start(fitting)
                     running[pool.submit(_run_job, fitting, scratch / fitting.name)] = fitting
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_failed):
                     running.pop(future)
                     entry, seconds = future.result()
                     bundle.install(scratch / entry.name, entry)
@@ -521,6 +528,10 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
             for process in workers:  # gone before what they write to is, and the bundle's lock
                 process.join()
             raise
+
+
+def _failed(future: Future[Any]) -> bool:
+    return future.exception() is not None
 
 
 def _next(waiting: list[Job], running: Iterable[Job], most: int, available: float) -> Job | None:

@@ -87,7 +87,10 @@ def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    return [index.parent / name for name in sorted(set(read_config(index).get("weight_map", {}).values()))]
+    weight_map = read_config(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: its weight_map does not name files. Download it again.")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def tensor_sizes(files: Iterable[Path]) -> list[int]:

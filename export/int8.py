@@ -53,6 +53,7 @@ _ROUNDS = 3  # of timing
 # What int8 engines and their verdicts depend on.
 _CODE = ("engines/compile_ort.py", "engines/passes.py", "engines/quantize.py", "export/int8.py", "export/replay.py")
 _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
+_CODE += tuple(f"runtime/{name}.py" for name in ("noise", "ops", "sampler", "schedulers", "tokenizer", "stages/*"))
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
 JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for
 
@@ -344,6 +345,8 @@ def _quantized(
         kept, why = size <= MOST_BYTES * was, f"{size / was:.0%} of the bytes"
     else:
         kept, why = speed >= LEAST_SPEED, f"{speed:.2f} times float32's speed"
+    if all(plan.mode == "float" for plan in plans.values()):
+        kept, why = False, "no layer bears int8"
     layers = {
         layer: {"mode": plans[layer].mode, "reads": r, "writes": w, "int8_db": int8, "weights_db": weights}
         for layer, ((r, w), int8, weights) in measured.items()
@@ -370,14 +373,15 @@ def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
     """Engine -> layers as they were judged, of a bundle that `build_int8` made `for_memory`: whatever was fast on this
     machine, all engines that leave the video and its faithfulness as they were.
     """
-    verdicts = {name: entry.properties[INT8] for name, entry in bundle.manifest.engines.items()}
+    verdicts = {name: entry.properties.get(INT8) for name, entry in bundle.manifest.engines.items()}
     return {
         name: {
             layer: LayerPlan(row["mode"], *((row["reads"], row["writes"]) if row["mode"] == "int8" else ()))
             for layer, row in verdict["layers"].items()
         }
         for name, verdict in verdicts.items()
-        if verdict["psnr_db"] >= LEAST_PSNR and (verdict.get("points") or 0.0) >= -MOST_LOST
+        if verdict and verdict["psnr_db"] >= LEAST_PSNR and (verdict.get("points") or 0.0) >= -MOST_LOST
+        if any(row["mode"] != "float" for row in verdict["layers"].values())
     }
 
 
@@ -459,9 +463,12 @@ def _copy(floats: Bundle, entry: EngineEntry, folder: Path, without: str | None 
 
 def _fingerprint(floats: Bundle, settings: Settings, prompts: Sequence[Prompt], for_memory: bool) -> str:
     """Everything that the decisions depend on, but the machine's speed."""
-    code = [(Path(__file__).parents[1] / name).read_bytes() for name in _CODE]
-    seals = {name: entry.seal for name, entry in floats.manifest.engines.items()}
-    given = json.dumps([seals, settings.to_dict(), [asdict(prompt) for prompt in prompts], for_memory])
+    code = [path.read_bytes() for name in _CODE for path in sorted(Path(__file__).parents[1].glob(name))]
+    manifest = floats.manifest
+    engines = {name: (e.source, [file.sha256 for file in e.files()]) for name, e in manifest.engines.items()}
+    tokenizers = {name: file.sha256 for name, file in manifest.tokenizers.items()}
+    made_by = [engines, tokenizers, manifest.schedulers, settings.to_dict()]
+    given = json.dumps([made_by, [asdict(prompt) for prompt in prompts], for_memory])
     return hashlib.sha256(b"".join(part.replace(b"\r\n", b"\n") for part in (*code, given.encode()))).hexdigest()
 
 

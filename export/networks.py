@@ -115,7 +115,8 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
         )
     except KeyError as key:
         raise CheckpointError(f"{source.where}/config.json: {key} is missing. Download it again.") from None
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:  # what layers raise for impossible sizes
+    # What layers raise for impossible sizes.
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(
             f"{source.where}/config.json makes no {name} network ({type(error).__name__}: {error}). Download it again."
         ) from error
@@ -178,7 +179,6 @@ def _autoencoder(source: Source, precision: str) -> tuple[Any, int]:
 def _vae_properties(source: Source, factor: int) -> dict[str, Any]:
     return {
         "factor": factor,
-        "latent_channels": source.config["latent_channels"],
         "scaling_factor": source.config.get("scaling_factor", 0.18215),
     }
 
@@ -226,7 +226,12 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
     context = catalog.context_graph(config.text_dim, text_kv, cond_emb, bool(config.class_embed_type), dtype)
     width, height = stage_sizes(size)[name]
     if source.vae:
-        factor = downscaling(source.vae)
+        try:
+            factor = downscaling(source.vae)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{source.folder.parent.name}/vae/config.json: {error!r}. Download it again."
+            ) from None
         width, height = width // factor, height // factor
     step = catalog.step_graph(
         name,
@@ -267,25 +272,21 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
     ]
     properties = {
         "text_dim": config.text_dim,
-        "size_multiple": config.size_multiple,
         "noise_level": bool(config.class_embed_type),
-        "parameters": sum(p.numel() for p in unet.parameters()),
     }
     return LoadedNetwork(graphs, properties)
 
 
-def schedulers(checkpoint: Path, networks: Iterable[Network]) -> dict[str, dict[str, Any]]:
-    """The published scheduler configs of the UNets among `networks`, validated: name -> config, "sr1.noising" -> ..."""
+def schedulers(sources: Iterable[Source]) -> dict[str, dict[str, Any]]:
+    """The published scheduler configs of the UNets among `sources`, validated: name -> config, "sr1.noising" -> ..."""
     found = {}
-    for network in networks:
-        if network.name not in catalog.UNETS:
+    for source in sources:
+        if source.scheduler is None:
             continue
-        home = find_folder(checkpoint, network.folders)
-        folders = {network.name: "scheduler"}
-        if network.stage == "sr1":
-            folders[f"{network.name}.noising"] = "image_noising_scheduler"
-        for key, folder in folders.items():
-            path = home / folder / "scheduler_config.json"
-            found[key] = read_config(path)
-            SchedulerConfig.from_dict(found[key], f"{home.name}/{folder}/{path.name}")
+        name, home = source.network.name, source.folder.parent
+        found[name] = source.scheduler
+        if source.network.stage == "sr1":
+            path = home / "image_noising_scheduler" / "scheduler_config.json"
+            found[f"{name}.noising"] = read_config(path)
+            SchedulerConfig.from_dict(found[f"{name}.noising"], f"{home.name}/{path.parent.name}/{path.name}")
     return found

@@ -46,6 +46,7 @@ def random_checkpoint(
     float16: the published size has 24 GB of them. Raises SettingsError, OutputError for an `out` that is anything else
     or cannot be written.
     """
+    out = out.absolute()  # "." has no name
     if size not in CONFIGS:
         raise SettingsError(f"size {size!r}; allowed: {', '.join(CONFIGS)}.")
     if not 0 <= seed < 2**64:
@@ -79,7 +80,7 @@ def random_checkpoint(
             (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
             write_json(Path(folder) / out.name / STAMP, stamp)
             if out.exists():
-                shutil.rmtree(out)
+                out.rename(Path(folder) / "replaced")
             (Path(folder) / out.name).rename(out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None

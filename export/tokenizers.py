@@ -7,9 +7,10 @@ The json says how text becomes ids, which special tokens surround them and which
 `runtime.tokenizer` truncates and pads to the length that the text encoder was built for.
 """
 
+import contextlib
 import json
 import unicodedata
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,28 @@ _LIGATURES = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *
 _WIDTHS = (0x3000, *range(0xFF01, 0xFFF0))
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What readers of files in another form run into, as CheckpointError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: not a tokenizer as published ({type(error).__name__}: {error}). Download the folder again."
+        ) from error
+
+
 def convert_t5(folder: Path) -> str:
     """The text of `tokenizer.json` for a T5 tokenizer folder (spiece.model, tokenizer_config.json).
 
     To sentencepiece every stretch of text between special tokens is a sentence: it applies the character map of the
     model, collapses and trims spaces, puts one in front and finds the likeliest pieces. `</s>` ends the ids.
     """
+    with _readable(folder):
+        return _convert_t5(folder)
+
+
+def _convert_t5(folder: Path) -> str:
     proto = _read_sentencepiece(_require(folder, "spiece.model"))
     settings = _read_settings(folder)
     pad = settings.get("pad_token", "<pad>")
@@ -76,6 +93,11 @@ def convert_clip(folder: Path) -> str:
     The pad token is the configured one. As in the reference it is special wherever it stands: OpenCLIP checkpoints
     pad with "!", so each "!" of a prompt becomes that token instead of the word "!".
     """
+    with _readable(folder):
+        return _convert_clip(folder)
+
+
+def _convert_clip(folder: Path) -> str:
     ids = _read_json(_require(folder, "vocab.json"))
     merges = _read_merges(_require(folder, "merges.txt"), ids)
     settings = _read_settings(folder)

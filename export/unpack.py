@@ -20,9 +20,18 @@ def unpack(archive: Path, target: Path) -> Path:
     """Make `target` hold the content of `archive` (.tar.xz) and return it.
 
     Nothing is done when the target's stamp names this very archive. The content appears with one rename, so it is
-    never seen half-written; a second process waits for the first and then reuses its work.
+    never seen half-written; a second process waits for the first and then reuses its work. Raises CheckpointError.
     """
     target = Path(target).absolute()
+    try:
+        return _unpack(archive, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: {archive.name} cannot be unpacked there ({error}). Run this in a folder that can be written to."
+        ) from None
+
+
+def _unpack(archive: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
         packed = archive.read_bytes()
@@ -33,7 +42,7 @@ def unpack(archive: Path, target: Path) -> Path:
             return target
         if not held and target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(
-                f"{target} exists and was not unpacked from {archive.name}. Name a new or empty folder."
+                f"{target} exists and was not unpacked from {archive.name}. Move it away, or name another folder."
             )
 
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:

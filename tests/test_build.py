@@ -36,11 +36,14 @@ from engines.manifest import Manifest
 from engines.spec import Binding
 from engines.store import Bundle
 from export import build as builder
-from export import kernels, networks
+from export import networks
 from export.__main__ import main
 from export.build import Backend, Job, build, build_engine
 from export.checkpoint import file_hash
+from export.kernels import build_library
 from export.networks import Source
+from export.parity import example_sizes, package_sizes, parity_sizes
+from runtime.kernels import REFERENCE, missing_programs
 from runtime.runner import Engine
 
 pytestmark = pytest.mark.torch
@@ -161,7 +164,7 @@ def change_config(checkpoint: Path) -> None:
         (change_weights, {}, {"clip": "changed: weights"}),
         (change_config, {}, {"clip": "changed: config"}),
         (None, {"precision": "fp16"}, {"t5": "changed: precision", "clip": "changed: precision"}),
-        (None, {"size": (640, 384)}, {"t5": "changed: size", "clip": "changed: size"}),
+        (None, {"size": (640, 384)}, {}),
         (None, {"force": True}, {"t5": "--force", "clip": "--force"}),
     ],
     ids=["weights", "config", "precision", "size", "force"],
@@ -260,11 +263,40 @@ def test_weights_that_change_while_they_are_built_from_make_the_engine_stale(che
     assert entry.source == before != job.made_from()
 
 
-def test_sizes_of_stages_that_change_make_the_engine_stale(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(Source.find(CATALOG["clip"], checkpoint, "fp32"), "fp32", (576, 320))
+def test_engines_are_stale_where_their_own_size_is_another(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(other: tuple[int, int]) -> set[str]:
+        sources = [Source.find(network, golden / "models", "fp32") for network in CATALOG.values()]
+        made = {size: [Job(source, "fp32", size).made_from() for source in sources] for size in ((576, 320), other)}
+        return {name for name, a, b in zip(CATALOG, *made.values(), strict=True) if a != b}
+
+    latent = {"sr2", "vae_encoder", "vae_decoder"}
+    assert stale((576, 328)) == latent  # the pixel stages' sizes are rounded
+    assert stale((640, 384)) == latent | {"base", "interp", "if2", "sr1"}
+    job = Job(Source.find(CATALOG["base"], golden / "models", "fp32"), "fp32", (576, 320))
     before = job.made_from()
     monkeypatch.setattr(builder, "stage_sizes", lambda size: {"base": size})
     assert job.made_from() != before
+
+
+def test_engines_do_not_depend_on_the_devices_that_torch_was_built_for(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, made = Job(Source.find(CATALOG["clip"], checkpoint, "fp32"), "fp32", (576, 320)), []
+    for version in ("2.13.0", "2.13.0+cpu", "2.13.1"):
+        monkeypatch.setattr(builder, "version", lambda _, version=version: version)
+        made.append(job.made_from())
+    assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("name", [*CATALOG])
+def test_graphs_are_compared_with_the_frames_that_the_runtime_gives(golden: Path, name: str) -> None:
+    for graph in networks.load(Source.find(CATALOG[name], golden / "models", "fp32"), "fp32", (576, 320)).graphs:
+        traced = example_sizes(graph.spec)
+        assert len(set(traced.values())) == len(traced), "no axis is taken for another"
+        for sizes in (parity_sizes(graph.spec), package_sizes(graph.spec)):
+            frames = {row["frames"] for row in sizes if "frames" in row}
+            assert (1 in frames) == (name in ("if2", "vae_encoder", "vae_decoder") and "frames" in traced)
+            assert not frames or len(frames) >= 2
 
 
 @pytest.mark.parametrize(
@@ -300,12 +332,32 @@ def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
         build_text_encoders(checkpoint, out, in_this_process=False)
     assert list(Bundle.open(out).manifest.engines) == ["clip"]  # of more layers, so it went first
     assert_tidy(out)
+    with pytest.raises(CheckpointError):
+        build_text_encoders(checkpoint, tmp_path / "other", size=(640, 384))
+    # What tells how to build the rest.
+    assert "--size 640x384" in Bundle.open(tmp_path / "other").rebuild_command("t5")
 
     weights.write_bytes(whole)
     monkeypatch.setattr("export.build._build_all", lambda *_: None)
     capsys.readouterr()
     build_text_encoders(checkpoint, out)
     assert reasons(capsys) == {"t5": "not built yet", "clip": "up to date"}
+
+
+def test_what_was_finished_with_a_failure_is_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(job: Job, folder: Path) -> Any:
+        if job.name == "t5":
+            raise EngineError("t5 failed")
+        return run_before(job, folder)
+
+    run_before = builder._run_job
+    monkeypatch.setattr(builder, "_run_job", run)
+    for attempt in range(4):  # sets have an order of their own
+        with pytest.raises(EngineError, match="t5 failed"):
+            build_text_encoders(checkpoint, tmp_path / str(attempt), jobs=2)
+        assert list(Bundle.open(tmp_path / str(attempt)).manifest.engines) == ["clip"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal to a process group")
@@ -640,7 +692,7 @@ def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: 
         (None, r"no manifest\.json there, so it is not a bundle\. Make one with `python -m export build"),
         (b"{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
         (b"[]", r"is not a bundle's manifest \(TypeError"),
-        (b'{"format": 2}', r"is not a bundle's manifest \(KeyError: 'versions'\)"),
+        (b'{"format": 2}', r"is not a bundle's manifest \(KeyError: 'size'\)"),
         (b'{"format": 99}', r"manifest format 99, this version reads 2\. Build the bundle again"),
     ],
 )
@@ -706,9 +758,9 @@ def test_files_that_cannot_be_read_are_the_checkpoints_and_a_folder_that_cannot_
     with pytest.raises(CheckpointError, match=r"unet cannot be read"):
         file_hash([tmp_path / "unet"])
     (tmp_path / "file").touch()
-    if not kernels.missing_programs(kernels.REFERENCE):
+    if not missing_programs(REFERENCE):
         with pytest.raises(EngineError, match=r"cannot be built: .*file cannot be written"):
-            kernels.build_library(kernels.REFERENCE, tmp_path / "file" / "build")
+            build_library(REFERENCE, tmp_path / "file" / "build")
 
 
 def test_a_backend_is_read_back_from_what_it_built(golden: Path) -> None:

@@ -462,6 +462,8 @@ def test_what_is_for_memory_is_judged_although_it_is_slow(
     built = build_int8(Bundle.open(bundle), tmp_path / "out", PROMPTS, ["text"], settings=SETTINGS, for_memory=True)
     assert built.engine("t5").properties[INT8]["points"] == -3.0
     assert plans_of(built) == {}
+    # Engines that nobody judged are none of the plans'.
+    assert plans_of(Bundle.open(bundle)) == {}
 
 
 def test_what_is_judged_for_memory_is_what_plans_are_built_by(
@@ -531,9 +533,16 @@ def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Pa
     floats = Bundle.open(bundle)
     before = int8._fingerprint(floats, SETTINGS, PROMPTS, False)
     for name in CATALOG:
-        engines = {**floats.manifest.engines, name: replace(floats.engine(name), seal="another")}
-        changed = Bundle(floats.root, replace(floats.manifest, engines=engines))
-        assert int8._fingerprint(changed, SETTINGS, PROMPTS, False) != before, name
+        entry = floats.engine(name)
+        built_again = replace(entry, cost={"compile_s": 1e9}, seal="another")
+        other = replace(entry, source={**entry.source, "weights": "another"})
+        for engine, stale in ((built_again, False), (other, True)):
+            changed = Bundle(floats.root, replace(floats.manifest, engines={**floats.manifest.engines, name: engine}))
+            assert (int8._fingerprint(changed, SETTINGS, PROMPTS, False) != before) == stale, name
+    for part in ("schedulers", "tokenizers"):  # what makes the videos besides
+        whole = getattr(floats.manifest, part)
+        changed = Bundle(floats.root, replace(floats.manifest, **{part: dict(list(whole.items())[1:])}))
+        assert int8._fingerprint(changed, SETTINGS, PROMPTS, False) != before, part
     assert int8._fingerprint(floats, replace(SETTINGS, keyframes=3), PROMPTS, False) != before
     assert int8._fingerprint(floats, SETTINGS, PROMPTS[:1], False) != before
     assert int8._fingerprint(floats, SETTINGS, PROMPTS, True) != before

@@ -58,7 +58,7 @@ def test_a_checkpoint_is_renewed_where_its_networks_are_another_versions(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
-def test_a_checkpoint_is_renewed_where_another_is_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_is_renewed_where_another_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def weights(**options: Any) -> str:
         random_checkpoint.random_checkpoint(tmp_path / "some", renew=True, **options)
         return Source.find(CATALOG["base"], tmp_path / "some", "fp16").fingerprint()["weights"]
@@ -68,6 +68,9 @@ def test_a_checkpoint_is_renewed_where_another_is_asked_for(tmp_path: Path) -> N
     assert weights(stages=["base"], seed=1) != first
     assert weights(stages=["base"]) == first
     assert not (tmp_path / "some/sr1/unet").exists()
+    monkeypatch.chdir(tmp_path / "some")
+    random_checkpoint.random_checkpoint(Path(), renew=True, stages=["base"], seed=2)
+    assert weights(stages=["base"], seed=2) != first
     weights(stages=["sr1", "base"])
     assert (tmp_path / "some/sr1/unet/config.json").is_file()
 

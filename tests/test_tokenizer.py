@@ -300,11 +300,14 @@ def test_a_missing_clip_file_is_named(missing: str, tmp_path: Path) -> None:
         ("vocab.json", '{"a": 0}', "two tokens of vocab.json"),
         ("merges.txt", "#version: 0.2\nt h\nt\n", "line 3: got 't'"),
         ("special_tokens_map.json", '{"pad_token": {"content": "<pad>"}}', "no '<pad>'"),
+        ("special_tokens_map.json", '{"pad_token": {"text": "<pad>"}}', "not a tokenizer as published .KeyError"),
+        ("special_tokens_map.json", '{"pad_token": ["!"]}', "not a tokenizer as published .TypeError"),
+        ("merges.txt", "\udcff\n", "not a tokenizer as published .UnicodeDecodeError"),
     ],
 )
 def test_a_damaged_clip_file_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
     SlowClip(tmp_path / "from", "!")
-    (tmp_path / "from" / name).write_text(content, encoding="utf-8")
+    (tmp_path / "from" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(CheckpointError, match=message):
         convert_clip(tmp_path / "from")
 

@@ -74,6 +74,10 @@ def test_folder_with_other_files_is_left_alone(tmp_path: Path, archive: Path) ->
     target.mkdir()
     (target / "letter.txt").write_text("dear")
 
-    with pytest.raises(CheckpointError, match="Name a new or empty folder"):
+    with pytest.raises(CheckpointError, match="Move it away, or name another folder"):
         unpack(archive, target)
     assert (target / "letter.txt").read_text() == "dear"
+    with pytest.raises(CheckpointError, match=r"cannot be unpacked there .*Run this in a folder that can be written"):
+        unpack(archive, target / "letter.txt" / "below")
+    with pytest.raises(CheckpointError, match=r"no\.tar\.xz cannot be unpacked there"):
+        unpack(tmp_path / "no.tar.xz", tmp_path / "new")

@@ -1,6 +1,6 @@
 """What the demo's clips show and how captions say it: one or two things, each with one motion, over a background.
 
-Some combinations of shape, colour and motion are held out of training (`held_out`); the ruler asks for those.
+Some combinations of shape, colour and motion are held out of training (`held_out`); `bench quality` asks for those.
 """
 
 from collections.abc import Iterator

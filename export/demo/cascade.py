@@ -9,7 +9,7 @@ import json
 import lzma
 import tarfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def pack(checkpoint: Path, archive: Path) -> None:
     """The checkpoint as .tar.xz, the same bytes for the same content."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
-        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and _ships(p.relative_to(checkpoint))):
             info = tarfile.TarInfo(path.relative_to(checkpoint).as_posix())
             info.size = path.stat().st_size
             with open(path, "rb") as file:
@@ -160,6 +160,12 @@ def pack(checkpoint: Path, archive: Path) -> None:
     # Numbers of two bytes: the coder keeps statistics of each.
     two_bytes = {"id": lzma.FILTER_LZMA2, "preset": 9, "lp": 1, "pb": 1}
     write_atomically(archive, lzma.compress(content.getvalue(), filters=[two_bytes]))
+
+
+def _ships(path: PurePath) -> bool:
+    """Whether a file is a checkpoint's: what training keeps, or a user put there, is not."""
+    homes = {PurePath(folder).parts[0] for folder, _ in NETWORKS.values()}
+    return not path.name.startswith(".") and (path.parts[0] in homes or path.name == "settings.json")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

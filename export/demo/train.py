@@ -4,8 +4,8 @@ A finished stage is its networks in the checkpoint folder. A stage in progress i
 (weights, their average, the optimizer's moments), replaced atomically. Every batch is drawn from a generator seeded by
 the step, so a resumed run continues as if it had not stopped: bit for bit on the CPU, up to the order of sums on a GPU.
 
-Stages may train side by side, one process each, once those that they need are finished: all need `text` and `vae`,
-and interp starts from base's weights, sr1 from if2's.
+Stages may train side by side, one process each, once those that they need are finished: all but vae need text, sr2
+needs vae, interp starts from base's weights, sr1 from if2's.
 """
 
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from engines.errors import CheckpointError, SettingsError
+from engines.errors import CheckpointError, OutputError, SettingsError
 from engines.store import write_atomically
 from export.demo import cascade, stages
 from export.demo.muon import Muon
@@ -261,11 +261,22 @@ class Trainer:
         write_atomically(path, save(tensors, {"about": json.dumps(about)}))
 
     def load(self, path: Path) -> None:
+        """Raises SettingsError for the state of another run, CheckpointError for one that cannot be read."""
+        try:
+            self._load(path)
+        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged, or another version's ({type(error).__name__}). Remove it to start again."
+            ) from error
+
+    def _load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             kept = Run(**about["run"])
             if kept != self.run:
-                raise SettingsError(f"{path} was made with {kept}, not {self.run}. Remove it to start again.")
+                raise SettingsError(
+                    f"{path} was made with {kept}, not {self.run}. Give the same options, or remove it to start again."
+                )
             owners = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             with torch.no_grad():
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
@@ -280,6 +291,7 @@ class Trainer:
 
     def finish(self, checkpoint: Path) -> None:
         """Ship the averaged weights."""
+        self.stage.lesson = self.recipe.lessons[-1]
         self.stage.modules().float().load_state_dict(self.average)
         self.stage.finish(torch.Generator(self.device).manual_seed(self.run.seed))
         for name, network in self.stage.networks.items():
@@ -332,6 +344,7 @@ def train(
         recipe, state = RECIPES[name].without(skip_lessons), out / "state" / f"{name}.safetensors"
         if _finished(out, name):
             report(f"{name}: finished before")
+            state.unlink(missing_ok=True)  # of a run that ended between the two
             continue
         clips = clips or Pool(pool, seed, device)
         run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
@@ -339,6 +352,7 @@ def train(
         trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run)
         if state.is_file():
             trainer.load(state)
+            report(f"{name}: continues from {state}" + (", --init is not read" if init else ""))
         count = sum(weight.numel() for weight in trainer.weights.values())
         report(f"{name}: {count:,} weights, step {trainer.step}, {device}")
         budget = None if minutes is None else minutes * 60 * recipe.share / sum(RECIPES[n].share for n in names)
@@ -357,7 +371,7 @@ def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool
     try:
         stage = recipe.stage(clips, out)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error}: an earlier stage is not finished. Train text and vae first.") from None
+        raise CheckpointError(f"{error}: an earlier stage is not finished. Train text, for sr2 vae too.") from None
     if not fresh:
         return stage
     try:
@@ -365,6 +379,8 @@ def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool
             network.load_state_dict(cascade.load_network(init, name).state_dict())
     except FileNotFoundError as error:
         raise CheckpointError(f"{error}: --init needs a finished demo checkpoint.") from None
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{init}: another version's networks, or damaged ({type(error).__name__}).") from error
     if init is None and recipe.parent:
         if not _finished(out, recipe.parent):
             raise CheckpointError(f"{out}: {stage.ships[0]} starts from {recipe.parent}'s weights. Train that first.")
@@ -422,7 +438,7 @@ def _run(
         if now > deadline or now - saved > save_every:
             trainer.save(state)
             saved = now
-        if now > deadline:
+        if now > deadline and not trainer.done:
             report(f"{name}: stopped at step {trainer.step}; run again to continue")
             return False
     return True
@@ -438,6 +454,8 @@ def main(arguments: Any) -> None:
     names = list(RECIPES) if arguments.stage == "all" else arguments.stage.split(",")
     keys = ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship", "init", "skip_lessons")
     options = {key: getattr(arguments, key) for key in keys}
+    if arguments.pack and not arguments.pack.parent.is_dir():
+        raise OutputError(f"{arguments.pack}: there is no folder {arguments.pack.parent}. Make it, or choose another.")
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
     if not done or not arguments.pack:
         return

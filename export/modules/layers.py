@@ -326,12 +326,12 @@ class SpatialTransformer(nn.Module):
 class AddedKVAttention(nn.Module):
     """One softmax over the text's tokens and the frame's own pixels, text first (DeepFloyd IF's attention)."""
 
-    def __init__(self, channels: int, head_dim: int, text_dim: int, groups: int, eps: float, norm_groups_text: int):
+    def __init__(self, channels: int, head_dim: int, text_dim: int, groups: int, eps: float):
         super().__init__()
         self.channels = channels
         self.heads = channels // head_dim
         self.group_norm = GroupNorm(groups, channels, eps)
-        self.norm_cross = GroupNorm(norm_groups_text, text_dim)
+        self.norm_cross = GroupNorm(32, text_dim)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -307,7 +307,7 @@ def spatial_attention(config: UNetConfig, channels: int, level: int, kind: str) 
     """`attention_head_dim` is channels per head with added keys, the number of heads with cross-attention."""
     head_dim, groups = config.attention_head_dim[level], config.norm_num_groups
     if kind == ADDED_KV:
-        return AddedKVAttention(channels, head_dim, config.cross_attention_dim, groups, config.norm_eps, 32)
+        return AddedKVAttention(channels, head_dim, config.cross_attention_dim, groups, config.norm_eps)
     return SpatialTransformer(channels, head_dim, config.cross_attention_dim, groups, config.use_linear_projection)
 
 
