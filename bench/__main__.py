@@ -60,10 +60,13 @@ def _latency(arguments: argparse.Namespace) -> None:
     from bench import latency
     from bench.machine import describe_bundle, describe_machine, device
     from bench.report import Report, number
+    from bench.work import STAGES
     from engines.store import Bundle
+    from runtime.noise import NoiseStream
 
     _check_counts(arguments)
-    stages = _choices("stages", arguments.stages, latency.STAGES)
+    NoiseStream(arguments.seed)  # raises for a seed out of range
+    stages = _choices("stages", arguments.stages, STAGES)
     bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments)
     machine = describe_machine(bundle)
@@ -127,12 +130,13 @@ def _e2e(arguments: argparse.Namespace) -> None:
 
 
 def _stages_and_baselines(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    from bench.latency import STAGES
-    from bench.work import BASELINES, is_installed
+    from bench.work import BASELINES, STAGES, is_installed
 
     stages = _choices("stages", arguments.stages, STAGES)
     kinds = _choices("baseline", arguments.baseline, BASELINES, "none")
-    return stages, [kind for kind in kinds if arguments.baseline != "all" or is_installed(kind)]
+    if "xformers" in kinds and arguments.baseline != "all" and not is_installed("xformers"):
+        raise SettingsError("--baseline xformers: not installed. `pip install xformers`, or leave it out.")
+    return stages, [kind for kind in kinds if is_installed(kind)]
 
 
 def _described(bundles: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -198,6 +202,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 def _quality(arguments: argparse.Namespace) -> None:
     from bench.cost import Cost
     from bench.machine import describe_bundle, describe_machine
+    from bench.quality import describe_clips
     from bench.report import Report
     from engines.store import Bundle
     from export.demo.faithfulness import load_prompts
@@ -221,6 +226,8 @@ def _quality(arguments: argparse.Namespace) -> None:
     else:
         asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
     conditions = {"machine": describe_machine(bundle), "bundle": describe_bundle(bundle), "run": asked}
+    if arguments.reference:
+        conditions["reference"] = describe_clips(arguments.reference)
     report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
         for engine in CATALOG:  # loading is no part of a video's time
@@ -289,11 +296,9 @@ def _compare_presets(
 
 def _built(checkpoint: Path) -> Path:
     """A bundle of this checkpoint, built or brought up to date."""
-    from export.__main__ import main as export
-
-    bundle = Path("build") / f"quality-{checkpoint.name}"
-    if export(["build", "--checkpoint", str(checkpoint), "--out", str(bundle)]):
-        raise OutputError(f"{checkpoint}: no bundle could be built of it; see above.")
+    bundle = ROOT / "build" / f"quality-{checkpoint.name}"
+    given = checkpoint if str(checkpoint) == "demo" else checkpoint.absolute()
+    _run_export("build", "--checkpoint", given, "--out", bundle)
     return bundle
 
 
@@ -400,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, metavar="N", help="the first N of the list (default: all 48)")
     which = quality.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
-    which.add_argument("--presets", metavar="PRESET,...", help="compare them, or all; distances are to the first")
+    which.add_argument("--presets", metavar="PRESET,...", help="compare them, or all, with that of most work")
     add("--steps", metavar="STAGE=N,...", help="instead of a preset's, e.g. base=20,sr1=4")
     add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.catalog import UNETS
-from engines.errors import EngineError, SettingsError
+from engines.errors import EngineError
 
 try:
     import torch
@@ -40,6 +40,7 @@ from bench.timing import Summary, summarize
 from bench.work import BASELINES, Calls, count_flop
 from export.checkpoint import load_vae, load_weights
 from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
+from runtime.stages.text import MAX_TOKENS
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
@@ -314,7 +315,7 @@ class DenoisingLoop:
 
         self.x = draw(1, self.noise_channels, *rest)
         self.condition = draw(1, channels - self.noise_channels, *rest)
-        self.text = draw(batch, calls.tokens, unet.config.text_dim)
+        self.text = draw(batch, MAX_TOKENS, unet.config.text_dim)
         level = {"if2": 150, "sr1": 250}.get(calls.network, 0)
         self.more = (torch.full((batch,), level, device=place.device),) if unet.config.class_embed_type else ()
 
@@ -365,13 +366,15 @@ def measure_network(
 ) -> dict[str, Measured]:
     """Time the network as each of `kinds`. Text encoders and autoencoder stay eager throughout, as their users have it.
 
-    `on_network` gets the eager network before it is measured. Raises SettingsError where xformers is asked for and not
-    installed.
+    `on_network` gets the eager network before it is measured.
     """
     results: dict[str, Measured] = {}
     with torch.no_grad():
-        module = make_network(source, place)
-        on_network(source.network, module)
+        try:
+            module = make_network(source, place)
+            on_network(source.network, module)
+        except RuntimeError as error:  # too little memory for the network itself
+            return dict.fromkeys(kinds, Measured(None, None, _first_line(error)))
         if not isinstance(module, ReferenceUNet):
             results = dict.fromkeys(
                 kinds, _measure([_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1)
@@ -407,8 +410,12 @@ def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int) -> M
                 place.synchronize()
                 times.append(time.perf_counter() - start)
     except (RuntimeError, NotImplementedError, ValueError) as error:  # too little memory; a shape that xformers refuses
-        return Measured(None, times[0] if times else None, f"{type(error).__name__}: {error}".partition("\n")[0])
+        return Measured(None, times[0] if times else None, _first_line(error))
     return Measured(summarize(times[warmup:]), times[0])
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _plain_call(module: Any, calls: Calls, place: Place) -> Callable[[], Any]:
@@ -420,10 +427,6 @@ def _plain_call(module: Any, calls: Calls, place: Place) -> Callable[[], Any]:
 
 
 def use_xformers(module: nn.Module) -> None:
-    try:
-        import xformers.ops  # noqa: F401
-    except ImportError:
-        raise SettingsError("--baseline xformers: not installed. `pip install xformers`, or leave it out.") from None
     for child in module.modules():
         if isinstance(child, Attention):
             child.set_use_memory_efficient_attention_xformers(True)

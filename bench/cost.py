@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.plots import Bars
 from bench.report import Table, number
-from bench.work import COST_STAGES, published_flop, step_counts
+from bench.work import STAGES, published_flop, step_counts
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, Settings
 
 _PETA = 1e15
@@ -53,7 +53,7 @@ def work_table(costs: Mapping[str, Cost]) -> Table:
     for preset, cost in costs.items():
         stages = [number(flop / _PETA) for flop in cost.stages.values()]
         rows.append([preset, *stages, number(cost.pflop), number(reference / cost.total)])
-    return Table("PFLOP of a video at published sizes", ["preset", *COST_STAGES, "all", "times cheaper"], rows)
+    return Table("PFLOP of a video at published sizes", ["preset", *STAGES, "all", "times cheaper"], rows)
 
 
 def steps_table(settings: Mapping[str, Settings]) -> Table:
@@ -65,7 +65,7 @@ def steps_table(settings: Mapping[str, Settings]) -> Table:
 
 def plot(costs: Mapping[str, Cost]) -> Bars:
     series = {preset: [flop / _PETA for flop in cost.stages.values()] for preset, cost in costs.items()}
-    return Bars("Work of a video at published sizes, by stage", "PFLOP", COST_STAGES, series)
+    return Bars("Work of a video at published sizes, by stage", "PFLOP", STAGES, series)
 
 
 def to_json(costs: Mapping[str, Cost]) -> dict[str, Any]:

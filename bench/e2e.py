@@ -76,7 +76,7 @@ def sources(size: str, checkpoint: Path | None, precision: str, stages: Sequence
     """Configs of all networks; of those of `stages`, where there is a checkpoint, the weights that a bundle of
     `precision` is made of."""
     found = {n: Source(n, CONFIGS[size][net.path]) for n, net in CATALOG.items()}
-    for name in (n for n in CATALOG if checkpoint and STAGE_OF.get(n, n) in stages):
+    for name in (n for n in CATALOG if checkpoint and STAGE_OF[n] in stages):
         source = networks.Source.find(CATALOG[name], checkpoint, precision)
         found[name] = Source(name, source.config, tuple(source.weights))
     return found

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.machine import ROOT
+from bench.machine import ROOT, describe_bundle
 from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Summary, measure, summarize
 from engines import tensorrt
@@ -24,7 +24,7 @@ from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
 from runtime.noise import NoiseStream
-from runtime.runner import INDUCTOR, Array, Engine, EnginePool
+from runtime.runner import INDUCTOR, Array, Engine, EnginePool, first_line
 from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
@@ -72,13 +72,17 @@ class Plan:
     stages: Sequence[str]
     baselines: Sequence[str]
     seed: int
+    built: list[Bundle] = field(default_factory=list)  # by the engines' part of this run
 
     def videos_by(self) -> list[Bundle]:
-        """The bundles that make videos: as asked for, else of golden size those that the engines' part has built."""
+        """The bundles that make videos: as asked for, else of golden size those that the engines' part has built, in
+        this run or, where it is left out, before."""
         if self.bundles or self.size != "golden":
             return list(self.bundles)
-        built = (_golden_folder(backend, "fp16") for backend in backends())
-        return [Bundle.open(folder) for folder in built if folder.is_dir()]
+        if "engines" in self.parts:
+            return self.built
+        before = (_golden_folder(backend, "fp16") for backend in backends())
+        return [Bundle.open(folder) for folder in before if folder.is_dir()]
 
 
 def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
@@ -107,7 +111,7 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
             done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
             state[part.name] = f"done in {number(time.monotonic() - start)} s"
         except (Show1Error, RuntimeError) as error:  # torch's, as where memory does not suffice
-            state[part.name] = f"not done: {error}"
+            state[part.name] = f"not done: {first_line(error)}"
             print(f"{part.name}: {error}", file=sys.stderr, flush=True)
         report.save(*content())
     report.finish(*content())
@@ -117,7 +121,7 @@ def make_parts(plan: Plan) -> list[Part]:
     parts = (
         Part("rates", rates),
         Part("kernels", kernels),
-        Part("engines", engines),
+        Part("engines", lambda clock, save: engines(clock, save, plan.built)),
         Part("e2e", lambda clock, save: e2e(plan, clock, save)),
         Part("memory", lambda clock, save: memory(plan)),
     )
@@ -157,8 +161,9 @@ class Check:
         return self.difference <= self.tolerance  # NaN fails
 
 
-def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
-    """Engines of golden size, of every backend that works here: their graphs, and loops on the device."""
+def engines(clock: Clock, save: Callable[[Content], None], built: list[Bundle]) -> Content:
+    """Engines of golden size, of every backend that works here: their graphs, and loops on the device. Adds what was
+    built, in fp16, to `built`."""
     from export.parity import TOLERANCE
 
     _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT), "--renew")
@@ -168,6 +173,7 @@ def engines(clock: Clock, save: Callable[[Content], None]) -> Content:
     for backend in backends():
         try:
             bundle = _golden_bundle(clock, backend, "fp16")
+            built.append(bundle)
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
             checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
         except TimeIsUp:
@@ -335,13 +341,17 @@ def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
         plan.size, checkpoint, plan.videos_by(), plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
     )
 
+    made_by = {"bundles": [describe_bundle(bundle) for bundle in setup.bundles]}
+
+    def content(result: e2e.Result) -> Content:
+        return {**made_by, **result.to_json()}, result.tables(), result.plots()
+
     def said(what: str, result: e2e.Result) -> None:
         print(what, file=sys.stderr, flush=True)
-        save((result.to_json(), result.tables(), result.plots()))
+        save(content(result))
         clock.check()
 
-    result = e2e.run_e2e(setup, said)
-    return result.to_json(), result.tables(), result.plots()
+    return content(e2e.run_e2e(setup, said))
 
 
 def memory(plan: Plan) -> Content:
@@ -351,4 +361,4 @@ def memory(plan: Plan) -> Content:
     if not bundles:
         raise EngineError("there is no bundle to make a video with: give --bundle, or --parts engines,memory.")
     result = memory.run_memory(bundles[0], plan.settings, plan.seed)
-    return result.to_json(), [result.table()], {"time": result.plot()}
+    return {"bundle": describe_bundle(bundles[0]), **result.to_json()}, [result.table()], {"time": result.plot()}

@@ -16,6 +16,7 @@ from bench.machine import GIB
 from bench.plots import Bars
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure, summarize
+from bench.work import ENGINES, STAGES
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Settings, stage_sizes
@@ -31,15 +32,6 @@ from runtime.stages.sr2 import run_sr2
 from runtime.stages.text import MAX_TOKENS, run_clip_text, run_text
 
 PROMPT = "A burning lamborghini driving on rainbow."  # padded to 77 tokens as any other: its words cost nothing
-ENGINES = {
-    "text": ("t5", "clip"),
-    "base": ("base",),
-    "interp": ("interp",),
-    "if2": ("if2",),
-    "sr1": ("sr1",),
-    "sr2": ("vae_encoder", "sr2", "vae_decoder"),
-}
-STAGES = tuple(ENGINES)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,15 @@ def describe_moment() -> dict[str, Any]:
 
 def describe_host() -> dict[str, Any]:
     """Hardware and software that every benchmark has, as JSON's types."""
+    size: dict[str, Any] = {}
+    if psutil is not None:
+        size["cores"] = {"physical": psutil.cpu_count(logical=False), "logical": psutil.cpu_count()}
+        size["memory_gib"] = round(psutil.virtual_memory().total / GIB, 1)
     return {
         **describe_moment(),
         "cpu": _cpu_model(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **size,
         "gpu": _gpu(),
         "os": _os_name(),
         "python": platform.python_version(),
@@ -57,11 +62,7 @@ def describe_machine(bundle: "Bundle") -> dict[str, Any]:
     """The host, and what the bundle's engines depend on there. Raises EngineError where that is not installed."""
     if psutil is None:
         raise EngineError("psutil is not installed. This benchmark needs it: `pip install -e '.[bench]'`.")
-    machine = {
-        **describe_host(),
-        "cores": {"physical": psutil.cpu_count(logical=False), "logical": psutil.cpu_count()},
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-    }
+    machine = describe_host()
     backends = {entry.backend for entry in bundle.manifest.engines.values()}
     threads = {}
     if _ORT in backends:
@@ -99,9 +100,7 @@ def describe_bundle(bundle: "Bundle") -> dict[str, Any]:
         "precision": sorted({engine.precision for engine in engines}),
         "tuned_for": "{}x{}".format(*manifest.size),
         "million_parameters": {
-            engine.name: round(engine.properties["parameters"] / 1e6, 1)
-            for engine in engines
-            if "parameters" in engine.properties
+            engine.name: round(engine.cost["parameters"] / 1e6, 1) for engine in engines if "parameters" in engine.cost
         },
         "versions": manifest.versions,
     }

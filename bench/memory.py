@@ -138,10 +138,14 @@ class Result:
         return Chart("Memory over one video", Axis("s"), Axis("GiB"), lines, marks=marks)
 
     def thinned(self) -> list[Sample]:
-        """The largest of every few neighbours, so that no peak is lost."""
+        """The largest of every few neighbours, of either memory, so that no peak is lost."""
         few = -(-len(self.samples) // _PLOTTED)
         groups = [self.samples[i : i + few] for i in range(0, len(self.samples), few)]
-        return [max(group, key=lambda s: (s.device or 0, s.resident)) for group in groups]
+        largest = []
+        for group in groups:
+            device = max((s.device for s in group if s.device is not None), default=None)
+            largest.append(Sample(group[0].seconds, max(s.resident for s in group), device))
+        return largest
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and MiB: of every few samples the largest."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.cost import Cost
 from bench.plots import Axis, Chart
-from bench.quality import bootstrap, json_rows, percent, percent_range, run_quality
+from bench.quality import bootstrap, json_rows, middle, percent, percent_range, run_quality
 from bench.report import NOTHING, Table, median, number, spread
 from bench.timing import Summary, summarize
 from export.demo.faithfulness import Faithfulness, Prompt
@@ -94,7 +94,7 @@ def table(results: Mapping[str, PresetResult]) -> Table:
                 percent_range(bootstrap(result.faithfulness.scores)),
                 _points(float(np.mean(change))) if change else NOTHING,
                 " to ".join(_points(bound) for bound in bootstrap(change)) if change else NOTHING,
-                _decibel(np.median(psnr)) if psnr else NOTHING,
+                _decibel(middle(psnr)) if psnr else NOTHING,
                 _decibel(min(psnr)) if psnr else NOTHING,
             ]
         )

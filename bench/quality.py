@@ -8,7 +8,9 @@ A distance to a reference says what a change of precision or steps did to the pi
 import io
 import json
 import math
+import statistics
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -173,11 +175,13 @@ def run_quality(
     """
     _commit()  # asked before the first clip
     if reference is not None:
+        if reference.resolve() == out.resolve():
+            raise OutputError(f"--reference and --out are both {out}: distances would be to itself. Name another.")
         missing = [clip_file(reference, i).name for i in range(len(prompts)) if not clip_file(reference, i).is_file()]
         if missing:
             raise OutputError(f"{reference}: no {', '.join(missing)}. Run the reference with as many --prompts first.")
         for index, prompt in enumerate(prompts):
-            _check_prompt(clip_file(reference, index), prompt)
+            _read_clip(clip_file(reference, index), prompt)
     readings: list[Reading] = []
     rows: list[dict[str, Any]] = []
     maker = json.dumps(made_by or {}, sort_keys=True)
@@ -194,7 +198,7 @@ def run_quality(
         row["seen"] = [f"{thing.colour} {thing.shape}, {thing.motion}" for thing in readings[-1].things]
         row["background"] = readings[-1].background
         if reference is not None:
-            other = np.load(clip_file(reference, index))["frames"]
+            other = _read_clip(clip_file(reference, index), prompt)["frames"]
             if other.shape != frames.shape:
                 raise OutputError(
                     f"{clip_file(reference, index)} has frames of {other.shape}, this run's are of {frames.shape}. "
@@ -232,23 +236,49 @@ def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float
         seconds=seconds,
         conditions=json.dumps({**describe_moment(), "commit": _commit()}),
     )
-    write_atomically(file, content.getvalue())
+    _write(file, content)
+
+
+def _write(file: Path, content: io.BytesIO) -> None:
+    try:
+        write_atomically(file, content.getvalue())
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}). Choose another --out.") from None
 
 
 def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, dict[str, Any]]:
     """Frames, and how they were made: seconds, and conditions, None in clips of older versions."""
-    _check_prompt(file, prompt)
-    kept = np.load(file)
+    kept = _read_clip(file, prompt)
     if "maker" not in kept or str(kept["maker"]) != maker:
         raise OutputError(f"{file} was made by another bundle or with other settings. Choose another --out.")
-    conditions = json.loads(str(kept["conditions"])) if "conditions" in kept else {}
+    conditions = _conditions(kept)
     return kept["frames"], {"seconds": float(kept["seconds"]), **{key: conditions.get(key) for key in _CONDITIONS}}
 
 
-def _check_prompt(file: Path, prompt: Prompt) -> None:
-    kept = np.load(file)
-    if str(kept["prompt"]) != prompt.prompt or int(kept["seed"]) != prompt.seed:
+def _conditions(clip: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(str(clip["conditions"])) if "conditions" in clip else {}
+
+
+def _read_clip(file: Path, prompt: Prompt | None = None) -> dict[str, NDArray[Any]]:
+    """What `_keep` wrote. Raises OutputError for another file, or a clip of another prompt or seed."""
+    try:
+        with np.load(file) as content:
+            clip = dict(content)
+        ours = prompt is None or (str(clip["prompt"]) == prompt.prompt and int(clip["seed"]) == prompt.seed)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise OutputError(f"{file} is not a clip of this command ({type(error).__name__}). Move it away.") from None
+    if not ours:
         raise OutputError(f"{file} is of another prompt or seed. Choose another folder.")
+    return clip
+
+
+def describe_clips(folder: Path) -> dict[str, Any]:
+    """What made a run's clips, and at which commit, by its first one. Raises OutputError where there is none."""
+    if not clip_file(folder, 0).is_file():
+        raise OutputError(f"{folder}: no {clip_file(folder, 0).name}. Give the --out of another run.")
+    clip = _read_clip(clip_file(folder, 0))
+    maker = json.loads(str(clip["maker"])) if "maker" in clip else {}
+    return {"commit": _conditions(clip).get("commit"), **maker}
 
 
 def json_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -284,19 +314,26 @@ def distance_table(rows: Iterable[dict[str, Any]]) -> Table:
     ):
         values = [row[key] for row in rows if key in row]
         lines.append(
-            [name, *(("equal" if np.isinf(v) else number(v)) for v in (np.median(values), worst(values)))]
+            [name, *(("equal" if np.isinf(v) else number(v)) for v in (middle(values), worst(values)))]
             if values
             else [name, NOTHING, NOTHING]
         )
     return Table("Smoothness and distance", ["measure", "median", "worst"], lines)
 
 
+def middle(values: Sequence[float]) -> float:
+    """The median: of two in the middle their mean, but the finite one where the other is infinite."""
+    return float(np.median(values)) if np.isfinite(values).all() else statistics.median_low(values)
+
+
 def _contact_sheets(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Eight frames of every video with its prompt and what was read off it, eight videos to a PNG."""
+    for old in out.glob("sheet-*.png"):  # of a run of more prompts
+        old.unlink()
     for first in range(0, len(rows), _SHEET_ROWS):
         strips = []
         for index in range(first, min(first + _SHEET_ROWS, len(rows))):
-            frames = np.load(clip_file(out, index))["frames"]
+            frames = _read_clip(clip_file(out, index))["frames"]
             height = round(_SHEET_WIDTH * frames.shape[1] / frames.shape[2])
             strip = Image.new("RGB", (_SHEET_WIDTH * _SHEET_FRAMES, height + 14), "white")
             for column, number_ in enumerate(np.linspace(0, len(frames) - 1, _SHEET_FRAMES).round().astype(int)):
@@ -306,4 +343,6 @@ def _contact_sheets(out: Path, rows: Sequence[dict[str, Any]]) -> None:
             text = f"{row['prompt']}   [read: {'; '.join(row['seen']) or 'nothing'} on {row['background']}]"
             ImageDraw.Draw(strip).text((2, 1), text, fill="black")
             strips.append(np.asarray(strip))
-        Image.fromarray(np.concatenate(strips)).save(out / f"sheet-{first // _SHEET_ROWS}.png")
+        content = io.BytesIO()
+        Image.fromarray(np.concatenate(strips)).save(content, "png")
+        _write(out / f"sheet-{first // _SHEET_ROWS}.png", content)

@@ -137,6 +137,8 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Name a file, e.g. --out {path / 'result.json'}.")
+    if path.suffix != ".json":
+        raise OutputError(f"--out {path}; allowed: a .json file, beside which .md and .svg are written.")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

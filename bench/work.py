@@ -16,9 +16,18 @@ import numpy as np
 from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
 from runtime.sampler import guidance_scales, whole_steps
 from runtime.schedulers import executed_steps
+from runtime.stages.text import MAX_TOKENS
 
-COST_STAGES = ("text", *DIFFUSION_STAGES)
-STAGE_OF = {"t5": "text", "clip": "text", "vae_encoder": "sr2", "vae_decoder": "sr2"}  # others are stages themselves
+ENGINES = {
+    "text": ("t5", "clip"),
+    "base": ("base",),
+    "interp": ("interp",),
+    "if2": ("if2",),
+    "sr1": ("sr1",),
+    "sr2": ("vae_encoder", "sr2", "vae_decoder"),
+}
+STAGES = tuple(ENGINES)
+STAGE_OF = {engine: stage for stage, engines in ENGINES.items() for engine in engines}
 BASELINES = ("eager", "compile", "xformers")  # the first two with scaled_dot_product_attention
 GUIDED = 2  # every call of a UNet sees the negative prompt and the prompt
 MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}  # of the square product that gives the matrix rate
@@ -53,11 +62,10 @@ class Calls:
     network: str
     count: int
     shape: tuple[int, ...]
-    tokens: int = 77
 
     @property
     def stage(self) -> str:
-        return STAGE_OF.get(self.network, self.network)
+        return STAGE_OF[self.network]
 
 
 def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, factor: int) -> dict[str, Calls]:
@@ -70,16 +78,16 @@ def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, 
     large = (height * SR1_SCALE, width * SR1_SCALE)
     full_width, full_height = settings.size
     small = (full_height // factor, full_width // factor)
-    frames, tokens = settings.num_frames, 77
+    frames = settings.num_frames
     window = min(settings.sr1_window, frames)
     windows = len(range(0, frames - 1, settings.sr1_window - 1))
     rows = (
-        Calls("t5", 1, (GUIDED, tokens)),
+        Calls("t5", 1, (GUIDED, MAX_TOKENS)),
         Calls("base", steps["base"], (GUIDED, 3, settings.keyframes, height, width)),
         Calls("interp", steps["interp"] * (settings.keyframes - 1), (GUIDED, 7, INTERP_FRAMES, height, width)),
         Calls("if2", steps["if2"], (GUIDED, 6, 1, *large)),
         Calls("sr1", steps["sr1"] * windows, (GUIDED, 6, window, *large)),
-        Calls("clip", 1, (GUIDED, tokens)),
+        Calls("clip", 1, (GUIDED, MAX_TOKENS)),
         Calls("sr2", steps["sr2"], (GUIDED, latents, frames, *small)),
         Calls("vae_encoder", frames, (1, 3, full_height, full_width)),
         Calls("vae_decoder", frames, (1, latents, *small)),
@@ -101,7 +109,7 @@ def published_flop(settings: Settings) -> dict[str, int]:
     (`PUBLISHED_FLOP`).
     """
     lengths = step_counts(settings)
-    flop = dict.fromkeys(COST_STAGES, 0)
+    flop = dict.fromkeys(STAGES, 0)
     for name, calls in reference_calls(Settings(), lengths, latents=4, factor=8).items():
         if name in DIFFUSION_STAGES:
             stage = getattr(settings, name)

@@ -1,7 +1,6 @@
 """The baselines: networks of diffusers' layers that give what the authors' code gives, and the work they stand for."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ pytest.importorskip("diffusers", reason="needs the bench extra")
 from bench.baseline import DenoisingLoop, Place, ReferenceUNet, Source, make_network, measure_network, network_flop
 from bench.work import PUBLISHED_FLOP, reference_calls
 from engines.catalog import CATALOG, UNETS
-from engines.errors import SettingsError
 from export import networks
 from export.checkpoint import weight_files
 from export.modules.unet import UNetContext, UNetStep
@@ -116,20 +114,6 @@ def test_random_weights_leave_no_layer_at_zero() -> None:
     assert all(parameter.isfinite().all() for parameter in unet.parameters())
 
 
-def test_xformers_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    small = calls("base", Settings(size=(64, 64), keyframes=2))
-    with pytest.raises(SettingsError, match="xformers: not installed"):
-        measure_network(
-            Source("base", CONFIGS["golden"]["base/unet"]),
-            {"_class_name": "DDPMScheduler"},
-            small,
-            CPU,
-            ["xformers"],
-            1,
-        )
-
-
 def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("too little memory\nsecond line")
@@ -139,3 +123,6 @@ def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Mo
     base = Source("base", CONFIGS["golden"]["base/unet"])
     result = measure_network(base, {"_class_name": "DDPMScheduler"}, small, CPU, ["eager"], 1)["eager"]
     assert result.call is None and result.failure == "OutOfMemoryError: too little memory"
+    monkeypatch.setattr("bench.baseline.make_network", fail)  # which the network itself does not fit
+    for kind, result in measure_network(base, {}, small, CPU, ["eager", "compile"], 1).items():
+        assert result.call is None and result.failure == "OutOfMemoryError: too little memory", kind

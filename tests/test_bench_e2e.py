@@ -105,12 +105,19 @@ def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
     ("arguments", "message"),
     [
         (["--baseline", "jax"], "--baseline jax; allowed: all, none, eager, compile, xformers."),
+        (["--baseline", "eager,xformers"], "--baseline xformers: not installed. `pip install xformers`"),
         (["--stages", "base", "--size", "published"], "{bundle}: base reads text of 64 channels, the networks to"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("bench.work.is_installed", lambda baseline: baseline != "xformers")
     out = ["--out", str(tmp_path / "e2e.json")]
     assert main(["e2e", "--bundle", str(bundle), *arguments, *out]) == 1
     error = capsys.readouterr().err

@@ -170,6 +170,7 @@ def test_the_command_writes_what_its_parts_measured(
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["gpu"] == {"name": "NVIDIA Test"} and result["run"]["parts"] == ["memory"]
     assert result["memory"]["state"].startswith("done in ") and result["memory"]["samples"]
+    assert result["memory"]["bundle"]["id"] == Bundle.open(bundle).id
     assert (tmp_path / "gpu-memory-time.svg").is_file()
     assert "| memory | done in " in out.with_suffix(".md").read_text(encoding="utf-8")
     assert "peak GiB" in capsys.readouterr().out
@@ -184,6 +185,11 @@ def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
     )
     assert [opened.root for opened in a_plan("golden", []).videos_by()] == [bundle]
     assert a_plan("published", []).videos_by() == []
+    # Where the engines' part runs, nothing of an earlier run is taken for this one's.
+    plan = replace(a_plan("golden", []), parts=["engines", "e2e"])
+    assert plan.videos_by() == []
+    plan.built.append(Bundle.open(bundle))
+    assert [opened.root for opened in plan.videos_by()] == [bundle]
 
 
 @pytest.mark.torch

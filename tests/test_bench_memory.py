@@ -34,6 +34,9 @@ def test_thinning_keeps_the_peak() -> None:
     samples = [Sample(float(i), 1000 + (i == 4321), None) for i in range(10_000)]
     thin = Result(samples, {"base": 10_000.0}, 0).thinned()
     assert len(thin) <= 600 and max(s.resident for s in thin) == 1001
+    with_card = [Sample(float(i), 1000 + (i == 4321), 50 + (i == 4320)) for i in range(10_000)]
+    thin = Result(with_card, {"base": 10_000.0}, 0).thinned()
+    assert max(s.resident for s in thin) == 1001 and max(s.device or 0 for s in thin) == 51
 
 
 def test_the_sampler_sees_memory_that_is_taken() -> None:

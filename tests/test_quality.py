@@ -1,6 +1,7 @@
 """The ruler: the judge on clips whose content is known, the control, distances, and a whole run on such clips."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,14 @@ def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[F
     assert "faithfulness" in quality.faithfulness_table(against["faithfulness"]).as_text()
     kept = json.loads(json.dumps(quality.json_rows(against["videos"]), allow_nan=False))
     assert [row["psnr"] for row in kept] == ["equal"] * 3 and kept[0]["ssim"] == against["videos"][0]["ssim"]
-    with pytest.raises(OutputError, match=r"no 03\.npz"):
+    assert quality.describe_clips(first)["commit"] == against["videos"][0]["commit"]
+    quality.run_quality(prompts[:2], make, second)
+    (second / "sheet-1.png").touch()  # of a run of more prompts
+    quality.run_quality(prompts, make, second)
+    assert [path.name for path in second.glob("sheet-*")] == ["sheet-0.png"]
+    with pytest.raises(OutputError, match=r"are both .*second: distances would be to itself"):
+        quality.run_quality(prompts, make, second, reference=second)
+    with pytest.raises(OutputError, match=r"first: no 03\.npz"):
         quality.run_quality(PROMPTS[:4], make, second, reference=first)
     with pytest.raises(OutputError, match="another prompt or seed"):
         quality.run_quality(PROMPTS[1:3], make, second)
@@ -158,6 +166,26 @@ def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[F
         quality.run_quality(PROMPTS[1:3], pytest.fail, third, reference=first)
     with pytest.raises(OutputError, match=r"00\.npz has frames of .* Give the --video and --keyframes"):
         quality.run_quality(prompts, lambda prompt: make(prompt)[:2], third, reference=first)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a foreign file", b"\x93NUMPY"])
+def test_a_file_that_is_no_clip_is_refused(tmp_path: Path, content: bytes) -> None:
+    quality.clip_file(tmp_path, 0).write_bytes(content)
+    with pytest.raises(OutputError, match=r"00\.npz is not a clip of this command .*Move it away"):
+        quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)
+    with pytest.raises(OutputError, match=r"no 00\.npz\. Give the --out of another run"):
+        quality.describe_clips(tmp_path / "nowhere")
+
+
+def test_a_clip_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"00\.npz: cannot be written .*Choose another --out"):
+        quality.run_quality(PROMPTS[:2], gray, tmp_path / "nowhere")
+
+
+def test_the_median_of_an_equal_video_and_another_is_not_equal() -> None:
+    assert quality.middle([20.0, math.inf]) == 20.0
+    assert quality.middle([20.0, math.inf, math.inf]) == math.inf
+    assert quality.middle([20.0, 30.0]) == 25.0
 
 
 def test_a_prompt_count_out_of_range_is_refused() -> None:
