@@ -43,6 +43,7 @@ from export.to_inductor import compile_inductor
 from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
+from runtime.kernels import ABI
 from runtime.runner import INDUCTOR, Runner, open_runner
 from runtime.runner_inductor import target, torch_version
 
@@ -218,7 +219,7 @@ def _build_packages(job: Job, made_from: dict[str, str], folder: Path, report: R
         seconds["parity_s"] += time.perf_counter() - compiled
         file = file_entry(package)
         entries[name] = GraphEntry(graph.spec, file, None, file.sha256, parity)
-    return _engine_entry(job, made_from, loaded.properties, entries, seconds)
+    return _engine_entry(job, made_from, {**loaded.properties, "kernels": ABI}, entries, seconds)
 
 
 def _build_plans(job: Job, made_from: dict[str, str], folder: Path, report: Report) -> EngineEntry:

@@ -21,6 +21,7 @@ from engines.errors import EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
+    ABI,
     ACTIVATIONS,
     COUNTER,
     CUDA,
@@ -90,8 +91,11 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     if reason := version_mismatch(bundle, entry):
         return reason
     # Layers over time and the solver are our kernels, and in half precision every group norm.
-    needs_kernels = "step" in entry.graphs or (entry.name.startswith("vae") and entry.precision != "fp32")
-    return why_no_kernels("cuda" if entry.needs_gpu else "cpu") if needs_kernels else None
+    if "step" not in entry.graphs and not (entry.name.startswith("vae") and entry.precision != "fp32"):
+        return None
+    if entry.properties.get("kernels") != ABI:
+        return f"built for another version's kernels: {bundle.rebuild_command(entry.name)}"
+    return why_no_kernels("cuda" if entry.needs_gpu else "cpu")
 
 
 def why_no_kernels(device: str) -> str | None:

@@ -499,11 +499,14 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
 
 
 @pytest.mark.gpu
-def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bfloat16", "most"), [(False, 0.05), (True, 0.3)])
+def test_a_captured_step_learns_what_a_plain_one_does(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, most: float
+) -> None:
     def make_trainer() -> Trainer:
         torch.manual_seed(0)
         lesson = Lesson(1, (16, 8), 2, beside=Lesson(0, (16, 8)))
-        recipe = replace(RECIPES["base"], lessons=(lesson,), bfloat16=False)
+        recipe = replace(RECIPES["base"], lessons=(lesson,), bfloat16=bfloat16)
         return Trainer(stages.Base(Pool(4, 0, "cuda"), checkpoint), recipe, Run(0, 2, 4, 12))
 
     captured, plain = make_trainer(), make_trainer()
@@ -520,7 +523,7 @@ def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypa
             ours, theirs = getattr(captured, kind), getattr(plain, kind)
             moved = torch.stack([(theirs[n] - first[f"{kind}/{n}"]).norm() for n in theirs]).norm()
             apart = torch.stack([(theirs[n] - ours[n]).norm() for n in theirs]).norm()
-            assert moved > 0 and apart < 0.05 * moved  # sums in another order
+            assert moved > 0 and apart < most * moved  # sums in another order
 
 
 def test_muon_moves_matrices_as_torch_does() -> None:

@@ -436,6 +436,8 @@ def test_a_library_that_was_never_built_comes_with_the_command_that_builds_it(
     assert re.search(message, runner_inductor.why_unusable(float32, replace(entry, precision="fp16")) or "")
     with pytest.raises(EngineError, match=message):
         build_for(DEVICE)
+    old = replace(entry, precision="fp16", properties={**entry.properties, "kernels": 1})
+    assert "built for another version's kernels: `python -m export" in str(runner_inductor.why_unusable(float32, old))
 
 
 # ---- The loop on the device
