@@ -216,16 +216,11 @@ def test_single_pictures_train_the_same_parameters_without_the_layers_over_time(
 def test_weights_that_a_lesson_does_not_use_stay_as_they_are(checkpoint: Path) -> None:
     stage = make("base", checkpoint)
     recipe = replace(RECIPES["base"], lessons=(Lesson(1, (16, 8)),))
-    before = {name: value.detach().clone() for name, value in stage.modules().named_parameters()}
-    trainer = Trainer(stage, recipe, Run(0, 2, 4, 10))
-    trainer.advance()
-    for name, value in trainer.weights.items():
+    before = {name: value.detach().clone() for name, value in stage.unet.named_parameters()}
+    Trainer(stage, recipe, Run(0, 2, 4, 10)).advance()
+    for name, value in stage.unet.named_parameters():
         assert torch.equal(value, before[name]) or "temp_" not in name, name
-    first = "networks.base.conv_in.weight"
-    assert not torch.equal(trainer.weights[first], before[first])
-    # What computes follows what is trained, in its own type.
-    for name, value in stage.modules().named_parameters():
-        torch.testing.assert_close(value, trainer.weights[name].to(value.dtype), rtol=0, atol=0)
+    assert not torch.equal(stage.unet.conv_in.weight, before["conv_in.weight"])
 
 
 def test_timesteps_are_drawn_where_much_is_decided(checkpoint: Path) -> None:
@@ -499,14 +494,11 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("bfloat16", "most"), [(False, 0.05), (True, 0.3)])
-def test_a_captured_step_learns_what_a_plain_one_does(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, most: float
-) -> None:
+def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_trainer() -> Trainer:
         torch.manual_seed(0)
         lesson = Lesson(1, (16, 8), 2, beside=Lesson(0, (16, 8)))
-        recipe = replace(RECIPES["base"], lessons=(lesson,), bfloat16=bfloat16)
+        recipe = replace(RECIPES["base"], lessons=(lesson,), bfloat16=False)
         return Trainer(stages.Base(Pool(4, 0, "cuda"), checkpoint), recipe, Run(0, 2, 4, 12))
 
     captured, plain = make_trainer(), make_trainer()
@@ -523,7 +515,7 @@ def test_a_captured_step_learns_what_a_plain_one_does(
             ours, theirs = getattr(captured, kind), getattr(plain, kind)
             moved = torch.stack([(theirs[n] - first[f"{kind}/{n}"]).norm() for n in theirs]).norm()
             apart = torch.stack([(theirs[n] - ours[n]).norm() for n in theirs]).norm()
-            assert moved > 0 and apart < most * moved  # sums in another order
+            assert moved > 0 and apart < 0.05 * moved  # sums in another order
 
 
 def test_muon_moves_matrices_as_torch_does() -> None:

@@ -126,23 +126,19 @@ def _set(variable: Any, value: float) -> Any:
 class Trainer:
     """One stage in training: weights, their moving average, the optimizers, the step.
 
-    Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW. Networks compute
-    in bfloat16 where that is fast, on copies of the weights, which are float32.
+    Matrices and filters of blocks are trained by Muon (Jordan et al. 2024), everything else by AdamW.
     """
 
     def __init__(self, stage: Stage, recipe: Recipe, run: Run):
         self.stage, self.recipe, self.run = stage, recipe, run
         self.device = stage.pool.device
-        modules = stage.modules().to(self.device).train()
-        self.weights = {name: value.detach().clone() for name, value in modules.named_parameters()}
-        if recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            modules.bfloat16()
-        self._copies = list(modules.parameters())
+        self.weights = dict(stage.modules().to(self.device).train().named_parameters())
         self.average = {name: value.detach().clone() for name, value in self.weights.items()}
         matrices = {name for name, value in self.weights.items() if value.ndim > 1 and "_block" in name}
         # Muon takes matrices alone: views of filters, one row an output channel.
         self.trained = {
-            name: nn.Parameter(value.flatten(1) if name in matrices else value) for name, value in self.weights.items()
+            name: nn.Parameter(value.detach().flatten(1)) if name in matrices else value
+            for name, value in self.weights.items()
         }
         muon = [value for name, value in self.trained.items() if name in matrices]
         adamw = [value for name, value in self.trained.items() if name not in matrices]
@@ -163,6 +159,7 @@ class Trainer:
         self._graph: _Graph | None = None
         self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
+        self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     @property
     def lesson(self) -> int:
@@ -204,22 +201,20 @@ class Trainer:
 
     def _learn(self, batches: list[Batch]) -> Tensor:
         """Change the weights; the batches' mean loss."""
-        loss = torch.stack([self.stage.loss(*batch) for batch in batches]).mean()
-        self._update(torch.autograd.grad(loss, self._copies, allow_unused=True))
+        kind = {"enabled": self.bfloat16, "cache_enabled": self.device != "cuda"}  # a graph would keep what is cached
+        with torch.autocast(self.device, torch.bfloat16, **kind):
+            loss = torch.stack([self.stage.loss(*batch) for batch in batches]).mean()
+        self._update(torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True))
         return loss.detach()
 
     @torch.no_grad()
     def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Weights that the batch did not use stay as they are: no decay either."""
-        found = []
         for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = None if gradient is None else torch.empty_like(value)
-            found += [] if gradient is None else [(value.grad, gradient.reshape(value.shape))]
-        torch._foreach_copy_(*map(list, zip(*found, strict=True)))  # to float32, all at once
+            value.grad = None if gradient is None else gradient.reshape(value.shape)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        torch._foreach_copy_(self._copies, list(self.weights.values()))
         changes = torch._foreach_sub(list(self.weights.values()), list(self.average.values()))
         torch._foreach_mul_(changes, self._pull)
         torch._foreach_add_(list(self.average.values()), changes)
@@ -286,13 +281,14 @@ class Trainer:
                     else:
                         value = self.trained[name]
                         owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
-                torch._foreach_copy_(self._copies, list(self.weights.values()))
         self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
         """Ship the averaged weights."""
         self.stage.lesson = self.recipe.lessons[-1]
-        self.stage.modules().float().load_state_dict(self.average)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.average[name])
         self.stage.finish(torch.Generator(self.device).manual_seed(self.run.seed))
         for name, network in self.stage.networks.items():
             cascade.save_network(checkpoint, name, network)
