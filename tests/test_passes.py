@@ -28,7 +28,7 @@ from export.to_onnx import trace
 
 pytestmark = pytest.mark.torch
 
-CHANNELS, HEADS, TEXT, FRAMES = 40, 4, 32, 3  # heads of 10 channels, as base's and interp's
+CHANNELS, HEADS, TEXT, FRAMES = 40, 4, 64, 3  # heads of 10 channels, as base's and interp's
 
 
 class Layers(nn.Module):
@@ -36,7 +36,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spatial = AddedKVAttention(CHANNELS, CHANNELS // HEADS, TEXT, groups=4, eps=1e-5, norm_groups_text=4)
+        self.spatial = AddedKVAttention(CHANNELS, CHANNELS // HEADS, TEXT, groups=4, eps=1e-5)
         self.temporal = TemporalTransformer(CHANNELS, HEADS, CHANNELS // HEADS, groups=4)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
