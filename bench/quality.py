@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from bench.machine import ROOT, describe_moment, git_commit
-from bench.report import NOTHING, Table, number
+from bench.report import NOTHING, Table, number, write_bytes
 from engines.errors import OutputError
-from engines.store import write_atomically
 from export.demo.faithfulness import ALSO_SHOWN, ASKED, Faithfulness, Prompt, faithfulness
 from export.demo.judge import Frames, Reading, read
 from runtime.ops import psnr
@@ -181,7 +180,7 @@ def run_quality(
         if missing:
             raise OutputError(f"{reference}: no {', '.join(missing)}. Run the reference with as many --prompts first.")
         for index, prompt in enumerate(prompts):
-            _read_clip(clip_file(reference, index), prompt)
+            _read_clip(clip_file(reference, index), prompt, frames=False)
     readings: list[Reading] = []
     rows: list[dict[str, Any]] = []
     maker = json.dumps(made_by or {}, sort_keys=True)
@@ -236,14 +235,7 @@ def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float
         seconds=seconds,
         conditions=json.dumps({**describe_moment(), "commit": _commit()}),
     )
-    _write(file, content)
-
-
-def _write(file: Path, content: io.BytesIO) -> None:
-    try:
-        write_atomically(file, content.getvalue())
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror}). Choose another --out.") from None
+    write_bytes(file, content.getvalue())
 
 
 def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, dict[str, Any]]:
@@ -259,11 +251,14 @@ def _conditions(clip: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(str(clip["conditions"])) if "conditions" in clip else {}
 
 
-def _read_clip(file: Path, prompt: Prompt | None = None) -> dict[str, NDArray[Any]]:
-    """What `_keep` wrote. Raises OutputError for another file, or a clip of another prompt or seed."""
+def _read_clip(file: Path, prompt: Prompt | None = None, frames: bool = True) -> dict[str, NDArray[Any]]:
+    """What `_keep` wrote; its frames, which have to be unpacked, only where they are wanted.
+
+    Raises OutputError for another file, or a clip of another prompt or seed.
+    """
     try:
         with np.load(file) as content:
-            clip = dict(content)
+            clip = {name: content[name] for name in content if frames or name != "frames"}
         ours = prompt is None or (str(clip["prompt"]) == prompt.prompt and int(clip["seed"]) == prompt.seed)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise OutputError(f"{file} is not a clip of this command ({type(error).__name__}). Move it away.") from None
@@ -276,7 +271,7 @@ def describe_clips(folder: Path) -> dict[str, Any]:
     """What made a run's clips, and at which commit, by its first one. Raises OutputError where there is none."""
     if not clip_file(folder, 0).is_file():
         raise OutputError(f"{folder}: no {clip_file(folder, 0).name}. Give the --out of another run.")
-    clip = _read_clip(clip_file(folder, 0))
+    clip = _read_clip(clip_file(folder, 0), frames=False)
     maker = json.loads(str(clip["maker"])) if "maker" in clip else {}
     return {"commit": _conditions(clip).get("commit"), **maker}
 
@@ -345,4 +340,4 @@ def _contact_sheets(out: Path, rows: Sequence[dict[str, Any]]) -> None:
             strips.append(np.asarray(strip))
         content = io.BytesIO()
         Image.fromarray(np.concatenate(strips)).save(content, "png")
-        _write(out / f"sheet-{first // _SHEET_ROWS}.png", content)
+        write_bytes(out / f"sheet-{first // _SHEET_ROWS}.png", content.getvalue())

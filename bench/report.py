@@ -155,7 +155,12 @@ def _finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The whole file or none. Raises OutputError."""
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None

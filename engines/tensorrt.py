@@ -80,9 +80,7 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 
     A plan is read by the version that wrote it, on the cards that it was written for.
     """
-    return (
-        version_mismatch(bundle, entry) or _card_mismatch(bundle, entry) or _old_driver(entry.backend, find_gpus()[0])
-    )
+    return version_mismatch(bundle, entry) or _card_mismatch(bundle, entry)
 
 
 def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
@@ -104,7 +102,7 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
         command = bundle.rebuild_command(entry.name, **onnxruntime)
         return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
     if serves(entry.targets, gpus[0].target):
-        return None
+        return _old_driver(entry.backend, gpus[0])
     there = f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target})"
     if entry.backend == "tensorrt":
         return f"{there}: {bundle.rebuild_command(entry.name)}"

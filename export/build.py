@@ -151,19 +151,14 @@ class Job:
         compilation = 0.0 if self.backend.name == compile_ort.BACKEND else 0.03 * layers + 4 * self.weight_bytes / _GIB
         return 2 + 0.08 * layers + compilation
 
-    @property
-    def _tuned_for(self) -> tuple[int, int] | None:
-        """Pixels, (width, height); of text encoders None."""
-        network = self.source.network
-        return self.size if network.stage == "sr2" and network.name != "clip" else stage_sizes(self.size).get(self.name)
-
     def made_from(self) -> dict[str, str]:
         """Everything the engine depends on. When one of these changes, it is stale."""
+        tuned_for = None if self.name in TOKENIZERS else stage_sizes(self.size)[self.source.network.stage]
         made_from = {
             **self.source.fingerprint(),
             "learned_variance": str(self.source.learned_variance),
             "precision": self.precision,
-            "size": str(self._tuned_for),
+            "size": str(tuned_for),
             "exporter": _exporter_hash(self.backend.name),
             "backend": self.backend.name,
         }

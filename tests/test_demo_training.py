@@ -378,9 +378,21 @@ def test_what_is_no_part_of_a_checkpoint_is_not_packed(tmp_path: Path, checkpoin
     for folder in (checkpoint, tmp_path / "trained"):
         cascade.pack(folder, tmp_path / f"{folder.name}.tar.xz")
     assert (tmp_path / "trained.tar.xz").read_bytes() == (tmp_path / "checkpoint.tar.xz").read_bytes()
-    command = ["train-demo", "--stage", "text", "--steps", "1", "--out", str(tmp_path / "out")]
-    assert main([*command, "--pack", str(tmp_path / "no" / "x.tar.xz")]) == 1
-    assert not (tmp_path / "out").exists(), "said before the training"
+
+
+def test_folders_are_made_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[Path] = []
+    monkeypatch.setattr("export.demo.train.train", lambda out, *_, **__: trained.append(out))
+    command = ["train-demo", "--stage", "text", "--steps", "1", "--out"]
+    assert main([*command, str(tmp_path / "out"), "--pack", str(tmp_path / "new" / "x.tar.xz")]) == 0
+    assert trained == [tmp_path / "out"] and (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    for out, pack in ((tmp_path / "out", tmp_path / "file" / "x.tar.xz"), (tmp_path / "file", tmp_path / "x.tar.xz")):
+        assert main([*command, str(out), "--pack", str(pack)]) == 1
+        assert f"{tmp_path / 'file'}: cannot be made" in capsys.readouterr().err
+    assert len(trained) == 1
 
 
 def test_training_goes_on_from_a_finished_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

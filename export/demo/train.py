@@ -450,8 +450,11 @@ def main(arguments: Any) -> None:
     names = list(RECIPES) if arguments.stage == "all" else arguments.stage.split(",")
     keys = ("minutes", "steps", "stop_after", "seed", "batch", "pool", "ship", "init", "skip_lessons")
     options = {key: getattr(arguments, key) for key in keys}
-    if arguments.pack and not arguments.pack.parent.is_dir():
-        raise OutputError(f"{arguments.pack}: there is no folder {arguments.pack.parent}. Make it, or choose another.")
+    for folder in (arguments.out, *([arguments.pack.parent] if arguments.pack else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another place.") from None
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
     if not done or not arguments.pack:
         return
