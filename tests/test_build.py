@@ -423,6 +423,21 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: f
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_workers_of_a_killed_build_end_with_it(golden: Path, tmp_path: Path) -> None:
+    """They would go on for minutes and keep processors, memory and the card."""
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "export", "build", "--stage", "base", "--checkpoint", str(golden / "models")]
+    with subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: list(out.glob(".tmp-*/base")), process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        gone, left = psutil.wait_procs(workers, timeout=5)
+        for worker in left:
+            worker.kill()
+    assert gone and not left
+
+
 def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, out: Path) -> None:
     (out / ".tmp-x1y2" / "t5").mkdir(parents=True)
     (out / ".tmp-x1y2" / "t5" / "encode.onnx").touch()
