@@ -1,7 +1,9 @@
 """The demo's clips and captions, and its training: batches as the runtime makes them, runs that can be interrupted."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +364,40 @@ def test_an_autoencoder_is_finished_from_its_state(tmp_path: Path) -> None:
     assert cascade.has_network(tmp_path, "vae")
     # The last step's state is a finished one.
     assert train(tmp_path / "other", ["text"], steps=1, pool=8, batch=1, stop_after=0.0, report=lambda _: None)
+
+
+@pytest.mark.parametrize("bad", [[2], range(30)], ids=["one batch", "all"])
+def test_batches_whose_loss_is_not_a_number_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Sequence[int]
+) -> None:
+    """One spoilt an autoencoder on a GPU once; it was shipped, rounded to zeros."""
+    steps = count()
+    loss_before = stages.Text.loss
+
+    def loss(self: stages.Text, *batch: torch.Tensor) -> torch.Tensor:
+        return loss_before(self, *batch) * (float("nan") if next(steps) in bad else 1)
+
+    monkeypatch.setattr(stages.Text, "loss", loss)
+    monkeypatch.setattr("export.demo.train._REPORT_EVERY", 0.0)
+    lines: list[str] = []
+    options = {"steps": 15, "pool": 8, "batch": 2, "report": lines.append}
+    if len(bad) == 1:
+        assert train(tmp_path, ["text"], **options)
+        assert not any("nan" in line for line in lines)
+        assert all(w.isfinite().all() for w in cascade.load_network(tmp_path, "clip").state_dict().values())
+    else:
+        with pytest.raises(SettingsError, match=r"text: the loss has not been a number for 10 steps, at step 10"):
+            train(tmp_path, ["text"], **options)
+        assert not cascade.has_network(tmp_path, "clip")
+
+
+def test_weights_that_are_not_finite_are_not_shipped(tmp_path: Path) -> None:
+    network = cascade.make_network("clip")
+    with torch.no_grad():
+        next(network.parameters()).fill_(1e5)  # beyond float16
+    with pytest.raises(CheckpointError, match=r"clip: .* is not finite in float16"):
+        cascade.save_network(tmp_path, "clip", network)
+    assert not cascade.has_network(tmp_path, "clip")
 
 
 def test_a_state_or_checkpoint_of_another_version_is_refused(tmp_path: Path, checkpoint: Path) -> None:

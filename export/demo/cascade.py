@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
 
+from engines.errors import CheckpointError
 from engines.store import write_atomically
 from export import configs
 from export.demo.captions import words
@@ -101,10 +102,17 @@ def make_network(name: str) -> Any:
 
 
 def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
-    """Write one network in float16, rounded, with its config; the weights, last, appear whole or not at all."""
+    """Write one network in float16, rounded, with its config; the weights, last, appear whole or not at all.
+
+    Raises CheckpointError for weights that are not finite in float16.
+    """
     folder, config = NETWORKS[name]
     write_json(checkpoint / folder / "config.json", config)
-    state = {key: _rounded(value.detach().half().cpu().contiguous()) for key, value in module.state_dict().items()}
+    state = {key: value.detach().half().cpu().contiguous() for key, value in module.state_dict().items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name}: {key} is not finite in float16. Train it again, with another --seed.")
+    state = {key: _rounded(value) for key, value in state.items()}
     write_atomically(_weights(checkpoint, name), save(state))
 
 

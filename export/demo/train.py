@@ -36,6 +36,7 @@ _MATRIX_RATE, _OTHER_RATE = 0.03, 3e-3  # learning rates of Muon and of AdamW
 _WARM_UP = 100  # steps of rising learning rate
 _FALL = 0.3  # share of a stage in which it falls to 0
 _REPORT_EVERY = 5.0  # seconds
+_LOST_AFTER = 10  # steps in a row without a finite loss
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,18 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Weights that the batch did not use stay as they are: no decay either."""
-        for value, gradient in zip(self.trained.values(), gradients, strict=True):
-            value.grad = None if gradient is None else gradient.reshape(value.shape)
-        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        """Weights that the batch did not use stay as they are: no decay either.
+
+        A batch whose gradient is not finite counts as one that asks for no change.
+        """
+        used = [(v, g) for v, g in zip(self.trained.values(), gradients, strict=True) if g is not None]
+        whole = torch.cat([gradient.flatten() for _, gradient in used])
+        norm = whole.norm()
+        whole = (whole / norm.clamp(min=1)).masked_fill(~norm.isfinite(), 0)
+        for value in self.trained.values():
+            value.grad = None
+        for (value, _), part in zip(used, whole.split([value.numel() for value, _ in used]), strict=True):
+            value.grad = part.view_as(value)
         for optimizer in self.optimizers:
             optimizer.step()
         changes = torch._foreach_sub(list(self.weights.values()), list(self.average.values()))
@@ -428,9 +437,19 @@ def _run(
             continue  # reading the clock there means waiting for the device
         now = _now(trainer)
         if now - reported > _REPORT_EVERY or trainer.done:
-            loss = torch.stack(losses).mean()
-            report(f"{name}: step {trainer.step}, {trainer.progress:.1%} of the training, loss {loss:.4f}")
-            losses, reported = [], now
+            found = torch.stack(losses)
+            sound = found[found.isfinite()]
+            if len(sound):
+                skipped = f", batches skipped: {len(found) - len(sound)}" if len(sound) < len(found) else ""
+                loss = f"loss {sound.mean():.4f}{skipped}"
+                report(f"{name}: step {trainer.step}, {trainer.progress:.1%} of the training, {loss}")
+                losses = []
+            elif len(found) >= _LOST_AFTER:
+                raise SettingsError(
+                    f"{name}: the loss has not been a number for {len(found)} steps, at step {trainer.step}. Remove "
+                    f"{state} to start again, with another --seed or a larger --batch."
+                )
+            reported = now
         if now > deadline or now - saved > save_every:
             trainer.save(state)
             saved = now

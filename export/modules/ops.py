@@ -35,10 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
     q [N, S, heads * d], k and v [N, L, heads * d] -> [N, S, heads * d]. For the pixels of a frame: few, long rows.
     """
-    if not q.requires_grad:
-        return _attention_op(q, k, v, num_heads)
-    # On a CPU the derivatives of fused kernels are the slower ones.
-    return (_attention if q.is_cuda else _by_products)(q, k, v, num_heads)
+    return _by_products(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -49,6 +46,7 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """For training: derivatives of fused kernels are slow on a CPU."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
