@@ -25,7 +25,6 @@ from export.demo.muon import Muon
 from export.demo.scenes import lay_out, render
 from export.demo.stages import Lesson, Pool
 from export.demo.train import RECIPES, Run, Trainer, train
-from export.modules import ops
 from export.modules.ops import attention, temporal_attention
 from export.modules.unet import UNetContext, UNetStep
 from export.networks import Source
@@ -292,26 +291,12 @@ def test_latents_are_brought_to_unit_deviation_without_changing_the_pictures(
     assert abs(mean.mean() * 0.18215) < 0.5
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("function", [attention, temporal_attention])
-def test_attention_with_a_derivative_is_the_operators(function, device: str) -> None:
-    q, k, v = torch.randn(3, 4, 5, 16, device=device).unbind()
+def test_attention_with_a_derivative_is_the_operators(function) -> None:
+    q, k, v = torch.randn(3, 4, 5, 16).unbind()
     trained = function(q.clone().requires_grad_(), k, v, 2)
-    torch.testing.assert_close(trained, function(q, k, v, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained, function(q, k, v, 2))
     trained.sum().backward()
-
-
-def test_attention_by_elements_is_that_by_products_and_so_are_its_derivatives() -> None:
-    torch.manual_seed(0)
-    results = []
-    inputs = torch.randn(3, 4, 5, 14)
-    weight = torch.randn(4, 5, 14)
-    for attend in (ops._by_elements, ops._by_products):
-        qkv = inputs.clone().requires_grad_()
-        out = attend(*qkv.unbind(), 2)
-        (out * weight).sum().backward()
-        results.append((out.detach(), qkv.grad))
-    torch.testing.assert_close(*results)
 
 
 # Runs

@@ -35,26 +35,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
     q [N, S, heads * d], k and v [N, L, heads * d] -> [N, S, heads * d]. For the pixels of a frame: few, long rows.
     """
-    return _by_products(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
+    return _plain(q, k, v, num_heads) if q.requires_grad else _attention_op(q, k, v, num_heads)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """The same for the frames of a pixel: very many rows (one per pixel) of few tokens suit other kernels."""
-    if not q.requires_grad:
-        return _temporal_attention_op(q, k, v, num_heads)
-    return (_by_elements if q.is_cuda else _by_products)(q, k, v, num_heads)
+    return _plain(q, k, v, num_heads) if q.requires_grad else _temporal_attention_op(q, k, v, num_heads)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """For training: derivatives of fused kernels are slow on a CPU."""
+def _plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """By matrix products, for training: what is trained is small, and fused kernels have room for 65,535 rows on a GPU
+    and slow derivatives on a CPU."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
-
-
-def _by_elements(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """For a GPU: fused kernels have room for 65,535 rows there, and products waste most of a tile on such matrices."""
-    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # [N, F, heads, d]
-    q = q * q.shape[-1] ** -0.5
-    weights = (q[:, :, None] * k[:, None]).sum(-1).softmax(2).to(v.dtype)  # [N, F, F, heads]
-    return (weights[..., None] * v[:, None]).sum(2).flatten(2)
