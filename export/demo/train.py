@@ -67,9 +67,9 @@ class Recipe:
 # Pictures go on beside clips, whose frames show the same few things again and again: shapes were forgotten over them.
 _PICTURES = Lesson(0, KEYFRAME_SIZE, batch=0.5)
 _BASE_LESSONS = (
-    Lesson(0.35, KEYFRAME_SIZE),
+    Lesson(0.25, KEYFRAME_SIZE),
     Lesson(0.35, KEYFRAME_SIZE, 8, batch=0.25, speed=0, beside=_PICTURES),
-    Lesson(0.3, KEYFRAME_SIZE, 8, batch=0.25, beside=_PICTURES),
+    Lesson(0.4, KEYFRAME_SIZE, 8, batch=0.25, beside=_PICTURES),
 )
 # The last lesson of each stage is what the runtime asks for: whole frames, which norms see there, but in the
 # autoencoder's.
