@@ -444,7 +444,7 @@ def _run(
                 loss = f"loss {sound.mean():.4f}{skipped}"
                 report(f"{name}: step {trainer.step}, {trainer.progress:.1%} of the training, {loss}")
                 losses = []
-            elif len(found) >= _LOST_AFTER:
+            elif trainer.done or len(found) >= _LOST_AFTER:
                 raise SettingsError(
                     f"{name}: the loss has not been a number for {len(found)} steps, at step {trainer.step}. Remove "
                     f"{state} to start again, with another --seed or a larger --batch."
