@@ -108,11 +108,12 @@ def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
     """
     folder, config = NETWORKS[name]
     write_json(checkpoint / folder / "config.json", config)
-    state = {key: value.detach().half().cpu().contiguous() for key, value in module.state_dict().items()}
-    for key, value in state.items():
-        if not value.isfinite().all():
+    state = {}
+    for key, value in module.state_dict().items():
+        half = value.detach().half().cpu().contiguous()
+        if not half.isfinite().all():
             raise CheckpointError(f"{name}: {key} is not finite in float16. Train it again, with another --seed.")
-    state = {key: _rounded(value) for key, value in state.items()}
+        state[key] = _rounded(half)
     write_atomically(_weights(checkpoint, name), save(state))
 
 

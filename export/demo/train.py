@@ -214,14 +214,13 @@ class Trainer:
 
         A batch whose gradient is not finite counts as one that asks for no change.
         """
-        used = [(v, g) for v, g in zip(self.trained.values(), gradients, strict=True) if g is not None]
-        whole = torch.cat([gradient.flatten() for _, gradient in used])
+        found = [gradient.flatten() for gradient in gradients if gradient is not None]
+        whole = torch.cat(found)
         norm = whole.norm()
         whole = (whole / norm.clamp(min=1)).masked_fill(~norm.isfinite(), 0)
-        for value in self.trained.values():
-            value.grad = None
-        for (value, _), part in zip(used, whole.split([value.numel() for value, _ in used]), strict=True):
-            value.grad = part.view_as(value)
+        parts = iter(whole.split([len(gradient) for gradient in found]))
+        for value, gradient in zip(self.trained.values(), gradients, strict=True):
+            value.grad = None if gradient is None else next(parts).view_as(value)
         for optimizer in self.optimizers:
             optimizer.step()
         changes = torch._foreach_sub(list(self.weights.values()), list(self.average.values()))
