@@ -6,7 +6,7 @@ Results say which is which.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,22 @@ def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> 
 
 
 def run_bundle(
-    bundle: Bundle, settings: Settings, stages: Sequence[str], seed: int, lengths: Mapping[str, int], work: Any
-) -> Contender:
-    results = run_latency(bundle, settings, stages, seed, warmup=0, repeats=1)
-    return Contender(
-        "+".join(sorted({entry.backend for entry in bundle.manifest.engines.values()})),
-        {r.stage: from_latency(r, lengths[r.stage], work) for r in results},
-        {"load_s": {r.stage: round(r.load_seconds, 3) for r in results}},
-    )
+    bundle: Bundle,
+    setup: "Setup",
+    lengths: Mapping[str, int],
+    work: Mapping[str, Work],
+    contender: Contender,
+    on_stage: Callable[[str], None],
+) -> None:
+    """Fills in `contender`; `on_stage` is called after every stage."""
+    loading = contender.details.setdefault("load_s", {})
+
+    def measured(result: StageResult) -> None:
+        contender.stages[result.stage] = from_latency(result, lengths[result.stage], work)
+        loading[result.stage] = round(result.load_seconds, 3)
+        on_stage(result.stage)
+
+    run_latency(bundle, setup.settings, setup.stages, setup.seed, warmup=0, repeats=1, on_stage=measured)
 
 
 def run_baselines(
@@ -247,10 +255,13 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
         return Result(setup.stages, work, [*contenders, *baselines], rate, differences, video)
 
     for bundle in setup.bundles:
-        contender = run_bundle(bundle, setup.settings, setup.stages, setup.seed, lengths, work)
-        same = sum(c.name.partition(" ")[0] == contender.name for c in contenders)
-        contenders.append(replace(contender, name=f"{contender.name} {same + 1}") if same else contender)
-        said(contenders[-1].name, result())
+        backends = "+".join(sorted({entry.backend for entry in bundle.manifest.engines.values()}))
+        same = sum(contender.name.partition(" ")[0] == backends for contender in contenders)
+        name = f"{backends} {same + 1}" if same else backends
+        contenders.append(Contender(name))
+        run_bundle(
+            bundle, setup, lengths, work, contenders[-1], lambda stage, name=name: said(f"{name}: {stage}", result())
+        )
     schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: published_scheduler(s) for s in UNETS}
 
     def compare(name: str, unet: Any) -> None:

@@ -108,6 +108,7 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
         try:
             clock.check()
             print(f"{part.name} ...", file=sys.stderr, flush=True)
+            report.save(*content())  # a crash of the process shows where it was
             done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
             state[part.name] = f"done in {number(time.monotonic() - start)} s"
         except (Show1Error, RuntimeError) as error:  # torch's, as where memory does not suffice

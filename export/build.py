@@ -331,6 +331,7 @@ def _start_worker(messages: Any, threads: int) -> None:
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its workers
     torch.set_num_threads(threads)
+    torch._inductor.config.compile_threads = threads  # its processes: as many as processors otherwise, of every engine
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,6 +8,8 @@ someone follows the steps, the sample.
 import contextlib
 import logging
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -262,6 +264,7 @@ class InductorRunner:
     """One package. `infer` takes and gives NumPy arrays; on the CPU they are not copied."""
 
     def __init__(self, plan: Path):
+        _check_room(plan)
         try:
             # On the caller's thread and stream alone: what a CUDA graph can capture.
             with _quiet():
@@ -329,6 +332,17 @@ class InductorRunner:
         del self._package
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _check_room(plan: Path) -> None:
+    """torch unpacks packages into the temporary folder, and leaves there what it had when the disk is full."""
+    folder, need = tempfile.gettempdir(), plan.stat().st_size if plan.is_file() else 0
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise EngineError(
+            f"{plan}: to load it {need / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free. "
+            "Make room, or let TMPDIR name another folder."
+        )
 
 
 @contextlib.contextmanager

@@ -96,6 +96,20 @@ def test_a_bundle_against_eager_torch(bundle: Path, golden: Path, tmp_path: Path
     assert (tmp_path / "e2e-stages.svg").is_file()
 
 
+def test_what_a_bundle_took_is_told_after_every_stage(bundle: Path) -> None:
+    settings = Settings(size=(64, 64), keyframes=2).with_steps({"base": 2, "if2": 2})
+    told: dict[str, list[str]] = {}
+    setup = Setup("golden", None, [Bundle.open(bundle)] * 2, settings, ["base", "if2"], [], 1, 1)
+    run_e2e(setup, lambda what, result: told.update({what: [*result.to_json()["contenders"]]}))
+    first, both = ["onnxruntime"], ["onnxruntime", "onnxruntime 2"]
+    assert told == {
+        "onnxruntime: base": first,
+        "onnxruntime: if2": first,
+        "onnxruntime 2: base": both,
+        "onnxruntime 2: if2": both,
+    }
+
+
 def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
     with pytest.raises(SettingsError, match="nothing to measure: give a --bundle, or a --baseline"):
         run_e2e(Setup("golden", None, [], Settings(), ["base"], [], 1, 1), lambda *_: None)

@@ -36,6 +36,7 @@ def test_a_part_that_fails_does_not_stop_the_next(report: Report, kind: type[Exc
 
     def works(clock: gpu.Clock, save: Any) -> gpu.Content:
         assert saved(report)["first"] == {"half": 1, "state": "not done: no nvcc here"}, "written before the next part"
+        assert saved(report)["second"] == {"state": "begun"}
         return {"whole": 2}, [Table("Numbers", ["a", "b"], [["x", "1"]])], {}
 
     gpu.run_parts([gpu.Part("first", fails), gpu.Part("second", works)], gpu.Clock(1), report)

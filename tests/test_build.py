@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-pytest.importorskip("torch", reason="needs the export extra")
+torch = pytest.importorskip("torch", reason="needs the export extra")
 
 import onnx
 from conftest import ROOT
@@ -413,6 +414,17 @@ def test_an_interruption_ends_the_workers_before_what_they_write_to_goes(
         builder._build_all(bundle, [job], 1)
     assert not psutil.pid_exists(int(pid.read_text()))
     assert not list((tmp_path / "bundle").glob(".tmp-*"))
+
+
+def processes_of_inductor() -> int:
+    return torch._inductor.config.compile_threads
+
+
+def test_workers_share_the_processors_with_what_they_start() -> None:
+    """inductor compiles in processes of its own, as many as there are processors unless told."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=builder._start_worker, initargs=(None, 37)) as pool:
+        assert pool.submit(torch.get_num_threads).result() == pool.submit(processes_of_inductor).result() == 37
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -266,6 +267,16 @@ def test_a_package_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path
         package.write_bytes(content)
     with pytest.raises(BundleError, match=r"step\.pt2: torch \d.* cannot load it"):
         InductorRunner(package)
+
+
+def test_a_disk_without_room_to_unpack_a_package_is_told_before(
+    float32: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(
+        EngineError, match=r"context\.pt2: to load it 0\.\d GB are needed in .*, 0\.0 GB are free.* TMPDIR"
+    ):
+        Engine(float32, float32.engine("interp"))
 
 
 def test_engines_without_autotuning_are_built_again_without_it(
