@@ -331,7 +331,8 @@ def _start_worker(messages: Any, threads: int) -> None:
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its workers
     torch.set_num_threads(threads)
-    torch._inductor.config.compile_threads = threads  # its processes: as many as processors otherwise, of every engine
+    # inductor's processes, for every engine as many as there are processors unless told; they wait half of the time.
+    torch._inductor.config.compile_threads = 2 * threads
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
