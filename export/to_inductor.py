@@ -6,6 +6,7 @@ that takes too long.
 """
 
 import contextlib
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,10 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         set_up_cuda()
     elif target.endswith(X86_LEVEL):
         options |= _X86
+    if sys.platform == "linux":
+        # The C++ library that the process has. Where g++ finds the static one alone, a package would get a copy, whose
+        # locales the other's parts get into: it crashes when it is loaded, at its first regular expression.
+        options["aot_inductor.custom_op_libs"] = [":libstdc++.so.6"]
     inputs = graph.example(tuned_sizes(spec), torch.Generator().manual_seed(0))
     with (
         tempfile.TemporaryDirectory(dir=package.parent) as scratch,
