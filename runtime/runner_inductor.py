@@ -6,7 +6,6 @@ someone follows the steps, the sample.
 """
 
 import contextlib
-import logging
 import platform
 import shutil
 import tempfile
@@ -46,6 +45,7 @@ from runtime.schedulers import Schedule
 try:
     import torch
     from torch import Tensor
+    from torch._inductor import codecache
 except (ImportError, OSError) as error:  # OSError: its libraries do not load
     raise EngineError(
         f"torch is not usable ({error}), and engines of inductor run on it: `pip install -e '.[inductor]'`."
@@ -267,7 +267,7 @@ class InductorRunner:
         _check_room(plan)
         try:
             # On the caller's thread and stream alone: what a CUDA graph can capture.
-            with _quiet():
+            with _unasked():
                 self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
             metadata = self._package.get_metadata()
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
@@ -346,15 +346,16 @@ def _check_room(plan: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns of processors that can do more than a package asks for; `why_unusable` tells of those that cannot."""
-    logger = logging.getLogger("torch.export.pt2_archive._package")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _unasked() -> Iterator[None]:
+    """torch would ask what this processor can do, by programs that it compiles and runs, and warn of a difference from
+    the one that built the package: tens of seconds in a process, and a compiler. `why_unusable` has told all that
+    matters."""
+    asked = codecache.get_device_information
+    codecache.get_device_information = lambda device_type: {}
     try:
         yield
     finally:
-        logger.setLevel(level)
+        codecache.get_device_information = asked
 
 
 @contextlib.contextmanager

@@ -290,6 +290,12 @@ def test_a_package_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path
         InductorRunner(package)
 
 
+def test_loading_a_package_compiles_nothing(float32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch asks what the processor can do in that way, which takes seconds and, on another machine, a compiler."""
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: pytest.fail("asked"))
+    InductorRunner(float32.path(float32.engine("interp").graphs["context"].plan)).close()
+
+
 def test_a_disk_without_room_to_unpack_a_package_is_told_before(
     float32: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
