@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,6 @@ from runtime.schedulers import Schedule
 try:
     import torch
     from torch import Tensor
-    from torch._inductor import codecache
 except (ImportError, OSError) as error:  # OSError: its libraries do not load
     raise EngineError(
         f"torch is not usable ({error}), and engines of inductor run on it: `pip install -e '.[inductor]'`."
@@ -350,6 +350,7 @@ def _unasked() -> Iterator[None]:
     """torch would ask what this processor can do, by programs that it compiles and runs, and warn of a difference from
     the one that built the package: tens of seconds in a process, and a compiler. `why_unusable` has told all that
     matters."""
+    codecache: Any = import_module("torch._inductor.codecache")  # what loads a package imports it too
     asked = codecache.get_device_information
     codecache.get_device_information = lambda device_type: {}
     try:

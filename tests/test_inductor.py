@@ -211,12 +211,14 @@ def test_sizes_to_trace_and_to_compare_at_suit_every_network(golden: Path, name:
 
 @pytest.fixture
 def static_cpp_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that does as one which finds no other."""
+    """A compiler that does as one which finds no other. Where there is no g++, torch's own choice."""
+    if not (plain := shutil.which("g++")):
+        return
     compiler = tmp_path / "bin" / "g++"
     compiler.parent.mkdir()
     compiler.write_text(f"""#!/bin/sh
 case " $* " in *" -shared "*) set -- -static-libstdc++ "$@";; esac
-exec {shutil.which("g++")} "$@"
+exec {plain} "$@"
 """)
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
