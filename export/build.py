@@ -331,8 +331,10 @@ def _start_worker(messages: Any, threads: int) -> None:
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its workers
     torch.set_num_threads(threads)
-    # inductor's processes, for every engine as many as there are processors unless told; they wait half of the time.
-    torch._inductor.config.compile_threads = 2 * threads
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Else every engine has as many processes for generated code as there are processors. Twice its share, for most
+        # of a build is torch's own Python, in one process.
+        torch._inductor.config.compile_threads = 2 * threads
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -348,7 +348,7 @@ def _check_room(plan: Path) -> None:
 @contextlib.contextmanager
 def _unasked() -> Iterator[None]:
     """torch would ask what this processor can do, by programs that it compiles and runs, and warn of a difference from
-    the one that built the package: tens of seconds in a process, and a compiler. `why_unusable` has told all that
+    the one that built the package: that takes seconds in every process, and a compiler. `why_unusable` has told what
     matters."""
     codecache: Any = import_module("torch._inductor.codecache")  # what loads a package imports it too
     asked = codecache.get_device_information

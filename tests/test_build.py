@@ -420,11 +420,16 @@ def processes_of_inductor() -> int:
     return torch._inductor.config.compile_threads
 
 
-def test_workers_share_the_processors_with_what_they_start() -> None:
+@pytest.mark.parametrize(("asked", "given"), [(None, 2 * 37), ("5", 5)])
+def test_workers_share_the_processors_with_what_they_start(
+    asked: str | None, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    monkeypatch.setenv(name, asked) if asked else monkeypatch.delenv(name, raising=False)
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=builder._start_worker, initargs=(None, 37)) as pool:
         assert pool.submit(torch.get_num_threads).result() == 37
-        assert pool.submit(processes_of_inductor).result() == 2 * 37
+        assert pool.submit(processes_of_inductor).result() == given
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> None:
