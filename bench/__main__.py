@@ -3,9 +3,10 @@
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +203,14 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 def _quality(arguments: argparse.Namespace) -> None:
     from bench.cost import Cost
     from bench.machine import describe_bundle, describe_machine
-    from bench.quality import describe_clips
+    from bench.quality import describe_clips, make_keyframes, make_video
     from bench.report import Report
+    from bench.work import STAGES
     from engines.store import Bundle
-    from export.demo.faithfulness import load_prompts
+    from export.demo.faithfulness import load_prompts, training_prompts
     from runtime.pipeline import Show1Pipeline, check_run
 
-    prompts = load_prompts(arguments.prompts)
+    prompts = (training_prompts if arguments.combinations == "training" else load_prompts)(arguments.prompts)
     presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
     if arguments.presets and arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
@@ -225,33 +227,44 @@ def _quality(arguments: argparse.Namespace) -> None:
         asked["keyframes"] = settings[presets[0]].keyframes
     else:
         asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
+    asked |= {"combinations": arguments.combinations, "judged": "key frames" if arguments.only_keyframes else "videos"}
     conditions = {"machine": describe_machine(bundle), "bundle": describe_bundle(bundle), "run": asked}
     if arguments.reference:
         conditions["reference"] = describe_clips(arguments.reference)
     report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
-        for engine in CATALOG:  # loading is no part of a video's time
+        for engine in ("t5", "base") if arguments.only_keyframes else CATALOG:  # loading is no part of a video's time
             with pipeline.engines.use(engine):
                 pass
+        make = partial(make_keyframes if arguments.only_keyframes else make_video, pipeline)
+        made_by = {"bundle": bundle.id} | ({"judged": asked["judged"]} if arguments.only_keyframes else {})
         if arguments.presets:
-            costs = {name: Cost(Settings().with_options(preset=name, **wanted)) for name in presets}
-            _compare_presets(report, pipeline, prompts, settings, costs, arguments.out)
+            stages = ("text", "base") if arguments.only_keyframes else STAGES
+            costs = {name: Cost(Settings().with_options(preset=name, **wanted), stages) for name in presets}
+            _compare_presets(report, make, prompts, settings, costs, arguments.out, made_by)
         else:
-            _judge_preset(report, pipeline, prompts, settings[arguments.preset], arguments.out, arguments.reference)
+            chosen = settings[arguments.preset]
+            _judge_preset(report, make, prompts, chosen, arguments.out, made_by, arguments.reference)
 
 
 def _judge_preset(
-    report: Any, pipeline: Any, prompts: Sequence[Any], settings: Settings, out: Path, reference: Path | None
+    report: Any,
+    make: Callable[[Any, Settings], Any],
+    prompts: Sequence[Any],
+    settings: Settings,
+    out: Path,
+    made_by: Mapping[str, Any],
+    reference: Path | None,
 ) -> None:
     from bench import quality
 
     result = quality.run_quality(
         prompts,
-        lambda p: pipeline(p.prompt, seed=p.seed, settings=settings).frames,
+        lambda prompt: make(prompt, settings),
         out,
         reference,
         lambda i, seen: print(f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True),
-        {"bundle": pipeline.engines.bundle.id, **settings.to_dict()},
+        {**made_by, **settings.to_dict()},
     )
     videos = result["videos"]
     tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(videos)]
@@ -262,18 +275,21 @@ def _judge_preset(
 
 def _compare_presets(
     report: Any,
-    pipeline: Any,
+    make: Callable[[Any, Settings], Any],
     prompts: Sequence[Any],
     settings: Mapping[str, Settings],
     costs: Mapping[str, Any],
     out: Path,
+    made_by: Mapping[str, Any],
 ) -> None:
     from bench import cost, presets, quality
+
+    stages = [name for name in DIFFUSION_STAGES if name in next(iter(costs.values())).counted]
 
     def content(results: Mapping[str, Any]) -> Any:
         ran = {name: result.settings for name, result in results.items()}
         clips = quality.clips_table({name: result.videos for name, result in results.items()})
-        tables = [presets.table(results), cost.steps_table(ran), clips]
+        tables = [presets.table(results), cost.steps_table(ran, stages), clips]
         pictures = [picture for name in results for picture in sorted((out / name).glob("sheet-*.png"))]
         return presets.to_json(results), tables, {"faithfulness": presets.plot(results)}, pictures
 
@@ -285,9 +301,9 @@ def _compare_presets(
         prompts,
         settings,
         costs,
-        lambda prompt, chosen: pipeline(prompt.prompt, seed=prompt.seed, settings=chosen).frames,
+        make,
         out,
-        {"bundle": pipeline.engines.bundle.id},
+        made_by,
         said,
         lambda sofar: report.save(*content(sofar)),
     )
@@ -402,7 +418,10 @@ def _parser() -> argparse.ArgumentParser:
     source = quality.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=Path, default=Path("bundle"), help="default: bundle")
     source.add_argument("--checkpoint", type=Path, help="build a bundle of it first; demo, or a folder")
-    add("--prompts", type=int, metavar="N", help="the first N of the list (default: all 48)")
+    add("--prompts", type=int, metavar="N", help="the first N of the list (default: 48, all that are held out)")
+    what = "of shape, colour and motion that prompts ask for; the held-out ones are no good any more once chosen by"
+    add("--combinations", choices=("held-out", "training"), default="held-out", help=f"{what} (default: %(default)s)")
+    add("--only-keyframes", action="store_true", help="judge base's key frames, enlarged without a network")
     which = quality.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
     which.add_argument("--presets", metavar="PRESET,...", help="compare them, or all, with that of most work")

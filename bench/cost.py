@@ -1,6 +1,6 @@
 """What presets cost: FLOP of a video by the published networks, counted from steps, guidance and reuse (`work`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,15 @@ _PETA = 1e15
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of a video with `settings`, by stage."""
+    """The work of a video with `settings`, by stage; of `counted` stages alone where not all are run."""
 
     settings: Settings
+    counted: Sequence[str] = STAGES
 
     @property
     def stages(self) -> dict[str, int]:
-        return published_flop(self.settings)
+        flop = published_flop(self.settings)
+        return {stage: flop[stage] for stage in self.counted}
 
     @property
     def total(self) -> int:
@@ -56,11 +58,9 @@ def work_table(costs: Mapping[str, Cost]) -> Table:
     return Table("PFLOP of a video at published sizes", ["preset", *STAGES, "all", "times cheaper"], rows)
 
 
-def steps_table(settings: Mapping[str, Settings]) -> Table:
-    rows = [
-        [preset, *(describe_stage(chosen, stage) for stage in DIFFUSION_STAGES)] for preset, chosen in settings.items()
-    ]
-    return Table("Steps", ["preset", *DIFFUSION_STAGES], rows)
+def steps_table(settings: Mapping[str, Settings], stages: Sequence[str] = DIFFUSION_STAGES) -> Table:
+    rows = [[preset, *(describe_stage(chosen, stage) for stage in stages)] for preset, chosen in settings.items()]
+    return Table("Steps", ["preset", *stages], rows)
 
 
 def plot(costs: Mapping[str, Cost]) -> Bars:

@@ -101,7 +101,7 @@ def table(results: Mapping[str, PresetResult]) -> Table:
     headers = ["preset", "PFLOP", "times cheaper", "s", "p10-p90", "faithfulness", "95 % interval"]
     headers += ["points", "95 % interval", "PSNR dB", "worst"]
     count = len(first.videos)
-    title = f"{count} videos by every preset; PFLOP at published sizes, points and PSNR against {name}"
+    title = f"{count} prompts by every preset; PFLOP at published sizes, points and PSNR against {name}"
     return Table(title, headers, rows)
 
 
@@ -119,7 +119,7 @@ def plot(results: Mapping[str, PresetResult]) -> Chart:
     bounds = {preset: bootstrap(result.faithfulness.scores) for preset, result in results.items()}
     return Chart(
         "Faithfulness over cost, 95 % intervals",
-        Axis("PFLOP of a video at published sizes"),
+        Axis("PFLOP at published sizes"),
         Axis("right answers, %"),
         points={preset: [(at[preset], 100 * result.faithfulness.score)] for preset, result in results.items()},
         intervals={preset: [(at[preset], 100 * low, 100 * high)] for preset, (low, high) in bounds.items()},

@@ -25,7 +25,11 @@ from bench.report import NOTHING, Table, number, write_bytes
 from engines.errors import OutputError
 from export.demo.faithfulness import ALSO_SHOWN, ASKED, Faithfulness, Prompt, faithfulness
 from export.demo.judge import Frames, Reading, read
-from runtime.ops import psnr
+from runtime.config import Settings
+from runtime.ops import clip_to_frames, psnr, resize_frames
+from runtime.pipeline import Show1Pipeline, check_finite
+from runtime.stages.base import run_base
+from runtime.stages.text import run_text
 
 _SHEET_FRAMES, _SHEET_ROWS, _SHEET_WIDTH = 8, 8, 192
 _UNKNOWN = "unknown"
@@ -148,6 +152,21 @@ def flicker(frames: Frames) -> float:
 
 def _gray(frames: Frames) -> NDArray[np.float32]:
     return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+# What is judged
+
+
+def make_video(pipeline: Show1Pipeline, prompt: Prompt, settings: Settings) -> Frames:
+    """uint8 [F, H, W, 3]."""
+    return pipeline(prompt.prompt, seed=prompt.seed, settings=settings).frames
+
+
+def make_keyframes(pipeline: Show1Pipeline, prompt: Prompt, settings: Settings) -> Frames:
+    """Base's key frames, those of `make_video`, enlarged without a network to a video's size: uint8 [N, H, W, 3]."""
+    clip = run_base(pipeline.engines, run_text(pipeline.engines, prompt.prompt), settings, prompt.seed)
+    check_finite(pipeline.engines.bundle, "base", clip)
+    return resize_frames(clip_to_frames(clip), settings.size)
 
 
 # One run over a folder of clips

@@ -15,7 +15,7 @@ from bench.cost import Cost
 from bench.presets import PresetResult, run_presets
 from engines.errors import OutputError
 from engines.store import Bundle
-from export.demo.faithfulness import Prompt, load_prompts
+from export.demo.faithfulness import Prompt, load_prompts, training_prompts
 from export.demo.judge import Frames
 from runtime.config import Settings
 from runtime.pipeline import Show1Pipeline, Video
@@ -60,7 +60,7 @@ def test_presets_are_judged_and_compared_with_the_first(tmp_path: Path) -> None:
     assert (first["points"], first["PSNR dB"]) == ("-", "-")
     assert (second["preset"], second["PFLOP"], second["times cheaper"]) == ("fast", "2.52", "7.83")
     assert float(second["points"]) == pytest.approx(100 * fast.faithfulness.score - 100, abs=0.1)
-    assert "3 videos by every preset" in table.title
+    assert "3 prompts by every preset" in table.title
 
     svg = presets.plot(results).svg()
     assert svg.count("<circle") == 2 and svg.count('stroke-width="1.6"') == 2
@@ -125,6 +125,29 @@ def test_the_command_compares_small_videos_of_few_prompts(
     assert all(f"| {preset} | 2 | 20" in page for preset in ("fast", "draft")), "when the clips of both were made"
     assert "![fast/sheet-0.png](fast/sheet-0.png)" in page and "![faithfulness](report-faithfulness.svg)" in page
     assert "points and PSNR against fast" in capsys.readouterr().out
+
+
+def test_key_frames_alone_are_compared_by_their_own_work(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Show1Pipeline, "__call__", pytest.fail)
+    command = ["quality", "--bundle", str(bundle), "--only-keyframes", "--combinations", "training", "--prompts", "2"]
+    small = ["--video", "112x64", "--keyframes", "2", "--steps", "base=2", "--out", str(tmp_path)]
+    assert main([*command, "--presets", "reference,draft", *small]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["run"]["judged"], report["run"]["combinations"]) == ("key frames", "training")
+    assert [video["prompt"] for video in report["presets"]["draft"]["videos"]] == [
+        p.prompt for p in training_prompts(2)
+    ]
+    with np.load(tmp_path / "draft" / "00.npz") as kept:
+        assert kept["frames"].shape == (2, 64, 112, 3)
+    work = Cost(Settings().with_options(preset="draft", steps="base=2")).stages
+    assert report["presets"]["draft"]["flop"] == work["text"] + work["base"]
+    assert "| preset | base |" in (tmp_path / "report.md").read_text()
+
+    capsys.readouterr()
+    assert main(["quality", "--bundle", str(bundle), "--preset", "draft", *small[:-1], str(tmp_path / "draft")]) == 1
+    assert "Choose another" in capsys.readouterr().err
 
 
 def test_steps_are_those_that_ran_and_work_that_of_the_published_networks(

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +12,28 @@ from bench import quality
 from bench.quality import bootstrap, feature_distance, flicker, ssim, wilson
 from engines.errors import OutputError, SettingsError
 from export.demo.captions import held_out
-from export.demo.faithfulness import PROMPTS_FILE, Prompt, faithfulness, load_prompts, make_prompts
+from export.demo.faithfulness import (
+    PROMPTS_FILE,
+    Prompt,
+    faithfulness,
+    load_prompts,
+    make_prompts,
+    training_prompts,
+)
 from export.demo.judge import Frames, read
-from runtime.ops import psnr
+from runtime.config import Settings
+from runtime.ops import clip_to_frames, psnr, resize_frames
+from runtime.pipeline import Show1Pipeline
 
 PROMPTS = load_prompts(16)
 
 
-def draw(prompt: Prompt) -> Frames:
-    """The true video of a prompt at half size."""
+def draw(prompt: Prompt, size: tuple[int, int] = (288, 160), every: int = 1) -> Frames:
+    """The true video of a prompt, at half size."""
     torch = pytest.importorskip("torch", reason="needs the export extra")
     from export.demo.scenes import lay_out, render
 
-    clip = render(lay_out([prompt.scene], prompt.seed), torch.arange(29.0)[None], (288, 160))[0]
+    clip = render(lay_out([prompt.scene], prompt.seed), torch.arange(0.0, 29.0, every)[None], size)[0]
     return ((clip * 0.5 + 0.5) * 255).byte().permute(1, 2, 3, 0).numpy()
 
 
@@ -37,6 +47,16 @@ def test_the_committed_prompts_are_those_that_training_never_sees() -> None:
     assert all(held_out(thing) for prompt in load_prompts() for thing in prompt.scene.things)
 
 
+def test_prompts_to_choose_by_are_of_combinations_that_training_shows() -> None:
+    prompts = training_prompts(96)
+    assert not any(held_out(thing) for prompt in prompts for thing in prompt.scene.things)
+    assert len({prompt.seed for prompt in prompts}) == 96
+    assert 38 <= sum(len(prompt.scene.things) == 2 for prompt in prompts) <= 58
+    assert training_prompts(5) == prompts[:5] and training_prompts() == prompts[:48]
+    with pytest.raises(SettingsError, match=r"--prompts 1; allowed: 2 or more"):
+        training_prompts(1)
+
+
 @pytest.mark.torch
 def test_true_videos_are_read_right_and_other_prompts_near_chance(videos: list[Frames]) -> None:
     result = faithfulness([prompt.scene for prompt in PROMPTS], [read(video) for video in videos])
@@ -45,6 +65,22 @@ def test_true_videos_are_read_right_and_other_prompts_near_chance(videos: list[F
     # 7 colours beside the background's, 5 shapes, 15 motions, 6 backgrounds, asked of the better of two pairings.
     assert result.chance_score < 0.25
     assert result.chance["direction"] < 0.15
+
+
+@pytest.mark.torch
+def test_true_key_frames_are_read_right_when_enlarged() -> None:
+    readings = [read(resize_frames(draw(prompt, (64, 40), every=4), (288, 160))) for prompt in PROMPTS]
+    assert faithfulness([prompt.scene for prompt in PROMPTS], readings).score == 1.0
+
+
+@pytest.mark.torch
+def test_key_frames_alone_are_those_of_the_video(bundle: Path) -> None:
+    settings = Settings(size=(112, 64), keyframes=2).with_preset("draft")
+    clips: dict[str, Any] = {}
+    with Show1Pipeline.from_bundle(bundle) as pipeline:
+        alone = quality.make_keyframes(pipeline, PROMPTS[0], settings)
+        pipeline(PROMPTS[0].prompt, seed=PROMPTS[0].seed, settings=settings, on_clip=clips.__setitem__)
+    np.testing.assert_array_equal(alone, resize_frames(clip_to_frames(clips["base"]), (112, 64)))
 
 
 @pytest.mark.torch

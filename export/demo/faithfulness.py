@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.errors import SettingsError
-from export.demo.captions import Scene, Thing, evaluation_scenes
+from export.demo.captions import Scene, Thing, evaluation_scenes, training_scenes
 from export.demo.judge import Reading, answers
 from runtime.config import SEED
 
@@ -47,6 +47,19 @@ def load_prompts(count: int | None = None) -> list[Prompt]:
         things = tuple(Thing(**thing) for thing in scene["things"])
         prompts.append(Prompt(row["prompt"], row["seed"], Scene(things, scene["background"], scene["pattern"])))
     return prompts
+
+
+def training_prompts(count: int | None = None) -> list[Prompt]:
+    """`count` prompts, 48 by default, of combinations that training shows; half of them have two things.
+
+    To choose weights and settings by: what was chosen by the held-out list, that list cannot judge. Raises
+    SettingsError for a count out of range.
+    """
+    count = 48 if count is None else count
+    if count < 2:
+        raise SettingsError(f"--prompts {count}; allowed: 2 or more (the control needs two).")
+    scenes = enumerate(training_scenes(count, SEED))
+    return [Prompt(caption, SEED + index, scene) for index, (scene, caption) in scenes]
 
 
 @dataclass(frozen=True)
