@@ -55,13 +55,20 @@ def faithfulness_table(result: Faithfulness) -> Table:
                 percent(result.chance[key]),
             ]
         )
-    whole = [
-        "faithfulness",
-        f"{len(result.scores)} videos",
-        percent(result.score),
-        percent_range(bootstrap(result.scores)),
-    ]
-    rows.append([*whole, percent(result.chance_score)])
+
+    def whole(name: str, scores: Sequence[float], chance: str) -> list[str]:
+        return [
+            name,
+            f"{len(scores)} videos",
+            percent(statistics.mean(scores)),
+            percent_range(bootstrap(scores)),
+            chance,
+        ]
+
+    rows.append(whole("faithfulness", result.scores, percent(result.chance_score)))
+    for count in sorted(set(result.things)):
+        of = [score for score, things in zip(result.scores, result.things, strict=True) if things == count]
+        rows.append(whole(f"faithfulness, {count} thing{'s' * (count > 1)}", of, NOTHING))
     title = f"Read off the pixels: {', '.join(ASKED)} make up faithfulness"
     return Table(title, ["attribute", "right", "share", "95 % interval", "other prompts"], rows)
 

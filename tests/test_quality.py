@@ -20,7 +20,7 @@ from export.demo.faithfulness import (
     make_prompts,
     training_prompts,
 )
-from export.demo.judge import Frames, read
+from export.demo.judge import Frames, Reading, read
 from runtime.config import Settings
 from runtime.ops import clip_to_frames, psnr, resize_frames
 from runtime.pipeline import Show1Pipeline
@@ -91,6 +91,15 @@ def test_the_judge_bears_blur_and_noise(videos: list[Frames]) -> None:
         soft = sum(np.roll(video.astype(np.float32), shift, axis=(1, 2)) for shift in (-2, -1, 0, 1, 2)) / 5
         spoiled.append((soft + random.normal(0, 12, soft.shape)).clip(0, 255).astype(np.uint8))
     assert faithfulness([prompt.scene for prompt in PROMPTS], [read(video) for video in spoiled]).score > 0.9
+
+
+def test_the_table_tells_one_thing_from_two() -> None:
+    scenes = [prompt.scene for prompt in PROMPTS[:8]]
+    assert [len(scene.things) for scene in scenes] == [1, 1, 1, 2, 1, 1, 1, 2]
+    result = faithfulness(scenes, [Reading((), scene.background) for scene in scenes])  # right alone in that
+    rows = {row[0]: row[1:3] for row in quality.faithfulness_table(result).rows}
+    assert rows["faithfulness, 1 thing"] == ["6 videos", "25 %"]
+    assert rows["faithfulness, 2 things"] == ["2 videos", "14 %"]
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])

@@ -64,11 +64,15 @@ def training_prompts(count: int | None = None) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video."""
+    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video.
+
+    `things` is how many each video was asked for.
+    """
 
     right: dict[str, int]
     asked: dict[str, int]
     scores: list[float]
+    things: list[int]
     chance: dict[str, float]  # share of right answers to other prompts' questions
 
     @property
@@ -88,7 +92,7 @@ def faithfulness(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Faithf
     asked = {key: sum(len(a[key]) for a in own) for key in keys}
     chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in keys}
     chance["faithfulness"] = float(np.mean([score(a) for a in others]))
-    return Faithfulness(right, asked, [score(a) for a in own], chance)
+    return Faithfulness(right, asked, [score(a) for a in own], [len(scene.things) for scene in scenes], chance)
 
 
 def score(answered: dict[str, list[bool]]) -> float:
