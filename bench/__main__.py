@@ -227,24 +227,27 @@ def _quality(arguments: argparse.Namespace) -> None:
         asked["keyframes"] = settings[presets[0]].keyframes
     else:
         asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
-    asked |= {"combinations": arguments.combinations, "judged": "key frames" if arguments.only_keyframes else "videos"}
+    judged, make, engines, stages = "videos", make_video, tuple(CATALOG), STAGES
+    if arguments.only_keyframes:
+        judged, make, engines, stages = "key frames", make_keyframes, ("t5", "base"), ("text", "base")
+    asked |= {"combinations": arguments.combinations, "judged": judged}
     conditions = {"machine": describe_machine(bundle), "bundle": describe_bundle(bundle), "run": asked}
     if arguments.reference:
         conditions["reference"] = describe_clips(arguments.reference)
     report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
     with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
-        for engine in ("t5", "base") if arguments.only_keyframes else CATALOG:  # loading is no part of a video's time
+        for engine in engines:  # loading is no part of a video's time
             with pipeline.engines.use(engine):
                 pass
-        make = partial(make_keyframes if arguments.only_keyframes else make_video, pipeline)
-        made_by = {"bundle": bundle.id} | ({"judged": asked["judged"]} if arguments.only_keyframes else {})
+        made_by = {"bundle": bundle.id}
+        if arguments.only_keyframes:  # clips of videos say what they always said: those of older versions go on
+            made_by["judged"] = judged
         if arguments.presets:
-            stages = ("text", "base") if arguments.only_keyframes else STAGES
             costs = {name: Cost(Settings().with_options(preset=name, **wanted), stages) for name in presets}
-            _compare_presets(report, make, prompts, settings, costs, arguments.out, made_by)
+            _compare_presets(report, partial(make, pipeline), prompts, settings, costs, arguments.out, made_by)
         else:
             chosen = settings[arguments.preset]
-            _judge_preset(report, make, prompts, chosen, arguments.out, made_by, arguments.reference)
+            _judge_preset(report, partial(make, pipeline), prompts, chosen, arguments.out, made_by, arguments.reference)
 
 
 def _judge_preset(
