@@ -7,7 +7,7 @@ import secrets
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ class Bundle:
         """Where a file lies; raises BundleError when it is not there or not of the recorded length."""
         path = self.root / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
+            if Bundle.open(self.root).manifest != self.manifest:
+                raise BundleError(f"{self.root}: its engines were built again while this ran. Run this again.")
             raise BundleError(
                 f"{path} is missing or cut short. `python -m export check {self.root}` says how to build it again."
             )
@@ -201,6 +203,13 @@ class BundleWriter(Bundle):
         for old in target.parent.glob(f"{entry.name}-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def adopt(self, foreign: Collection[str], tokenizers: Mapping[str, str], **changes: Any) -> None:
+        """Take over what engines of one checkpoint share, and drop those of another, `foreign`: they do not fit it."""
+        engines = {name: entry for name, entry in self.manifest.engines.items() if name not in foreign}
+        self.update(engines=engines, **changes)
+        for name, text in tokenizers.items():
+            self.install_tokenizer(name, text)
 
     def install_tokenizer(self, name: str, text: str) -> None:
         path = self.root / TOKENIZERS / f"{name}.json"

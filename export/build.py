@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -169,6 +169,8 @@ class Job:
             made_from |= {"backend version": self.backend.version, "targets": " ".join(self.backend.targets)}
         if self.backend.name in tensorrt.FLAVOURS:
             made_from["attention"] = self.backend.attention
+        if self.backend.name == INDUCTOR:
+            made_from["kernels"] = str(ABI)
         if not self.backend.autotune:
             made_from["autotune"] = "no"
         if self.layers:
@@ -421,27 +423,42 @@ def build(
     ]
 
     with Bundle.writer(out) as bundle:
-        pending = []
+        pending, foreign = [], set()
         for job in all_jobs:
             reason = "--force" if force else why_stale(bundle, job)
             print(f"{job.name}: {reason or 'up to date'}", file=sys.stderr)
             if reason:
                 pending.append(job)
+                may_be = force or "config" in reason or "weights" in reason  # to tell, all weights are read again
+                if may_be and not _of_checkpoint(bundle, job.source.network, checkpoint):
+                    foreign.add(job.name)
         _check_disk(bundle.root, pending)
         if backend.name == INDUCTOR:  # what its engines run with
             kernels.build_for("cpu" if backend.targets[0].startswith("cpu") else "cuda")
-        for name, text in tokenizers.items():
-            bundle.install_tokenizer(name, text)
-        bundle.update(
+        adopt = partial(
+            bundle.adopt,
+            foreign,
+            tokenizers,
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
             defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
+        if not (pending and bundle.manifest.engines):  # nothing that could not go with it
+            adopt()
         # Where kernels are chosen by timing, one engine at a time has the GPU.
         timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
-        _build_all(bundle, pending, 1 if timed else jobs)
+        _build_all(bundle, pending, 1 if timed else jobs, adopt)
         return Bundle(bundle.root, bundle.manifest)
+
+
+def _of_checkpoint(bundle: Bundle, network: Network, checkpoint: Path) -> bool:
+    """Whether a bundle's engine was made from these weights, in whatever precision they are there."""
+    entry = bundle.manifest.engines.get(network.name)
+    return entry is None or any(
+        Source.find(network, checkpoint, precision).fingerprint().items() <= entry.source.items()
+        for precision in ("fp32", "fp16")
+    )
 
 
 def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
@@ -479,10 +496,11 @@ def _check_disk(root: Path, pending: list[Job]) -> None:
         )
 
 
-def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> None:
+def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None, adopt: Callable[[], None]) -> None:
     """Build engines side by side: at most `most`, and never more than processors and memory allow.
 
-    The longest go first. Large engines have a process each, which takes its memory along when it ends.
+    The longest go first. Large engines have a process each, which takes its memory along when it ends. `adopt` is
+    called when the first is to be installed: until then the bundle is what it was.
     """
     if not pending:
         return
@@ -502,6 +520,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
     fitting_at_once = sum(total <= available for total in accumulate(sorted(job.memory for job in waiting)))
     threads = max(1, (os.cpu_count() or 1) // min(most, max(1, fitting_at_once)))
     running: dict[Future[tuple[EngineEntry, float]], Job] = {}
+    adopted = False
     with (
         bundle.scratch() as scratch,
         ProcessPoolExecutor(
@@ -522,6 +541,9 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                 for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_failed):
                     running.pop(future)
                     entry, seconds = future.result()
+                    if not adopted:
+                        adopt()
+                        adopted = True
                     bundle.install(scratch / entry.name, entry)
                     progress.finish(entry, seconds)
         except BrokenProcessPool:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -231,16 +231,20 @@ def build_int8(
             if reason:
                 pending.append((name, source))
         manifest = floats.manifest
-        for tokenizer in manifest.tokenizers:
-            bundle.install_tokenizer(tokenizer, floats.tokenizer(tokenizer).read_text(encoding="utf-8"))
-        if pending:
-            _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory)
-        bundle.update(
+        weights = {name: entry.source["weights"] for name, entry in manifest.engines.items()}
+        adopt = partial(
+            bundle.adopt,
+            {name for name, entry in bundle.manifest.engines.items() if entry.source["weights"] != weights[name]},
+            {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in manifest.tokenizers},
             versions=manifest.versions,
             size=manifest.size,
             defaults=manifest.defaults,
             schedulers=manifest.schedulers,
         )
+        if pending:
+            _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory, adopt)
+        else:
+            adopt()
         return Bundle(bundle.root, bundle.manifest)
 
 
@@ -276,7 +280,9 @@ def _build(
     settings: Settings,
     judge: _Judge,
     for_memory: bool,
+    adopt: Callable[[], None],
 ) -> None:
+    """`adopt` is called when the first engine is to be installed."""
     started = time.perf_counter()
     calls: dict[tuple[str, str], list[Feeds]] = {}
     for prompt in CALIBRATION_PROMPTS:
@@ -312,6 +318,8 @@ def _build(
                 properties={**entry.properties, INT8: asdict(verdict)},
                 cost={**entry.cost, "int8_s": seconds},
             )
+            if name == pending[0][0]:
+                adopt()
             bundle.install(folder, candidate)
         _say(f"{name}: {'int8' if verdict.kept else 'stays float32'}, {verdict.why}")
 

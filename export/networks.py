@@ -102,7 +102,7 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
 
     `size` is (width, height) of the finished video; `keep_variance` keeps the variance half of a UNet's output even
     where its scheduler drops it. Raises CheckpointError for files that do not make this network, SettingsError for a
-    precision that modules do not have.
+    precision that modules do not have, MemoryError where there is too little.
     """
     name = source.network.name
     if precision not in PRECISIONS:
@@ -115,8 +115,10 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
         )
     except KeyError as key:
         raise CheckpointError(f"{source.where}/config.json: {key} is missing. Download it again.") from None
-    # What layers raise for impossible sizes.
+    # What layers raise for impossible sizes, and torch where it gets no memory.
     except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(f"{name}: {error}") from None
         raise CheckpointError(
             f"{source.where}/config.json makes no {name} network ({type(error).__name__}: {error}). Download it again."
         ) from error

@@ -92,26 +92,28 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         tempfile.TemporaryDirectory(dir=package.parent) as scratch,
         torch.no_grad(),
         _quiet(),
-        _on(device, graph.module),
-        _for_our_kernels(graph.module),
-        sdpa_kernel(_ATTENTION),
     ):
-        _filters_channels_last(graph.module)
         try:
-            program = torch.export.export(
-                graph.module,
-                tuple(x.to(device) for x in inputs),
-                dynamic_shapes=dynamic_shapes(spec),
-                strict=False,
-            )
-            # The weights pass through here, on the bundle's disk; kernels are cached where torch keeps its caches.
-            options["aot_inductor.output_path"] = f"{scratch}/{spec.name}"
-            files = torch._inductor.aot_compile(
-                program.module(check_guards=False), *program.example_inputs, options=options
-            )
-            package_aoti(str(package), files)
+            with _on(device, graph.module), _for_our_kernels(graph.module), sdpa_kernel(_ATTENTION):
+                _filters_channels_last(graph.module)
+                program = torch.export.export(
+                    graph.module,
+                    tuple(x.to(device) for x in inputs),
+                    dynamic_shapes=dynamic_shapes(spec),
+                    strict=False,
+                )
+                # The weights pass through here, on the bundle's disk; kernels are cached where torch keeps its caches.
+                options["aot_inductor.output_path"] = f"{scratch}/{spec.name}"
+                files = torch._inductor.aot_compile(
+                    program.module(check_guards=False), *program.example_inputs, options=options
+                )
+                package_aoti(str(package), files)
         except Exception as error:  # its exceptions share no base class
-            raise EngineError(f"inductor could not build {spec.name} ({type(error).__name__}: {error}).") from error
+            full = isinstance(error, torch.OutOfMemoryError)
+            mend = " Close what else uses the GPU, and build one engine at a time: --jobs 1." if full else ""
+            raise EngineError(
+                f"inductor could not build {spec.name} ({type(error).__name__}: {error}).{mend}"
+            ) from error
 
 
 def tuned_sizes(spec: GraphSpec) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 from engines.catalog import UNETS
@@ -68,24 +69,24 @@ class Settings:
     def __post_init__(self) -> None:
         for name in DIFFUSION_STAGES:
             stage = getattr(self, name)
-            if stage.num_inference_steps != int(stage.num_inference_steps) or stage.num_inference_steps < 1:
+            if not _whole(stage.num_inference_steps, 1):
                 raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
             if stage.spacing not in (None, *SPACINGS):
                 raise SettingsError(f"spacing of {name}: {stage.spacing!r}; allowed: {', '.join(SPACINGS)}.")
             if not 0 <= stage.guidance_scale < float("inf"):
                 raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
-            if stage.cache_interval < 1:
+            if not _whole(stage.cache_interval, 1):
                 raise SettingsError(f"cache interval of {name}: {stage.cache_interval}; allowed: 1 (none) or more.")
             begin, end = stage.guided
             if not 0 <= begin <= end <= 1:
                 raise SettingsError(
                     f"guided part of {name}: {begin:g}-{end:g}; allowed: BEGIN-END from 0 to 1, shares of its steps."
                 )
-        if self.keyframes < 2:
+        if not _whole(self.keyframes, 2):
             raise SettingsError(f"keyframes: {self.keyframes}; allowed: 2 or more (N keyframes give 4(N-1)+1 frames).")
         if not 0 < self.strength <= 1:
             raise SettingsError(f"strength: {self.strength}; allowed: above 0, up to 1.")
-        if self.sr1_window < 2:
+        if not _whole(self.sr1_window, 2):
             raise SettingsError(f"sr1_window: {self.sr1_window}; allowed: 2 or more frames.")
         if not 1 <= self.fps <= 1000:
             raise SettingsError(f"fps: {self.fps}; allowed: 1 to 1000.")
@@ -193,6 +194,10 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "draft": {"num_inference_steps": {"base": 6, "interp": 4, "if2": 6, "sr1": 3, "sr2": 4}},
 }
 PRESETS = tuple(_PRESETS)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def parse_size(text: str) -> tuple[int, int]:

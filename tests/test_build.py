@@ -35,7 +35,7 @@ from engines.catalog import CATALOG
 from engines.errors import BundleError, CheckpointError, EngineError, ParityError
 from engines.manifest import Manifest
 from engines.spec import Binding
-from engines.store import Bundle
+from engines.store import Bundle, BundleWriter
 from export import build as builder
 from export import networks
 from export.__main__ import main
@@ -151,6 +151,13 @@ def change_weights(checkpoint: Path) -> None:
     weights = load_file(path)
     bias = weights["text_model.final_layer_norm.bias"]
     weights["text_model.final_layer_norm.bias"] = bias.float() + 1  # stored in half precision, which would round
+    save_file(weights, path)
+
+
+def change_t5(checkpoint: Path) -> None:
+    path = checkpoint / "base" / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights["encoder.final_layer_norm.weight"] *= 2
     save_file(weights, path)
 
 
@@ -361,6 +368,67 @@ def test_what_was_finished_with_a_failure_is_kept(
         assert list(Bundle.open(tmp_path / str(attempt)).manifest.engines) == ["clip"]
 
 
+@pytest.mark.parametrize(("failing", "left"), [("clip", ["clip", "t5"]), ("t5", ["clip"])], ids=["first", "second"])
+def test_a_build_of_another_checkpoint_that_fails_never_leaves_engines_of_both(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, failing: str, left: list[str]
+) -> None:
+    def run(job: Job, folder: Path) -> Any:
+        if job.name == failing:  # clip, of more layers, goes first
+            raise EngineError("failed")
+        return run_before(job, folder)
+
+    run_before, before = builder._run_job, Bundle.open(out).manifest
+    for change in (change_weights, change_t5):
+        change(checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_run_job", run)
+        with pytest.raises(EngineError):
+            build_text_encoders(checkpoint, out)
+    manifest = Bundle.open(out).manifest
+    assert list(manifest.engines) == left
+    assert (manifest == before) == (failing == "clip"), "until something is finished the bundle is what it was"
+    build_text_encoders(checkpoint, out)
+    assert_tidy(out)
+
+
+def test_a_rebuild_of_the_same_weights_that_fails_leaves_what_there_was(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(job: Job, folder: Path) -> Any:
+        if job.name == "t5":
+            raise EngineError("failed")
+        return run_before(job, folder)
+
+    run_before = builder._run_job
+    monkeypatch.setattr(builder, "_run_job", run)
+    with pytest.raises(EngineError):
+        build_text_encoders(checkpoint, out, precision="fp16")
+    engines = Bundle.open(out).manifest.engines
+    assert {name: entry.precision for name, entry in engines.items()} == {"clip": "fp16", "t5": "fp32"}
+
+
+def test_a_first_build_that_fails_at_its_tokenizers_can_be_run_again(
+    checkpoint: Path, tmp_path: Path, pending: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BundleWriter, "install_tokenizer", fail)
+        with pytest.raises(BundleError, match=r"cannot be written \(Disk quota exceeded\)"):
+            build_text_encoders(checkpoint, tmp_path / "new")
+    build_text_encoders(checkpoint, tmp_path / "new")
+    assert pending == ["t5", "clip"]
+
+
+def test_an_engine_that_a_build_has_replaced_meanwhile_is_not_called_damaged(checkpoint: Path, out: Path) -> None:
+    opened = Bundle.open(out)
+    change_weights(checkpoint)
+    build_text_encoders(checkpoint, out)
+    with pytest.raises(BundleError, match=r"its engines were built again while this ran\. Run this again"):
+        Engine(opened, opened.engine("clip"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal to a process group")
 def test_an_interrupted_build_says_so_in_a_line_and_leaves_a_sound_bundle(golden: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
@@ -411,7 +479,7 @@ def test_an_interruption_ends_the_workers_before_what_they_write_to_goes(
     monkeypatch.setattr(builder, "wait", interrupt)
     job = Job(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", (576, 320))
     with Bundle.writer(tmp_path / "bundle") as bundle, pytest.raises(KeyboardInterrupt):
-        builder._build_all(bundle, [job], 1)
+        builder._build_all(bundle, [job], 1, lambda: None)
     assert not psutil.pid_exists(int(pid.read_text()))
     assert not list((tmp_path / "bundle").glob(".tmp-*"))
 

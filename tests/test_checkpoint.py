@@ -225,6 +225,12 @@ def test_a_truncated_file_is_named(golden: Path, tmp_path: Path, kept: int) -> N
         load_weights(clip_module(golden), [path], torch.float32, "clip")
 
 
+def test_too_little_memory_is_not_blamed_on_the_checkpoint(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_t5", lambda *_: torch.empty(2**60))
+    with pytest.raises(MemoryError, match=r"t5: .*allocate"):
+        networks.load(Source.find(CATALOG["t5"], golden / "models", "fp32"), "fp32", (576, 320))
+
+
 def test_another_stages_checkpoint_in_a_folder_is_recognised(golden: Path, tmp_path: Path) -> None:
     models = link_models(golden, tmp_path, {"interpolation": "base"})
     source = Source.find(CATALOG["base"], models, "fp32")

@@ -253,14 +253,20 @@ def test_an_encoder_is_built_listed_checked_and_found_up_to_date(
 
 
 @pytest.mark.parametrize(
-    ("function", "value", "key"), [("target", "sm53", "targets"), ("torch_version", "9.9", "backend version")]
+    ("name", "value", "key"),
+    [
+        ("target", lambda: "sm53", "targets"),
+        ("torch_version", lambda: "9.9", "backend version"),
+        ("ABI", -1, "kernels"),
+    ],
+    ids=["machine", "torch", "kernels"],
 )
-def test_another_machine_or_torch_makes_an_engine_stale(
-    float32: Bundle, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, function: str, value: str, key: str
+def test_another_machine_torch_or_kernels_make_an_engine_stale(
+    float32: Bundle, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, key: str
 ) -> None:
     current = job(checkpoint, "fp32")
     assert why_stale(float32, current) is None
-    monkeypatch.setattr(f"export.build.{function}", lambda: value)
+    monkeypatch.setattr(f"export.build.{name}", value)
     assert why_stale(float32, job(checkpoint, "fp32")) == f"changed: {key}"
 
 
@@ -281,6 +287,17 @@ def test_packages_for_another_machine_are_refused_before_they_are_opened(
 ) -> None:
     with pytest.raises(BundleError, match=message):
         Engine(float32, replace(float32.engine("interp"), **changes))
+
+
+def test_too_small_a_card_for_a_build_is_one_line_with_what_to_do(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("export.to_inductor._on", full)
+    with pytest.raises(EngineError, match=r"inductor could not build .*CUDA out of memory.*--jobs 1"):
+        build_engine(job(checkpoint, "fp32"), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "not an archive", "missing"])

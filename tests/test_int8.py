@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engines import quantize
 from engines.catalog import CATALOG
 from engines.compile_ort import compile_int8
-from engines.errors import SettingsError
+from engines.errors import EngineError, SettingsError
 from engines.passes import unsigned_activations
 from engines.quantize import LayerPlan, layers, quantize_weight
 from engines.spec import INT8, Axis, Binding, GraphSpec
@@ -297,6 +297,26 @@ def test_a_cascade_in_int8_makes_a_video(quantised: Path, bundle: Path) -> None:
     with Show1Pipeline.from_bundle(quantised) as pipeline:
         video = pipeline("a red circle", settings=SETTINGS)
     assert video.frames.shape == (5, 64, 112, 3)
+
+
+def test_engines_of_other_weights_go_with_the_first_new_one(
+    quantised: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        assert set(Bundle.open(out).manifest.engines) == set(CATALOG)
+        adopt = arguments[-1]
+        adopt()
+        raise EngineError("failed")
+
+    monkeypatch.setattr(int8, "_build", fail)
+    floats = Bundle.open(bundle)
+    base = floats.engine("base")
+    changed = replace(base, source={**base.source, "weights": "another's"})
+    floats = Bundle(bundle, replace(floats.manifest, engines={**floats.manifest.engines, "base": changed}))
+    out = shutil.copytree(quantised, tmp_path / "int8")
+    with pytest.raises(EngineError):
+        build_int8(floats, out, [], settings=SETTINGS)
+    assert set(Bundle.open(out).manifest.engines) == set(CATALOG) - {"base"}
 
 
 def test_what_is_up_to_date_is_not_judged_again(
