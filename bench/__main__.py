@@ -63,10 +63,8 @@ def _latency(arguments: argparse.Namespace) -> None:
     from bench.report import Report, number
     from bench.work import STAGES
     from engines.store import Bundle
-    from runtime.noise import NoiseStream
 
     _check_counts(arguments)
-    NoiseStream(arguments.seed)  # raises for a seed out of range
     stages = _choices("stages", arguments.stages, STAGES)
     bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments)
@@ -195,6 +193,10 @@ def _cost(arguments: argparse.Namespace) -> None:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
+    from runtime.noise import NoiseStream
+
+    if "seed" in arguments:
+        NoiseStream(arguments.seed)  # raises for a seed out of range
     for name, least in (("warmup", 0), ("repeats", 1)):
         if getattr(arguments, name, least) < least:
             raise SettingsError(f"--{name} {getattr(arguments, name)}; allowed: {least} or more.")

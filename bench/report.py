@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,12 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{path} is a folder. Name a file, e.g. --out {path / 'result.json'}.")
     if path.suffix != ".json":
         raise OutputError(f"--out {path}; allowed: a .json file, beside which .md and .svg are written.")
+    try:
+        probe = path.with_name(f".tmp-{secrets.token_hex(4)}")
+        write_atomically(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -61,6 +61,10 @@ class EngineEntry:
         return replace(self, seal=hashlib.sha256(content.encode()).hexdigest())
 
     @property
+    def edited(self) -> str | None:
+        return None if self.sealed().seal == self.seal else "its part of the manifest has been changed"
+
+    @property
     def needs_gpu(self) -> bool:
         return any(target.startswith("sm") for target in self.targets)
 

@@ -55,7 +55,7 @@ class Bundle:
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{root}: no {MANIFEST} there, so it is not a bundle. "
-                "Make one with `python -m export build --stage all --out FOLDER`, or give --bundle."
+                "Make one with `python -m export build --stage all --out FOLDER`, or give the folder of one."
             ) from None
         except OSError as error:
             raise BundleError(
@@ -78,7 +78,10 @@ class Bundle:
             ) from None
 
     def rebuild_command(self, name: str, **changes: str | None) -> str:
-        """What builds an engine again as it was, or where it is missing, as the others are; with changed options."""
+        """What builds an engine again as it was, or where it is missing, as the others are; with changed options.
+
+        None leaves an option out, "" is for one that takes no value.
+        """
         entry = self.manifest.engines.get(name) or next(iter(self.manifest.engines.values()), None)
         options: dict[str, str | None] = {"stage": CATALOG[name].stage}
         if entry:
@@ -88,15 +91,14 @@ class Bundle:
             if entry.targets:
                 options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
                 options |= {"attention": entry.source.get("attention")}
-        options |= {"size": "{}x{}".format(*self.manifest.size), **changes}
-        words = " ".join(f"--{option} {value}" for option, value in options.items() if value)
-        words += " --no-autotune" if entry and entry.source.get("autotune") else ""
-        return f"`python -m export build --checkpoint FOLDER {words} --out {shlex.quote(str(self.root))}`"
+            options |= {"no-autotune": "" if entry.source.get("autotune") else None}
+        options |= {"size": "{}x{}".format(*self.manifest.size), "out": shlex.quote(str(self.root)), **changes}
+        words = " ".join(f"--{option} {value}".rstrip() for option, value in options.items() if value is not None)
+        return f"`python -m export build --checkpoint FOLDER {words}`"
 
     def problems(self, entry: EngineEntry) -> list[str]:
         """Why an engine is not what was built; reads all of its files."""
-        edited = [] if entry.sealed().seal == entry.seal else ["its part of the manifest has been changed"]
-        return edited + list(filter(None, map(self.damage, entry.files())))
+        return list(filter(None, [entry.edited, *map(self.damage, entry.files())]))
 
     def why_stale(self, name: str, source: Mapping[str, str]) -> str | None:
         """The reason to build an engine that is to be made from `source`, or None when this one is, and sound."""
@@ -111,7 +113,14 @@ class Bundle:
     def path(self, file: FileEntry) -> Path:
         """Where a file lies; raises BundleError when it is not there or not of the recorded length."""
         path = self.root / file.path
-        if not path.is_file() or path.stat().st_size != file.bytes:
+        try:
+            whole = path.is_file() and path.stat().st_size == file.bytes
+            if whole:
+                path.open("rb").close()
+        except OSError as error:
+            why = error.strerror
+            raise BundleError(f"{path} cannot be read ({why}). Mend that, or give another bundle.") from None
+        if not whole:
             if Bundle.open(self.root).manifest != self.manifest:
                 raise BundleError(f"{self.root}: its engines were built again while this ran. Run this again.")
             raise BundleError(
@@ -127,12 +136,15 @@ class Bundle:
     def damage(self, file: FileEntry) -> str | None:
         """Why a file cannot be used, or None; reads the whole file."""
         path = self.root / file.path
-        if not path.is_file():
-            return f"{file.path} is missing"
-        if path.stat().st_size != file.bytes:
-            return f"{file.path} has {path.stat().st_size} bytes, should have {file.bytes}"
-        if hash_file(path) != file.sha256:
-            return f"{file.path} has been changed: its SHA-256 is not the manifest's"
+        try:
+            if not path.is_file():
+                return f"{file.path} is missing"
+            if path.stat().st_size != file.bytes:
+                return f"{file.path} has {path.stat().st_size} bytes, should have {file.bytes}"
+            if hash_file(path) != file.sha256:
+                return f"{file.path} has been changed: its SHA-256 is not the manifest's"
+        except OSError as error:
+            return f"{file.path} cannot be read ({error.strerror})"
         return None
 
     @staticmethod
@@ -141,6 +153,10 @@ class Bundle:
         """Exclusive write access; a second builder is refused, leftovers of a builder that died are removed."""
         try:
             root.mkdir(parents=True, exist_ok=True)
+            found = [path.name for path in root.iterdir()]
+            foreign = any(name != ".lock" and not name.startswith(_TEMPORARY) for name in found)
+            if foreign and not (root / MANIFEST).exists():
+                raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
             lock = FileLock(root / ".lock", timeout=0)
             lock.acquire()
         except Timeout:
@@ -151,9 +167,6 @@ class Bundle:
             raise BundleError(f"{root} cannot be written ({error}). Choose another --out.") from None
         try:
             exists = (root / MANIFEST).exists()
-            foreign = [p for p in root.iterdir() if p.name != ".lock" and not p.name.startswith(_TEMPORARY)]
-            if foreign and not exists:
-                raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
             for leftover in [*root.glob(f"{_TEMPORARY}*"), *root.glob(f"{TOKENIZERS}/{_TEMPORARY}*")]:
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -99,7 +99,7 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
         onnxruntime["precision"] = "fp16"
     gpus = find_gpus()
     if not gpus:
-        command = bundle.rebuild_command(entry.name, **onnxruntime)
+        command = bundle.rebuild_command(entry.name, **onnxruntime, stage="all", out="NEW")
         return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
     if serves(entry.targets, gpus[0].target):
         return _old_driver(entry.backend, gpus[0])

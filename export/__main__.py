@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import tensorrt
-from engines.catalog import CATALOG, STAGES
+from engines.catalog import CATALOG, STAGES, UNETS
 from engines.errors import SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
@@ -16,7 +16,7 @@ from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
 from runtime.cli import run_command
-from runtime.config import parse_size
+from runtime.config import Settings, parse_size
 from runtime.runner import INDUCTOR
 
 if TYPE_CHECKING:
@@ -208,6 +208,12 @@ def _check(arguments: argparse.Namespace) -> None:
         if reason:
             stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
         print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
+    try:
+        Settings.from_dict(bundle.manifest.defaults)
+    except (SettingsError, TypeError, ValueError) as error:
+        problems += 1
+        stages.setdefault(bundle.rebuild_command("t5", stage="STAGES"), {})["text"] = None
+        print(f"{'settings':63} {error}")
     if problems:
         what = "1 part is" if problems == 1 else f"{problems} parts are"
         commands = [command.replace("STAGES", ",".join(names)) for command, names in stages.items()]
@@ -215,11 +221,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
-    """Why an engine is of no use: damaged files, another version, plans that its backend does not load.
+    """Why an engine is of no use: damaged files, another version, plans that its backend does not load, no scheduler.
 
     `shallow`, which few runs need, is not loaded.
     """
     from runtime.runner import Engine
+    from runtime.stages.diffusion import scheduler_of
 
     reasons = bundle.problems(entry)
     if entry.backend in tensorrt.FLAVOURS:
@@ -231,6 +238,13 @@ def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
     if not reasons and (find_gpus() or not entry.needs_gpu):
         try:
             Engine(bundle, entry).close()
+        except Show1Error as error:
+            reasons.append(str(error))
+    schedulers = [entry.name] if entry.name in UNETS else []
+    schedulers += [f"{entry.name}.noising"] if entry.properties.get("noise_level") else []
+    for name in schedulers:
+        try:
+            scheduler_of(bundle, name)
         except Show1Error as error:
             reasons.append(str(error))
     return reasons

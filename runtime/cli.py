@@ -5,6 +5,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from itertools import chain, count
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     add = generate.add_argument
-    add("prompt", help="what the video should show")
+    add("prompt", nargs="+", help="what the video should show; in quotes where the shell would read it otherwise")
     add(
         "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
     )
@@ -82,7 +83,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from runtime.pipeline import Show1Pipeline, check_prompt
     from runtime.video import check_output, save_video
 
-    check_prompt(arguments.prompt, arguments.negative_prompt)
+    prompt = " ".join(arguments.prompt)
+    check_prompt(prompt, arguments.negative_prompt)
     if arguments.save_stages and arguments.out:
         _check_apart(arguments.out, arguments.save_stages)
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
@@ -99,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.save_stages:
         _make_folder(arguments.save_stages)
         check_output(arguments.save_stages / "base.mp4")
-    check_output(arguments.out or _free_name(arguments.prompt, arguments.seed))
+    check_output(arguments.out or _free_name(prompt, arguments.seed))
 
     seconds: dict[str, float] = {}
     start = last = time.perf_counter()
@@ -110,6 +112,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         seconds[stage] = time.perf_counter() - last
         if arguments.save_stages and not unsaved:
             try:
+                if stage == "base":
+                    _remove_stages(arguments.save_stages)
                 save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
                 _save_array(clip, arguments.save_stages / f"{stage}.npy")
             except OutputError as error:
@@ -117,11 +121,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         last = time.perf_counter()
 
     def say_cut(reader: str, text: str) -> None:
-        print(f"warning: {reader}: 77 tokens are read at most; this end was cut off: {text!r}", file=sys.stderr)
+        end = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+        print(f"warning: {reader}: 77 tokens are read at most; this end was cut off: {end!r}", file=sys.stderr)
 
     with pipeline, _Bars() as bars:
         video = pipeline(
-            arguments.prompt,
+            prompt,
             negative_prompt=arguments.negative_prompt,
             seed=arguments.seed,
             settings=settings,
@@ -135,7 +140,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         "bundle": f"{bundle.root.resolve().name} {bundle.id}",
         "software": f"show1-rt {version('show1-rt')}",
     }
-    out = arguments.out or _free_name(arguments.prompt, arguments.seed)  # again: other runs may have ended meanwhile
+    out = arguments.out or _free_name(prompt, arguments.seed)  # again: other runs may have ended meanwhile
     save_video(
         video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
     )
@@ -170,6 +175,15 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --save-stages.") from None
+
+
+def _remove_stages(folder: Path) -> None:
+    """Those of an earlier run, lest an interruption leave some of each."""
+    try:
+        for stage, suffix in product(DIFFUSION_STAGES, (".mp4", ".npy")):
+            (folder / f"{stage}{suffix}").unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: an earlier run's stages cannot be replaced ({error.strerror}).") from None
 
 
 def _save_array(clip: Any, path: Path) -> None:
@@ -229,6 +243,11 @@ def _orderly_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _drop_output() -> None:
+    """Else Python complains when it flushes what is left of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str) -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line."""
     arguments = parser.parse_args(argv)
@@ -239,6 +258,10 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
     try:
         with _orderly_termination():
             arguments.run(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has gone: `| head`
+        _drop_output()
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ NEGATIVE_PROMPT = "low resolution, blur"  # for the latent stage; the pixel stag
 
 INTERP_FRAMES = 5  # of one gap: two keyframes and three new frames between them
 SR1_SCALE = 4
+_LARGEST = 8192  # pixels: no engine's profile holds more
 
 Interval = tuple[float, float]  # (begin, end) as shares of a run's steps
 ALL_STEPS: Interval = (0.0, 1.0)
@@ -90,6 +91,8 @@ class Settings:
             raise SettingsError(f"sr1_window: {self.sr1_window}; allowed: 2 or more frames.")
         if not 1 <= self.fps <= 1000:
             raise SettingsError(f"fps: {self.fps}; allowed: 1 to 1000.")
+        if len(self.size) != 2 or not all(_whole(side, 1) for side in self.size):
+            raise SettingsError(f"size: {self.size!r}; allowed: (width, height) in pixels.")
         stage_sizes(self.size)
 
     @property
@@ -140,16 +143,16 @@ class Settings:
         """
         settings = self.with_preset(preset)
         if steps is not None:
-            settings = settings.with_steps(parse_stage_values(steps, int))
+            settings = settings.with_steps(_stage_values("steps", steps, int, "NUMBER", "base=75,sr1=125"))
         if guidance is not None:
-            settings = settings.with_guidance(parse_stage_values(guidance, float))
+            settings = settings.with_guidance(_stage_values("guidance", guidance, float, "NUMBER", "base=9,sr2=15"))
         if guided is not None:
             wanted, example = "END or BEGIN-END as shares of the steps", "base=0.5,sr1=0.1-0.6"
-            settings = settings.with_guided(parse_stage_values(guided, parse_interval, wanted, example))
+            settings = settings.with_guided(_stage_values("guided", guided, parse_interval, wanted, example))
         if spacing is not None:
-            settings = settings.with_spacing(parse_stage_values(spacing, _word, "SPACING", "sr1=logsnr"))
+            settings = settings.with_spacing(_stage_values("spacing", spacing, _word, "SPACING", "sr1=logsnr"))
         if cache is not None:
-            settings = settings.with_cache(parse_stage_values(cache, int))
+            settings = settings.with_cache(_stage_values("cache", cache, int, "NUMBER", "sr1=2"))
         if keyframes is not None:
             settings = replace(settings, keyframes=keyframes)
         if size is not None:
@@ -220,21 +223,19 @@ def _word(text: str) -> str:
     return text.strip()
 
 
-def parse_stage_values(
-    text: str, kind: Callable[[str], Any], wanted: str = "NUMBER", example: str = "base=75,sr1=125"
-) -> dict[str, Any]:
-    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}. Raises SettingsError with `wanted` and `example`."""
+def _stage_values(what: str, text: str, kind: Callable[[str], Any], wanted: str, example: str) -> dict[str, Any]:
+    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}. Raises SettingsError with `what`, `wanted` and `example`."""
     values = {}
     for part in text.split(","):
         stage, _, value = part.partition("=")
         stage = stage.strip()
         if stage in values:
-            raise SettingsError(f"{text!r} names {stage} twice; allowed: every stage once, e.g. {example}.")
+            raise SettingsError(f"{what} {text!r} names {stage} twice; allowed: every stage once, e.g. {example}.")
         try:
             values[stage] = kind(value)
         except ValueError:
             raise SettingsError(
-                f"{part!r}; allowed: STAGE={wanted}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."
+                f"{what} {part!r}; allowed: STAGE={wanted}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."
             ) from None
     return values
 
@@ -246,8 +247,10 @@ def stage_sizes(size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     multiples of 8, which every published network takes.
     """
     width, height = size
-    if width % 8 or height % 8 or width < 64 or height < 64:
-        raise SettingsError(f"size {width}x{height}; allowed: width and height in multiples of 8, from 64.")
+    if width % 8 or height % 8 or not (64 <= width <= _LARGEST and 64 <= height <= _LARGEST):
+        raise SettingsError(
+            f"size {width}x{height}; allowed: width and height in multiples of 8, from 64 to {_LARGEST}."
+        )
     base = (max(8, round(width / 72) * 8), max(8, round(height / 64) * 8))
     sr1 = (base[0] * SR1_SCALE, base[1] * SR1_SCALE)
     return {"base": base, "interp": base, "if2": sr1, "sr1": sr1, "sr2": size}

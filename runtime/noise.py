@@ -1,5 +1,7 @@
 """The reference's random numbers: torch's CPU normal stream, reproduced with NumPy."""
 
+from operator import index
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,11 @@ class NoiseStream:
     """
 
     def __init__(self, seed: int) -> None:
-        if not 0 <= seed < 2**64:
+        try:
+            possible = 0 <= index(seed) < 2**64
+        except TypeError:
+            possible = False
+        if not possible:
             raise SettingsError(f"seed is {seed}; allowed: 0 to {2**64 - 1}.")
         # torch seeds its Mersenne Twister with the low 32 bits only.
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)

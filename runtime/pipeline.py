@@ -132,6 +132,8 @@ class Show1Pipeline:
 
 def check_prompt(prompt: str, negative_prompt: str = "") -> None:
     """Raises SettingsError for a prompt that says nothing, and for text that is none."""
+    if not (isinstance(prompt, str) and isinstance(negative_prompt, str)):
+        raise SettingsError(f"prompt {prompt!r}, negative prompt {negative_prompt!r}; allowed: text.")
     if not prompt.strip():
         raise SettingsError("the prompt is empty. Say what the video should show, in a sentence.")
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
@@ -154,6 +156,8 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
     """Raises Show1Error for what would stop a run half-way: a missing file, a size or step count out of range."""
     for network in networks_of(["all"]):
         entry = bundle.engine(network.name)
+        if entry.edited:
+            raise BundleError(f"{entry.name}: {entry.edited}. Build it again: {bundle.rebuild_command(entry.name)}.")
         for file in entry.files():
             bundle.path(file)
         if reason := why_unusable(bundle, entry):

@@ -141,8 +141,8 @@ class Engine:
                     raise EngineError(
                         f"{error} Its files are as they were built; `show1-rt doctor` says what this machine can run."
                     ) from None
-                again = self._bundle.rebuild_command(self._entry.name)
-                raise BundleError(f"{error} Build it again, with --force: {again}.") from None
+                again = self._bundle.rebuild_command(self._entry.name, force="")
+                raise BundleError(f"{error} Build it again: {again}.") from None
         return self._runners[name]
 
     def run(self, graph: str, wanted: Sequence[str] | None = None, /, **feeds: Array) -> dict[str, Array]:

@@ -21,6 +21,7 @@ except ImportError:
         "`pip install -e '.[cuda]'`."
     ) from None
 
+ort.disable_telemetry_events()  # on Windows, where the variable that `engines` sets says nothing
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 

@@ -1,7 +1,9 @@
 """The benchmark: statistics, tables, where a stage's time is booked, and one real run on a small bundle."""
 
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +14,9 @@ import pytest
 from bench.__main__ import _settings, main
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
 from bench.machine import describe_host, describe_machine, device, git_commit
-from bench.report import Table, facts, number, share, spread, write_json
+from bench.report import Table, check_output, facts, number, share, spread, write_json
 from bench.timing import Summary, measure, summarize
-from engines.errors import SettingsError
+from engines.errors import OutputError, SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, Settings
@@ -204,10 +206,11 @@ def test_bench_alone_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         (["--stages", "base,sr3"], "--stages sr3; allowed: all, text, base, interp, if2, sr1, sr2."),
-        (["--steps", "base"], "'base'; allowed: STAGE=NUMBER, stages base,"),
+        (["--steps", "base"], "steps 'base'; allowed: STAGE=NUMBER, stages base,"),
         (["--video", "big"], "size 'big'; allowed: WIDTHxHEIGHT, e.g. 576x320."),
         (["--repeats", "0"], "--repeats 0; allowed: 1 or more."),
         (["--out", "."], ". is a folder."),
+        (["--seed", "-1"], "seed is -1; allowed: 0 to"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
@@ -217,6 +220,20 @@ def test_what_cannot_be_measured_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_place_that_takes_no_result_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_output(tmp_path / "new" / "x.json")
+    assert not list((tmp_path / "new").iterdir())
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("bench.report.write_atomically", refuse)
+    with pytest.raises(OutputError, match=r"x\.json: cannot be written \(Permission denied\)\. Choose another --out"):
+        check_output(tmp_path / "x.json")
 
 
 def test_a_missing_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

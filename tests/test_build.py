@@ -32,7 +32,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from engines.catalog import CATALOG
-from engines.errors import BundleError, CheckpointError, EngineError, ParityError
+from engines.errors import BundleError, CheckpointError, EngineError, ParityError, SettingsError
 from engines.manifest import Manifest
 from engines.spec import Binding
 from engines.store import Bundle, BundleWriter
@@ -191,6 +191,16 @@ def test_exactly_what_changed_is_rebuilt_and_the_reason_is_said(
     build_text_encoders(checkpoint, out, **options)
     assert reasons(capsys) == {"t5": "up to date", "clip": "up to date", **expected}
     assert pending == list(expected)
+
+
+def test_a_part_of_a_bundle_is_not_built_for_another_size(checkpoint: Path, out: Path) -> None:
+    before = Bundle.open(out).manifest
+    engines = {**before.engines, "base": replace(before.engines["t5"], name="base").sealed()}
+    (out / "manifest.json").write_text(replace(before, engines=engines).to_json())
+    message = r"--size 640x384: .* is for 576x320, and base would stay so\. Give --size 576x320, or --stage all"
+    with pytest.raises(SettingsError, match=message):
+        build_text_encoders(checkpoint, out, size=(640, 384))
+    assert Bundle.open(out).manifest.size == (576, 320)
 
 
 @pytest.mark.parametrize(
@@ -838,6 +848,40 @@ def test_check_names_the_damaged_file(
     assert lines["t5"].endswith(" ok")
     assert lines["sr1"].endswith(" not built")
     assert err.startswith("error: 8 parts are unusable. Build again: `python -m export build")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "message"),
+    [
+        ({"schedulers": {}}, "sr2", "no scheduler for sr2. Build its stage"),
+        ({"defaults": {"strength": 5}}, "settings", "strength: 5; allowed: above 0, up to 1."),
+    ],
+    ids=["schedulers", "settings"],
+)
+def test_check_finds_what_a_run_would_refuse(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], name: str, message: str
+) -> None:
+    broken = shutil.copytree(bundle, tmp_path / "broken", copy_function=os.link)
+    manifest = replace(Bundle.open(bundle).manifest, **changes)
+    (broken / "manifest.json").unlink()
+    (broken / "manifest.json").write_text(manifest.to_json())
+    assert main(["check", str(broken)]) == 1
+    out, err = capsys.readouterr()
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
+    assert message in line
+    assert "unusable. Build again: `python -m export build" in err
+
+
+def test_a_file_that_may_not_be_read_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    opened = Bundle.open(bundle)
+    (file,) = opened.engine("clip").files()[:1]
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(BundleError, match=r"encode\.onnx cannot be read \(Permission denied\)"):
+        opened.path(file)
+    assert opened.damage(file) == f"{file.path} cannot be read (Permission denied)"
 
 
 def test_check_of_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from engines.store import Bundle
@@ -315,6 +318,22 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert (exit.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_reader_that_has_read_enough_ends_it_quietly() -> None:
+    code = (
+        "import argparse, sys; from runtime.cli import run_command; parser = argparse.ArgumentParser(); "
+        "parser.set_defaults(run=lambda _: print('line\\n' * 100_000)); sys.exit(run_command(parser, [], ''))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_memory_that_is_short_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: argparse.Namespace) -> None:
         raise MemoryError("Unable to allocate 9.00 GiB")
@@ -361,6 +380,27 @@ def test_a_run_that_ended_meanwhile_keeps_its_video(generate: Callable[..., Resu
     made_already(lambda: Path("a-panda-taking-a-selfie-345.mp4").write_bytes(b"another's"))
     assert generate().out == "a-panda-taking-a-selfie-345-2.mp4\n"
     assert Path("a-panda-taking-a-selfie-345.mp4").read_bytes() == b"another's"
+
+
+def test_stages_of_an_earlier_run_do_not_stay_beside_those_of_an_interrupted_one(
+    generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("stages").mkdir()
+    for name in ("base.npy", "sr2.npy", "sr2.mp4", "mine.txt"):
+        Path("stages", name).write_text("earlier")
+    monkeypatch.setattr("runtime.pipeline.run_interp", interrupt)
+    assert generate("--save-stages", "stages").code == 130
+    assert sorted(os.listdir("stages")) == ["base.mp4", "base.npy", "mine.txt"]
+    assert np.load("stages/base.npy").shape == (1, 3, 2, 8, 16)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_prompt_needs_no_quotes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["generate", "a", "red", "circle", "--bundle", str(tmp_path / "none")]) == 1
+    assert "no manifest.json there" in capsys.readouterr().err
 
 
 def test_a_stage_that_cannot_be_saved_does_not_cost_the_video(

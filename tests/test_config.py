@@ -76,6 +76,9 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
     [
         ({"base": StageSettings(7.0, 9.0)}, r"steps of base: 7\.0; allowed"),  # type: ignore[arg-type]
         ({"keyframes": 5.0}, r"keyframes: 5\.0; allowed"),
+        ({"size": "big"}, r"size: 'big'; allowed: \(width, height\) in pixels"),
+        ({"size": (64.0, 64)}, r"size: \(64\.0, 64\); allowed"),
+        ({"size": (8200, 64)}, "size 8200x64; allowed: width and height in multiples of 8, from 64 to 8192"),
         ({"sr1": StageSettings(7, 9.0, spacing="karras")}, "spacing of sr1: 'karras'; allowed: linspace"),
         ({"fps": 1001}, "fps: 1001; allowed: 1 to 1000"),
     ],

@@ -492,7 +492,10 @@ def test_smaller_batches_take_shorter_steps(checkpoint: Path) -> None:
     ("wrong", "message"),
     [
         ({"skip_lessons": -1}, "lessons to skip: -1; allowed: 0 or more"),
+        ({"stop_after": float("nan")}, "stop after: nan; allowed: 0 or more"),
+        ({"seed": -1}, "seed: -1; allowed: 0 to 4294967295"),
         ({"steps": 0}, r"steps: 0; allowed: above 0\."),
+        ({"minutes": float("nan"), "steps": None}, r"minutes: nan; allowed: above 0\."),
         ({"minutes": -1.0, "steps": None}, r"minutes: -1\.0; allowed: above 0\."),
         ({"stop_after": -1.0}, r"stop after: -1\.0; allowed: 0 or more"),
         ({"batch": 0}, "batch: 0; allowed"),

@@ -1,6 +1,7 @@
 """The noise stream against torch's generator."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_small_draws_are_refused_because_torch_makes_them_differently() -> None:
         NoiseStream(0).normal((3, 5))
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seeds_outside_64_bits_are_refused(seed: int) -> None:
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "x"])
+def test_seeds_outside_64_bits_are_refused(seed: Any) -> None:
     with pytest.raises(SettingsError, match=rf"seed is {seed}; allowed: 0 to 18446744073709551615"):
         NoiseStream(seed)

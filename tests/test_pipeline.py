@@ -1,6 +1,9 @@
 """The cascade over the golden bundle: what batches, windows, seeds and settings do, and what is refused first."""
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -332,14 +335,21 @@ def test_a_missing_scheduler_is_named_before_any_engine_runs(bundle: Path, name:
 
 
 @pytest.mark.parametrize("graph", ["plan", "weights"])
-def test_a_missing_file_of_a_late_engine_is_named_before_any_engine_runs(bundle: Path, graph: str) -> None:
+def test_a_missing_file_of_a_late_engine_is_named_before_any_engine_runs(
+    bundle: Path, tmp_path: Path, graph: str
+) -> None:
+    broken = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle", copy_function=os.link))
+    lost = broken.path(getattr(broken.engine("vae_decoder").graphs["decode"], graph))
+    lost.unlink()
+    assert_refused(broken, BundleError, rf"{re.escape(str(lost))} is missing or cut short\. `python -m export check")
+
+
+def test_an_engine_that_was_edited_in_the_manifest_is_refused_before_any_engine_runs(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    entry = opened.engine("vae_decoder")
-    decode = entry.graphs["decode"]
-    lost = replace(decode, **{graph: replace(getattr(decode, graph), path=f"engines/lost.{graph}")})
-    engines = {**opened.manifest.engines, "vae_decoder": replace(entry, graphs={"decode": lost})}
+    edited = replace(opened.engine("sr2"), properties={})
+    engines = {**opened.manifest.engines, "sr2": edited}
     broken = Bundle(opened.root, replace(opened.manifest, engines=engines))
-    assert_refused(broken, BundleError, rf"lost\.{graph} is missing or cut short\. `python -m export check")
+    assert_refused(broken, BundleError, r"sr2: its part of the manifest has been changed\. Build it again: `python -m")
 
 
 # Stages and the pipeline around them
@@ -389,7 +399,7 @@ def test_engines_built_before_features_could_be_reused_are_refused_where_that_is
     opened = Bundle.open(bundle)
     entry = opened.engine("sr1")
     old = replace(entry, graphs={name: graph for name, graph in entry.graphs.items() if name != "shallow"})
-    opened = Bundle(opened.root, replace(opened.manifest, engines={**opened.manifest.engines, "sr1": old}))
+    opened = Bundle(opened.root, replace(opened.manifest, engines={**opened.manifest.engines, "sr1": old.sealed()}))
     check_run(opened, DRAFT)
     with pytest.raises(BundleError, match=r"sr1: built before steps could reuse features: .*python -m export build"):
         check_run(opened, DRAFT.with_cache({"sr1": 2}))

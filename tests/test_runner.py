@@ -1,5 +1,8 @@
 """Running engines: types at the border, and what is said of plans and inputs that do not run."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from engines import tensorrt
 from engines.errors import BundleError, EngineError, ProfileError
@@ -55,6 +59,18 @@ def test_a_plan_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path: Path, c
         OrtRunner(plan)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="events of Windows go another way")
+def test_onnx_runtime_keeps_and_sends_nothing_of_what_is_run(bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle.open(bundle)
+    plan = opened.path(opened.engine("clip").graphs["encode"].plan)
+    code = "import pathlib, sys; from runtime.runner_ort import OrtRunner; OrtRunner(pathlib.Path(sys.argv[1])).close()"
+    # It reports nothing where `CI` is set, and keeps what it will report in the home folder.
+    kept = {"CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    environment = {key: value for key, value in os.environ.items() if key not in kept} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, plan], cwd=ROOT, env=environment, check=True)
+    assert not [*tmp_path.rglob("*")]
+
+
 def test_memory_that_is_short_is_no_reason_to_build_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 9.50 GiB.\nMore about it.")
@@ -81,7 +97,7 @@ def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
         Engine(opened, entry)
     encode = entry.graphs["encode"]
     damaged = replace(encode, plan=replace(encode.plan, sha256="another"))
-    with pytest.raises(BundleError, match=r"cannot load it\. Build it again, with --force: `python -m .* --stage sr2 "):
+    with pytest.raises(BundleError, match=r"cannot load it\. Build it again: `python -m .* --stage sr2 .*--force`"):
         Engine(opened, replace(entry, graphs={"encode": damaged}))
 
 

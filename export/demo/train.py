@@ -329,12 +329,14 @@ def train(
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
     for what, number in {"lessons to skip": skip_lessons, "stop after": stop_after}.items():
-        if number is not None and number < 0:
+        if number is not None and not 0 <= number < math.inf:
             raise SettingsError(f"{what}: {number}; allowed: 0 or more.")
     numbers = {"minutes": minutes, "steps": steps, "batch": batch, "pool": pool}
     for what, number in numbers.items():
-        if number is not None and number <= 0:
+        if number is not None and not 0 < number < math.inf:
             raise SettingsError(f"{what}: {number}; allowed: above 0.")
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f"seed: {seed}; allowed: 0 to {2**32 - 1}.")
     unknown = set(names) - set(RECIPES)
     if unknown:
         raise SettingsError(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(RECIPES)}.")
