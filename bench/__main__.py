@@ -443,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), argv, "no result was written")
+    return run_command(_parser(), argv, "no result was written; clips that quality has finished are kept")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ NEGATIVE_PROMPT = "low resolution, blur"  # for the latent stage; the pixel stag
 
 INTERP_FRAMES = 5  # of one gap: two keyframes and three new frames between them
 SR1_SCALE = 4
-_LARGEST = 8192  # pixels: no engine's profile holds more
+_LARGEST = 8192  # pixels: what is larger was not meant
 
 Interval = tuple[float, float]  # (begin, end) as shares of a run's steps
 ALL_STEPS: Interval = (0.0, 1.0)

@@ -861,11 +861,10 @@ def test_check_names_the_damaged_file(
 def test_check_finds_what_a_run_would_refuse(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], name: str, message: str
 ) -> None:
-    broken = shutil.copytree(bundle, tmp_path / "broken", copy_function=os.link)
-    manifest = replace(Bundle.open(bundle).manifest, **changes)
-    (broken / "manifest.json").unlink()
-    (broken / "manifest.json").write_text(manifest.to_json())
-    assert main(["check", str(broken)]) == 1
+    for folder in ("engines", "tokenizers"):
+        (tmp_path / folder).symlink_to(bundle / folder)
+    (tmp_path / "manifest.json").write_text(replace(Bundle.open(bundle).manifest, **changes).to_json())
+    assert main(["check", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
     assert message in line

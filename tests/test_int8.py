@@ -311,7 +311,7 @@ def test_engines_of_other_weights_go_with_the_first_new_one(
     monkeypatch.setattr(int8, "_build", fail)
     floats = Bundle.open(bundle)
     base = floats.engine("base")
-    changed = replace(base, source={**base.source, "weights": "another's"})
+    changed = replace(base, source={**base.source, "weights": "another's"}).sealed()
     floats = Bundle(bundle, replace(floats.manifest, engines={**floats.manifest.engines, "base": changed}))
     out = shutil.copytree(quantised, tmp_path / "int8")
     with pytest.raises(EngineError):

@@ -1,7 +1,6 @@
 """The cascade over the golden bundle: what batches, windows, seeds and settings do, and what is refused first."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -338,7 +337,7 @@ def test_a_missing_scheduler_is_named_before_any_engine_runs(bundle: Path, name:
 def test_a_missing_file_of_a_late_engine_is_named_before_any_engine_runs(
     bundle: Path, tmp_path: Path, graph: str
 ) -> None:
-    broken = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle", copy_function=os.link))
+    broken = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle"))
     lost = broken.path(getattr(broken.engine("vae_decoder").graphs["decode"], graph))
     lost.unlink()
     assert_refused(broken, BundleError, rf"{re.escape(str(lost))} is missing or cut short\. `python -m export check")
