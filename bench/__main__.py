@@ -64,7 +64,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     from bench.work import STAGES
     from engines.store import Bundle
 
-    _check_counts(arguments)
+    _check_numbers(arguments)
     stages = _choices("stages", arguments.stages, STAGES)
     bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments)
@@ -104,7 +104,7 @@ def _e2e(arguments: argparse.Namespace) -> None:
     from bench.machine import describe_host, describe_torch
     from bench.report import Report
 
-    _check_counts(arguments)
+    _check_numbers(arguments)
     stages, kinds = _stages_and_baselines(arguments)
     from bench import e2e  # says what to install where the baselines' libraries are missing
 
@@ -170,7 +170,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     from bench.machine import describe_host
     from bench.report import Report
 
-    _check_counts(arguments)
+    _check_numbers(arguments)
     torch = kernels.torch_with_gpu()
     card = kernels.describe_gpu(torch)
     asked = {"architectures": arguments.arch, "warmup": arguments.warmup, "repeats": arguments.repeats}
@@ -192,7 +192,7 @@ def _cost(arguments: argparse.Namespace) -> None:
     report.finish(cost.to_json(costs), tables, {"stages": cost.plot(costs)})
 
 
-def _check_counts(arguments: argparse.Namespace) -> None:
+def _check_numbers(arguments: argparse.Namespace) -> None:
     from runtime.noise import NoiseStream
 
     if "seed" in arguments:

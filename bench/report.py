@@ -2,7 +2,7 @@
 
 import json
 import math
-import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +141,7 @@ def check_output(path: Path) -> None:
     if path.suffix != ".json":
         raise OutputError(f"--out {path}; allowed: a .json file, beside which .md and .svg are written.")
     try:
-        probe = path.with_name(f".tmp-{secrets.token_hex(4)}")
-        write_atomically(probe, b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --out.") from None
 

@@ -185,6 +185,8 @@ class Bundle:
 class BundleWriter(Bundle):
     """Files are complete before the manifest names them, and the manifest is replaced in one move."""
 
+    _announced: tuple[Collection[str], Mapping[str, str], Mapping[str, Any]] | None = None
+
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder of the bundle's disk for what is being made; gone afterwards, whatever happens."""
@@ -196,6 +198,7 @@ class BundleWriter(Bundle):
 
         The entry's file paths are relative to `folder`.
         """
+        self.adopt()
         digest = hashlib.sha256("".join(file.sha256 for file in entry.files()).encode()).hexdigest()
         home = f"{ENGINES}/{entry.name}-{digest[:12]}"
         target = self.root / home
@@ -217,12 +220,26 @@ class BundleWriter(Bundle):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def adopt(self, foreign: Collection[str], tokenizers: Mapping[str, str], **changes: Any) -> None:
-        """Take over what engines of one checkpoint share, and drop those of another, `foreign`: they do not fit it."""
+    def announce(self, foreign: Collection[str], tokenizers: Mapping[str, str], **changes: Any) -> None:
+        """What the engines of one checkpoint share, to be adopted with the first that is installed.
+
+        Those of another checkpoint, `foreign`, go with it. Until then the bundle is what it was; one without engines
+        adopts at once.
+        """
+        self._announced = (foreign, tokenizers, changes)
+        if not self.manifest.engines:
+            self.adopt()
+
+    def adopt(self) -> None:
+        """Do what was announced, if it was not done yet."""
+        if self._announced is None:
+            return
+        foreign, tokenizers, changes = self._announced
         engines = {name: entry for name, entry in self.manifest.engines.items() if name not in foreign}
         self.update(engines=engines, **changes)
         for name, text in tokenizers.items():
             self.install_tokenizer(name, text)
+        self._announced = None
 
     def install_tokenizer(self, name: str, text: str) -> None:
         path = self.root / TOKENIZERS / f"{name}.json"

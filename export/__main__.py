@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from engines import tensorrt
 from engines.catalog import CATALOG, STAGES, UNETS
-from engines.errors import SettingsError, Show1Error
+from engines.errors import BundleError, SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
 from runtime.cli import run_command
-from runtime.config import Settings, parse_size
+from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ def _int8_table(bundle: Bundle) -> Iterator[str]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from runtime.pipeline import settings_of
+
     bundle = Bundle.open(arguments.bundle)
     problems = 0
     stages: dict[str, dict[str, None]] = {}  # the command that builds again -> the stages it has to name
@@ -209,8 +211,8 @@ def _check(arguments: argparse.Namespace) -> None:
             stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
         print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
     try:
-        Settings.from_dict(bundle.manifest.defaults)
-    except (SettingsError, TypeError, ValueError) as error:
+        settings_of(bundle)
+    except BundleError as error:
         problems += 1
         stages.setdefault(bundle.rebuild_command("t5", stage="STAGES"), {})["text"] = None
         print(f"{'settings':63} {error}")

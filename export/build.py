@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -441,8 +441,7 @@ def build(
         _check_disk(bundle.root, pending)
         if backend.name == INDUCTOR:  # what its engines run with
             kernels.build_for("cpu" if backend.targets[0].startswith("cpu") else "cuda")
-        adopt = partial(
-            bundle.adopt,
+        bundle.announce(
             foreign,
             tokenizers,
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
@@ -450,11 +449,11 @@ def build(
             defaults=defaults.to_dict(),
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
-        if not (pending and bundle.manifest.engines):  # nothing that could not go with it
-            adopt()
+        if not pending:
+            bundle.adopt()
         # Where kernels are chosen by timing, one engine at a time has the GPU.
         timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
-        _build_all(bundle, pending, 1 if timed else jobs, adopt)
+        _build_all(bundle, pending, 1 if timed else jobs)
         return Bundle(bundle.root, bundle.manifest)
 
 
@@ -462,8 +461,7 @@ def _of_checkpoint(bundle: Bundle, network: Network, checkpoint: Path) -> bool:
     """Whether a bundle's engine was made from these weights, in whatever precision they are there."""
     entry = bundle.manifest.engines.get(network.name)
     return entry is None or any(
-        Source.find(network, checkpoint, precision).fingerprint().items() <= entry.source.items()
-        for precision in ("fp32", "fp16")
+        Source.find(network, checkpoint, precision).made(entry.source) for precision in ("fp32", "fp16")
     )
 
 
@@ -502,11 +500,10 @@ def _check_disk(root: Path, pending: list[Job]) -> None:
         )
 
 
-def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None, adopt: Callable[[], None]) -> None:
+def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> None:
     """Build engines side by side: at most `most`, and never more than processors and memory allow.
 
-    The longest go first. Large engines have a process each, which takes its memory along when it ends. `adopt` is
-    called when the first is to be installed: until then the bundle is what it was.
+    The longest go first. Large engines have a process each, which takes its memory along when it ends.
     """
     if not pending:
         return
@@ -526,7 +523,6 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None, adopt
     fitting_at_once = sum(total <= available for total in accumulate(sorted(job.memory for job in waiting)))
     threads = max(1, (os.cpu_count() or 1) // min(most, max(1, fitting_at_once)))
     running: dict[Future[tuple[EngineEntry, float]], Job] = {}
-    adopted = False
     with (
         bundle.scratch() as scratch,
         ProcessPoolExecutor(
@@ -547,9 +543,6 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None, adopt
                 for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_failed):
                     running.pop(future)
                     entry, seconds = future.result()
-                    if not adopted:
-                        adopt()
-                        adopted = True
                     bundle.install(scratch / entry.name, entry)
                     progress.finish(entry, seconds)
         except BrokenProcessPool:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -232,8 +232,7 @@ def build_int8(
                 pending.append((name, source))
         manifest = floats.manifest
         weights = {name: entry.source["weights"] for name, entry in manifest.engines.items()}
-        adopt = partial(
-            bundle.adopt,
+        bundle.announce(
             {name for name, entry in bundle.manifest.engines.items() if entry.source["weights"] != weights[name]},
             {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in manifest.tokenizers},
             versions=manifest.versions,
@@ -242,9 +241,9 @@ def build_int8(
             schedulers=manifest.schedulers,
         )
         if pending:
-            _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory, adopt)
+            _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory)
         else:
-            adopt()
+            bundle.adopt()
         return Bundle(bundle.root, bundle.manifest)
 
 
@@ -263,9 +262,8 @@ def check_calibration(
     if checkpoint is None:
         return
     for network in networks_of(stages):
-        made_from = floats.engine(network.name).source
         source = Source.find(network, checkpoint, "fp32")
-        if any(made_from.get(part) != value for part, value in source.fingerprint().items()):
+        if not source.made(floats.engine(network.name).source):
             raise SettingsError(
                 f"{floats.root}: its {network.name} was not made from {checkpoint / source.where}. Give the "
                 "--checkpoint that it was made from, or leave --calibration out, to build float32 engines of this one "
@@ -280,9 +278,7 @@ def _build(
     settings: Settings,
     judge: _Judge,
     for_memory: bool,
-    adopt: Callable[[], None],
 ) -> None:
-    """`adopt` is called when the first engine is to be installed."""
     started = time.perf_counter()
     calls: dict[tuple[str, str], list[Feeds]] = {}
     for prompt in CALIBRATION_PROMPTS:
@@ -318,8 +314,6 @@ def _build(
                 properties={**entry.properties, INT8: asdict(verdict)},
                 cost={**entry.cost, "int8_s": seconds},
             )
-            if name == pending[0][0]:
-                adopt()
             bundle.install(folder, candidate)
         _say(f"{name}: {'int8' if verdict.kept else 'stays float32'}, {verdict.why}")
 

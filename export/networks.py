@@ -81,6 +81,10 @@ class Source:
         config = json.dumps([self.config, self.vae], sort_keys=True)
         return {"weights": file_hash(self.weights), "config": hashlib.sha256(config.encode()).hexdigest()}
 
+    def made(self, engine: Mapping[str, str]) -> bool:
+        """Whether an engine (its entry's `source`) was made from these files; reads all of them."""
+        return self.fingerprint().items() <= engine.items()
+
 
 @dataclass(frozen=True)
 class Graph:

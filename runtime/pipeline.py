@@ -60,11 +60,7 @@ class Show1Pipeline:
     """
 
     def __init__(self, engines: EnginePool):
-        self.engines = engines
-        try:
-            self.settings = Settings.from_dict(engines.bundle.manifest.defaults)
-        except (SettingsError, TypeError, ValueError) as error:
-            raise BundleError(f"{engines.bundle.root}: its settings: {error} Build the bundle again.") from None
+        self.engines, self.settings = engines, settings_of(engines.bundle)
 
     @classmethod
     def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
@@ -128,6 +124,14 @@ class Show1Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def settings_of(bundle: Bundle) -> Settings:
+    """A bundle's own. Raises BundleError for impossible ones."""
+    try:
+        return Settings.from_dict(bundle.manifest.defaults)
+    except (SettingsError, TypeError, ValueError) as error:
+        raise BundleError(f"{bundle.root}: its settings: {error} Build the bundle again.") from None
 
 
 def check_prompt(prompt: str, negative_prompt: str = "") -> None:

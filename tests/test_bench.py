@@ -228,10 +228,10 @@ def test_a_place_that_takes_no_result_is_told_before_anything_is_measured(
     check_output(tmp_path / "new" / "x.json")
     assert not list((tmp_path / "new").iterdir())
 
-    def refuse(*_: object) -> None:
+    def refuse(**_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("bench.report.write_atomically", refuse)
+    monkeypatch.setattr("bench.report.tempfile.TemporaryFile", refuse)
     with pytest.raises(OutputError, match=r"x\.json: cannot be written \(Permission denied\)\. Choose another --out"):
         check_output(tmp_path / "x.json")
 

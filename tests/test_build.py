@@ -362,16 +362,20 @@ def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
     assert reasons(capsys) == {"t5": "not built yet", "clip": "up to date"}
 
 
-def test_what_was_finished_with_a_failure_is_kept(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail_to_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(job: Job, folder: Path) -> Any:
-        if job.name == "t5":
-            raise EngineError("t5 failed")
+        if job.name == name:
+            raise EngineError(f"{name} failed")
         return run_before(job, folder)
 
     run_before = builder._run_job
     monkeypatch.setattr(builder, "_run_job", run)
+
+
+def test_what_was_finished_with_a_failure_is_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_build("t5", monkeypatch)
     for attempt in range(4):  # sets have an order of their own
         with pytest.raises(EngineError, match="t5 failed"):
             build_text_encoders(checkpoint, tmp_path / str(attempt), jobs=2)
@@ -382,16 +386,11 @@ def test_what_was_finished_with_a_failure_is_kept(
 def test_a_build_of_another_checkpoint_that_fails_never_leaves_engines_of_both(
     checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, failing: str, left: list[str]
 ) -> None:
-    def run(job: Job, folder: Path) -> Any:
-        if job.name == failing:  # clip, of more layers, goes first
-            raise EngineError("failed")
-        return run_before(job, folder)
-
-    run_before, before = builder._run_job, Bundle.open(out).manifest
+    before = Bundle.open(out).manifest
     for change in (change_weights, change_t5):
         change(checkpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "_run_job", run)
+        fail_to_build(failing, patch)  # clip, of more layers, goes first
         with pytest.raises(EngineError):
             build_text_encoders(checkpoint, out)
     manifest = Bundle.open(out).manifest
@@ -404,13 +403,7 @@ def test_a_build_of_another_checkpoint_that_fails_never_leaves_engines_of_both(
 def test_a_rebuild_of_the_same_weights_that_fails_leaves_what_there_was(
     checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(job: Job, folder: Path) -> Any:
-        if job.name == "t5":
-            raise EngineError("failed")
-        return run_before(job, folder)
-
-    run_before = builder._run_job
-    monkeypatch.setattr(builder, "_run_job", run)
+    fail_to_build("t5", monkeypatch)
     with pytest.raises(EngineError):
         build_text_encoders(checkpoint, out, precision="fp16")
     engines = Bundle.open(out).manifest.engines
@@ -489,7 +482,7 @@ def test_an_interruption_ends_the_workers_before_what_they_write_to_goes(
     monkeypatch.setattr(builder, "wait", interrupt)
     job = Job(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", (576, 320))
     with Bundle.writer(tmp_path / "bundle") as bundle, pytest.raises(KeyboardInterrupt):
-        builder._build_all(bundle, [job], 1, lambda: None)
+        builder._build_all(bundle, [job], 1)
     assert not psutil.pid_exists(int(pid.read_text()))
     assert not list((tmp_path / "bundle").glob(".tmp-*"))
 

@@ -74,6 +74,7 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"base": StageSettings(7.5, 9.0)}, r"steps of base: 7\.5; allowed"),  # type: ignore[arg-type]
         ({"base": StageSettings(7.0, 9.0)}, r"steps of base: 7\.0; allowed"),  # type: ignore[arg-type]
         ({"keyframes": 5.0}, r"keyframes: 5\.0; allowed"),
         ({"size": "big"}, r"size: 'big'; allowed: \(width, height\) in pixels"),
