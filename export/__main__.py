@@ -1,4 +1,4 @@
-"""`python -m export`: build, list, check and verify bundles; download checkpoints."""
+"""`python -m export`: build, list, check and verify bundles; download, convert and train checkpoints."""
 
 import argparse
 import sys
@@ -124,6 +124,17 @@ def _download(arguments: argparse.Namespace) -> None:
 
     download(arguments.out, arguments.stage.split(","), arguments.precision)
     print(arguments.out)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from export.convert import convert_checkpoint
+
+    written = False
+    for path in convert_checkpoint(arguments.checkpoint, arguments.stage.split(","), arguments.precision):
+        written = True
+        print(path, flush=True)
+    if not written:
+        print(f"{arguments.checkpoint} needs none: its weights are safetensors", file=sys.stderr)
 
 
 def _random_checkpoint(arguments: argparse.Namespace) -> None:
@@ -339,6 +350,17 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(PRECISIONS),
         default="fp16",
         help="fp16: half-precision files where published, else full ones as for all others (default: %(default)s)",
+    )
+
+    convert = commands.add_parser("convert", help="write safetensors of a checkpoint's .bin files, which stay")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("--stage", default="all", help="as for build")
+    convert.add_argument("--checkpoint", type=Path, default=CHECKPOINTS, help="default: %(default)s")
+    convert.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        default="fp16",
+        help="which files, as for download (default: %(default)s)",
     )
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")

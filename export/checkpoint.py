@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engines.errors import CheckpointError
 
+SAFETENSORS = ".safetensors"
 _STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -52,38 +53,55 @@ def read_config(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
     """The safetensors files of a folder: whole or in shards, full precision or the fp16 variant.
 
-    Both variants load into either precision; the one asked for is taken where both are there. An index without any
-    of its shards is passed over: downloads hold every index, and the shards of one variant. Raises CheckpointError.
+    Both variants load into either precision; the one asked for is taken where both are there. Raises CheckpointError.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing. Download the whole checkpoint again.")
+    files, _ = find_weights(folder, prefer_fp16, _STEMS, SAFETENSORS)
+    if files:
+        return files
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: {', '.join(pickles)} is a pickle, which can run any code when it is loaded, and is refused. "
+            "Builds read .safetensors, which `python -m export download` fetches or makes; of .bin files that are here "
+            "already `python -m export convert` makes them, without running what they hold."
+        )
+    raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_STEMS)}, whole or in shards).")
+
+
+def find_weights(
+    folder: Path,
+    prefer_fp16: bool,
+    stems: Iterable[str],
+    suffix: str,
+    there: Callable[[Path], bool] = Path.is_file,
+) -> tuple[list[Path], Path | None]:
+    """Files of weights that are `there`, and the index of those that are shards; no files where there are none.
+
+    An index without any of its shards is passed over: downloads hold every index, and the shards of one variant.
+    Raises CheckpointError where shards are missing.
+    """
     incomplete = None
     for variant in (".fp16", "") if prefer_fp16 else ("", ".fp16"):
-        for stem in _STEMS:
-            if (whole := folder / f"{stem}{variant}.safetensors").is_file():
-                return [whole]
-            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
-                if (folder / index).is_file():
-                    shards = _shards(folder / index)
-                    missing = [shard.name for shard in shards if not shard.is_file()]
+        for stem in stems:
+            if there(whole := folder / f"{stem}{variant}{suffix}"):
+                return [whole], None
+            for name in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
+                if (index := folder / name).is_file():
+                    shards = _shards(index)
+                    missing = [shard.name for shard in shards if not there(shard)]
                     if shards and not missing:
-                        return shards
+                        return shards, index
                     error = CheckpointError(
-                        f"{folder / index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them "
-                        "again."
+                        f"{index}: shards {', '.join(missing) or '(none listed)'} are missing. Download them again."
                     )
                     if len(missing) < len(shards):
                         raise error
                     incomplete = incomplete or error
     if incomplete:
         raise incomplete
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: {', '.join(pickles)} is a pickle, which can run any code when it is loaded, and is refused. "
-            "Get the .safetensors files of this checkpoint: `python -m export download` fetches only those."
-        )
-    raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_STEMS)}, whole or in shards).")
+    return [], None
 
 
 def _shards(index: Path) -> list[Path]:

@@ -1,5 +1,10 @@
-"""`export download`: the published checkpoints from Hugging Face, only what the cascade reads, only safetensors."""
+"""`export download`: the published checkpoints from Hugging Face, only what the cascade reads, as safetensors.
 
+Where weights are published as pickles alone, as Show-1's text encoders are (showlab/Show-1, issue 31), these are
+fetched and converted.
+"""
+
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -9,6 +14,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import CheckpointError
+from export.checkpoint import SAFETENSORS
+from export.convert import PICKLE, convert, is_pickle, safe_name
 
 # folder -> repository. Weights: CC BY-NC 4.0 (Show-1), DeepFloyd IF licence (IF-II, to be accepted on its page).
 REPOSITORIES = {
@@ -22,11 +29,14 @@ _SMALL = (".json", ".txt", ".model")
 
 
 def needed_files(files: Iterable[str], subfolders: set[str], prefer_fp16: bool) -> list[str]:
-    """Of a repository's files those below `subfolders` that a build reads: configs, tokenizers, one set of weights."""
+    """Of a repository's files those below `subfolders` that a build reads: configs, tokenizers, one set of weights.
+
+    Weights are pickles only where there are no safetensors.
+    """
     chosen = []
     for subfolder in sorted(subfolders):
         here = [file for file in files if PurePosixPath(file).parts[0] == subfolder]
-        weights = [file for file in here if file.endswith(".safetensors")]
+        weights = [file for file in here if file.endswith(SAFETENSORS)] or [file for file in here if is_pickle(file)]
         half = [file for file in weights if ".fp16" in PurePosixPath(file).name]
         full = [file for file in weights if file not in half]
         chosen += [file for file in here if file.endswith(_SMALL)]
@@ -54,16 +64,21 @@ def _explained(repository: str) -> Iterator[None]:
 
 
 def _check_weights(repository: str, files: Iterable[str], subfolders: set[str]) -> None:
-    have = {PurePosixPath(file).parts[0] for file in files if file.endswith(".safetensors")}
+    have = {PurePosixPath(file).parts[0] for file in files if file.endswith((SAFETENSORS, PICKLE))}
     if missing := sorted(subfolders - have):
-        raise CheckpointError(f"{repository} has no .safetensors in {', '.join(missing)}; nothing else is read.")
+        raise CheckpointError(
+            f"{repository} has no weights in {', '.join(missing)}, neither {SAFETENSORS} nor {PICKLE}; nothing else is "
+            "read."
+        )
 
 
 def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16") -> None:
     """Fetch the checkpoints of `stages` into folders below `out`; what is there already is kept.
 
-    Raises CheckpointError that says what to do when a repository is gated, unknown or out of reach.
+    Raises CheckpointError that says what to do when a repository is gated, unknown or out of reach, or a file of it
+    cannot be converted.
     """
+    prefer_fp16 = precision == "fp16"
     subfolders: dict[str, set[str]] = {}
     for network in networks_of(stages):
         folder = network.folders[1]
@@ -74,7 +89,14 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
         repository = REPOSITORIES[folder]
         with _explained(repository):
             listed = HfApi().list_repo_files(repository)
-        files = needed_files(listed, wanted, precision == "fp16")
+        files = needed_files(listed, wanted, prefer_fp16)
         _check_weights(repository, files, wanted & {network.subfolder for network in networks_of(["all"])})
+        pickles = [PurePosixPath(file) for file in files if is_pickle(file)]
+        converted = {str(file) for file in pickles if (out / folder / file).with_name(safe_name(file.name)).is_file()}
         with _explained(repository):
-            snapshot_download(repository, allow_patterns=files, local_dir=out / folder)
+            snapshot_download(
+                repository, allow_patterns=[file for file in files if file not in converted], local_dir=out / folder
+            )
+        for subfolder in dict.fromkeys(file.parent for file in pickles):
+            print(f"{folder}/{subfolder}: published as pickles, which become safetensors", file=sys.stderr)
+            convert(out / folder / subfolder, prefer_fp16, remove=True)

@@ -205,7 +205,7 @@ def test_every_missing_unexpected_and_misshapen_parameter_is_listed(tmp_path: Pa
 @pytest.mark.parametrize("name", ["model.bin", "diffusion_pytorch_model.pt", "model.ckpt", "model.pth"])
 def test_a_pickle_is_refused_and_the_safe_file_asked_for(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match=rf"{name} is a pickle.*refused.*\.safetensors.*export download"):
+    with pytest.raises(CheckpointError, match=rf"{name} is a pickle.*refused.*\.safetensors.*export convert"):
         weight_files(tmp_path, prefer_fp16=False)
 
 

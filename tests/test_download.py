@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("huggingface_hub", reason="needs the export extra")
+pytest.importorskip("torch", reason="needs the export extra")
 
 from engines.errors import CheckpointError
 from export import download as module
@@ -42,12 +42,14 @@ def test_only_what_a_build_reads_is_fetched(
     assert asked == {"showlab/show-1-interpolation": wanted}
 
 
-def test_a_repository_of_pickles_is_refused(
+def test_a_repository_without_weights_is_told(
     asked: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pickles = [file for file in FILES if not file.endswith(".safetensors")]
-    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: pickles))
-    with pytest.raises(CheckpointError, match=r"show-1-interpolation has no \.safetensors in unet"):
+    others = [file for file in FILES if not file.endswith((".safetensors", ".bin"))]
+    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: others))
+    with pytest.raises(
+        CheckpointError, match=r"show-1-interpolation has no weights in unet, neither \.safetensors nor"
+    ):
         download(tmp_path, ["interp"])
     assert not asked
 
