@@ -40,19 +40,18 @@ _CONDITIONS = ("date", "load_average_1min", "commit")  # of a clip, as it was fi
 
 
 def faithfulness_table(result: Faithfulness) -> Table:
+    names = {"direction": "motion and direction", "motion": "kind of motion", "count": "number of things"}
     rows = []
     for key in (*ASKED, *ALSO_SHOWN):
         right, asked = result.right[key], result.asked[key]
-        name = {"direction": "motion and direction", "motion": "kind of motion", "count": "number of things"}.get(
-            key, key
-        )
         rows.append(
             [
-                name,
+                names.get(key, key),
                 f"{right} / {asked}",
                 percent(right / asked),
                 percent_range(wilson(right, asked)),
                 percent(result.chance[key]),
+                *("{} / {}".format(*counts[key]) for counts in result.of_things.values()),
             ]
         )
 
@@ -63,14 +62,17 @@ def faithfulness_table(result: Faithfulness) -> Table:
             percent(statistics.mean(scores)),
             percent_range(bootstrap(scores)),
             chance,
+            *(NOTHING for _ in result.of_things),
         ]
 
     rows.append(whole("faithfulness", result.scores, percent(result.chance_score)))
-    for count in sorted(set(result.things)):
-        of = [score for score, things in zip(result.scores, result.things, strict=True) if things == count]
-        rows.append(whole(f"faithfulness, {count} thing{'s' * (count > 1)}", of, NOTHING))
+    things = {count: f"{count} thing{'s' * (count > 1)}" for count in result.of_things}
+    for count, name in things.items():
+        of = [score for score, there in zip(result.scores, result.things, strict=True) if there == count]
+        rows.append(whole(f"faithfulness, {name}", of, NOTHING))
     title = f"Read off the pixels: {', '.join(ASKED)} make up faithfulness"
-    return Table(title, ["attribute", "right", "share", "95 % interval", "other prompts"], rows)
+    columns = ["attribute", "right", "share", "95 % interval", "other prompts", *(f"of {n}" for n in things.values())]
+    return Table(title, columns, rows)
 
 
 def percent(share: float) -> str:

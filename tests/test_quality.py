@@ -97,9 +97,12 @@ def test_the_table_tells_one_thing_from_two() -> None:
     scenes = [prompt.scene for prompt in PROMPTS[:8]]
     assert [len(scene.things) for scene in scenes] == [1, 1, 1, 2, 1, 1, 1, 2]
     result = faithfulness(scenes, [Reading((), scene.background) for scene in scenes])  # right alone in that
-    rows = {row[0]: row[1:3] for row in quality.faithfulness_table(result).rows}
-    assert rows["faithfulness, 1 thing"] == ["6 videos", "25 %"]
-    assert rows["faithfulness, 2 things"] == ["2 videos", "14 %"]
+    table = quality.faithfulness_table(result)
+    rows = {row[0]: row for row in table.rows}
+    assert rows["faithfulness, 1 thing"][1:3] == ["6 videos", "25 %"]
+    assert rows["faithfulness, 2 things"][1:3] == ["2 videos", "14 %"]
+    assert list(table.headers[-2:]) == ["of 1 thing", "of 2 things"]
+    assert rows["background"][-2:] == ["6 / 6", "2 / 2"] and rows["shape"][-2:] == ["0 / 6", "0 / 4"]
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
