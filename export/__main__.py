@@ -349,7 +349,8 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=list(PRECISIONS),
         default="fp16",
-        help="fp16: half-precision files where published, else full ones as for all others (default: %(default)s)",
+        help="fp16: weights in half precision where they are published so, or as pickles, else full ones as for all "
+        "others (default: %(default)s)",
     )
 
     convert = commands.add_parser("convert", help="write safetensors of a checkpoint's .bin files, which stay")
@@ -360,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=list(PRECISIONS),
         default="fp16",
-        help="which files, as for download (default: %(default)s)",
+        help="fp16: halves, others: full weights where there are some (default: %(default)s)",
     )
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")

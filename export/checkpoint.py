@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engines.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
-_STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
+_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Autoencoders saved before diffusers 0.18 call their attention projections otherwise.
@@ -48,6 +48,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
     return config
+
+
+def is_safetensors(file: str) -> bool:
+    """Whether a file of a repository holds weights that `weight_files` finds, by its name."""
+    name = PurePosixPath(file).name
+    return name.startswith(_STEMS) and name.endswith(SAFETENSORS)
 
 
 def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:

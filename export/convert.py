@@ -1,7 +1,7 @@
 """`export convert`: weights that were published as pickles, written as safetensors.
 
 A pickle can run any code when it is loaded. These are read by torch's unpickler of weights, which makes tensors and
-refuses what is none, and only here: builds read safetensors. Of the published checkpoints Show-1's hold pickles.
+refuses what is none, and only here: builds read safetensors. Show-1's repositories hold pickles alone, T5 in float32.
 """
 
 import json
@@ -20,11 +20,11 @@ from torch import Tensor
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
 from engines.store import write_atomically
-from export.checkpoint import find_folder, find_weights, read_config, weight_files
+from export.checkpoint import SAFETENSORS, find_folder, find_weights, read_config, weight_files
 from runtime.runner import first_line
 
 PICKLE = ".bin"
-_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # diffusers' and transformers' file names
+_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers name them
 
 
 def is_pickle(file: str) -> bool:
@@ -33,9 +33,12 @@ def is_pickle(file: str) -> bool:
     return name.startswith(_STEMS) and name.endswith(PICKLE)
 
 
-def safe_name(name: str) -> str:
-    """What the publishers' libraries call the safetensors in the place of a pickle, and their index likewise."""
-    return re.sub(r"^pytorch_model", "model", name).replace(PICKLE, ".safetensors", 1)
+def safe_name(name: str, half: bool) -> str:
+    """What the publishers' libraries call the safetensors in the place of a pickle, or their index; `half`: as fp16."""
+    name = re.sub(r"^pytorch_model", "model", name).replace(PICKLE, SAFETENSORS, 1)
+    if half and ".fp16" not in name:
+        name = re.sub(r"\.json$" if name.endswith(".json") else "(?<=model)", r".fp16\g<0>", name, count=1)
+    return name
 
 
 def convert_checkpoint(checkpoint: Path, stages: Iterable[str], precision: str) -> Iterator[Path]:
@@ -50,46 +53,46 @@ def convert_checkpoint(checkpoint: Path, stages: Iterable[str], precision: str) 
             yield from written
 
 
-def convert(folder: Path, prefer_fp16: bool, remove: bool = False) -> list[Path]:
+def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
     """Write a folder's pickled weights as safetensors, shard by shard, their index last; returns the files written.
 
-    Of two variants the one asked for is taken. `remove` deletes each pickle once its tensors are written, so that the
+    `fp16` takes the half-precision files where there are any, else it halves the full ones: a build to fp16 can then
+    map them instead of holding its own copy. `remove` deletes each pickle once its tensors are written, so that the
     disk holds one shard twice at most; what an earlier call has written then stands for its pickle. Raises
     CheckpointError for files that hold anything but tensors.
     """
 
-    def there(path: Path) -> bool:
-        return path.is_file() or path.with_name(safe_name(path.name)).is_file()
+    def target(path: Path) -> Path:
+        return path.with_name(safe_name(path.name, fp16))
 
-    files, index = find_weights(folder, prefer_fp16, _STEMS, PICKLE, there)
+    files, index = find_weights(folder, fp16, _STEMS, PICKLE, lambda path: path.is_file() or target(path).is_file())
     written = []
     for path in files:
         if path.is_file():
-            written.append(_write(path))
+            _write(path, target(path), fp16)
+            written.append(target(path))
             if remove:
                 path.unlink()
     if index:
-        target, content = index.with_name(safe_name(index.name)), read_config(index)
-        content["weight_map"] = {name: safe_name(file) for name, file in content["weight_map"].items()}
-        write_atomically(target, json.dumps(content, indent=2).encode())
-        written.append(target)
+        content = read_config(index)
+        content["weight_map"] = {name: safe_name(file, fp16) for name, file in content["weight_map"].items()}
+        write_atomically(target(index), json.dumps(content, indent=2).encode())
+        written.append(target(index))
     return written
 
 
-def _write(path: Path) -> Path:
-    target = path.with_name(safe_name(path.name))
+def _write(path: Path, target: Path, fp16: bool) -> None:
     temporary = target.with_name(f".{target.name}")
     try:
-        save_file(_read(path), temporary, {"format": "pt"})
+        save_file(_read(path, fp16), temporary, {"format": "pt"})
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} cannot be written ({error}). Is there room on the disk?") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return target
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, fp16: bool) -> dict[str, Tensor]:
     try:
         # Mapped, a shard of 10 GB takes no memory; torch's oldest format cannot be.
         state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -102,13 +105,15 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}). Download it again.") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold the tensors of one network by their names, and is refused.")
-    return dict(_apart(state))
+    return dict(_apart(state, fp16))
 
 
-def _apart(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _apart(state: Mapping[str, Tensor], fp16: bool) -> Iterator[tuple[str, Tensor]]:
     """Every tensor with memory of its own, as safetensors want it: T5's embedding goes by two names."""
     seen = set()
     for name, value in state.items():
         memory = value.untyped_storage().data_ptr()
+        if fp16 and value.is_floating_point():
+            value = value.half()
         yield name, value.clone(memory_format=torch.contiguous_format) if memory in seen else value.contiguous()
         seen.add(memory)

@@ -285,12 +285,18 @@ def test_unsupported_values_of_a_unet_are_named_with_what_is_supported(
         UNetConfig.from_dict({**config, **changes}, "base/unet")
 
 
-@pytest.mark.parametrize("key", ["block_out_channels", "mid_block_type", "in_channels"])
+@pytest.mark.parametrize("key", ["block_out_channels", "in_channels"])
 def test_a_unet_config_without_an_essential_key_is_refused(golden: Path, key: str) -> None:
     config = read_json(golden / "models/base/unet/config.json")
     del config[key]
     with pytest.raises(CheckpointError, match=f"'{key}' is missing. Is this a UNet's config.json"):
         UNetConfig.from_dict(config, "base/unet")
+
+
+def test_a_config_of_diffusers_own_3d_class_is_that_of_the_latent_stage(golden: Path) -> None:
+    config = read_json(golden / "models/sr2/unet/config.json")
+    without = {key: value for key, value in config.items() if key != "mid_block_type"}
+    assert UNetConfig.from_dict(without, "sr2/unet") == UNetConfig.from_dict(config, "sr2/unet")
 
 
 @pytest.mark.parametrize(

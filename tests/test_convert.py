@@ -53,7 +53,7 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 @pytest.fixture
 def pickled(golden: Path, tmp_path: Path) -> Path:
-    """The golden checkpoint as Show-1's authors' libraries saved theirs, in folders named as downloaded."""
+    """The golden checkpoint as Show-1's is published: pickles, T5 in float32 shards; IF-II as it is."""
     for network in CATALOG.values():
         short, name = network.folders
         home = tmp_path / "checkpoints" / name
@@ -63,15 +63,13 @@ def pickled(golden: Path, tmp_path: Path) -> Path:
             weights = load_file(file)
             if network.name == "t5":
                 weights["encoder.embed_tokens.weight"] = weights["shared.weight"]  # one memory, two names
-                pickle_shards(file.parent, weights)
-                torch.save(weights, file.parent / "pytorch_model.fp16.bin")
+                pickle_shards(file.parent, {name: value.float() for name, value in weights.items()})
             else:
                 weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
                 torch.save(weights, file.parent / "pytorch_model.bin")
             file.unlink()
         elif network.name != "if2" and (file := file.with_name("diffusion_pytorch_model.safetensors")).is_file():
-            variant = ".fp16" if network.name in ("base", "interp") else ""
-            torch.save(load_file(file), file.with_name(f"diffusion_pytorch_model{variant}.bin"))
+            torch.save(load_file(file), file.with_suffix(".bin"))
             file.unlink()
     return tmp_path / "checkpoints"
 
@@ -83,11 +81,12 @@ def test_a_pickled_checkpoint_is_refused_then_converted_and_loads_as_the_safe_on
     with pytest.raises(CheckpointError, match=r"is a pickle.*refused.*`python -m export convert`"):
         Source.find(CATALOG["t5"], pickled, precision)
     before = sorted(pickled.rglob("*.bin"))
-    assert len(before) == 9  # 3 of T5, 1 of CLIP, the autoencoder and four UNets
+    assert len(before) == 8  # 2 of T5, 1 of CLIP, of the autoencoder and of four UNets
     command = ["convert", "--checkpoint", str(pickled), "--precision", precision]
     assert main(command) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(written) == (7 if precision == "fp16" else 9)  # T5 whole, or two shards and an index
+    assert len(written) == 9  # of T5 two shards and an index, of seven networks a file
+    assert all((".fp16" in path.name) is (precision == "fp16") for path in written)
     assert sorted(pickled.rglob("*.bin")) == before
 
     for name, network in CATALOG.items():
@@ -106,7 +105,7 @@ def test_a_pickled_checkpoint_is_refused_then_converted_and_loads_as_the_safe_on
 def test_a_converted_file_says_what_it_is_as_others_do(tmp_path: Path) -> None:
     """transformers refuses safetensors without this note."""
     torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
-    (file,) = convert(tmp_path, prefer_fp16=False)
+    (file,) = convert(tmp_path, fp16=False)
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 
@@ -116,7 +115,7 @@ def test_views_of_one_memory_are_each_written_whole(tmp_path: Path, zipped: bool
     whole = torch.arange(12.0).reshape(3, 4)
     weights = {"whole": whole, "same": whole, "turned": whole.t(), "part": whole[1:, 2:], "other": torch.ones(2)}
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert_equal(contents(convert(tmp_path, prefer_fp16=False)), weights)
+    assert_equal(contents(convert(tmp_path, fp16=False)), weights)
 
 
 class Exploit:
@@ -160,7 +159,7 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path, content: Any, pr
     elif isinstance(content, bytes):
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin .*{problem}"):
-        convert(tmp_path, prefer_fp16=False)
+        convert(tmp_path, fp16=False)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -178,14 +177,14 @@ def test_an_interrupted_conversion_is_never_taken_for_a_whole_one_and_goes_on(
 
     monkeypatch.setattr(module, "save_file", fail)
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors cannot be written \(no space left"):
-        convert(tmp_path, prefer_fp16=False, remove=remove)
+        convert(tmp_path, fp16=False, remove=remove)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="is a pickle"):
         weight_files(tmp_path, prefer_fp16=False)
     assert (tmp_path / "pytorch_model-00001-of-00002.bin").exists() is not remove
     assert sorted(tmp_path.glob(".*")) == []
 
-    convert(tmp_path, prefer_fp16=False, remove=remove)
+    convert(tmp_path, fp16=False, remove=remove)
     assert_equal(contents(weight_files(tmp_path, prefer_fp16=False)), WEIGHTS)
     assert len(list(tmp_path.glob("*.bin"))) == (0 if remove else 2)
 
@@ -194,7 +193,19 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     pickle_shards(tmp_path, WEIGHTS)
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match=r"index\.json: shards pytorch_model-00002-of-00002\.bin are missing"):
-        convert(tmp_path, prefer_fp16=False)
+        convert(tmp_path, fp16=False)
+
+
+def test_full_weights_are_halved_where_half_precision_is_asked_for(tmp_path: Path) -> None:
+    """A build to fp16 maps files of that precision, and would hold a copy of any other: of T5-XXL 9.5 GB."""
+    weights = {**WEIGHTS, "position_ids": torch.arange(3), "turned": torch.arange(6.0).reshape(2, 3).t()}
+    pickle_shards(tmp_path, weights)
+    written = convert(tmp_path, fp16=True)
+    names = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert [path.name for path in written] == [*names, "model.safetensors.index.fp16.json"]
+    assert [path.name for path in weight_files(tmp_path, prefer_fp16=False)] == names
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    assert_equal(contents(written[:2]), half)
 
 
 def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
@@ -205,7 +216,6 @@ def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
         (published / subfolder).mkdir(parents=True)
     pickle_shards(published / "text_encoder", WEIGHTS)
     half = {name: value.half() for name, value in WEIGHTS.items()}
-    torch.save(half, published / "text_encoder/pytorch_model.fp16.bin")
     for file in ("text_encoder/config.json", "text_encoder/training_args.bin", "tokenizer/spiece.model"):
         (published / file).write_text("{}")
     listed = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
@@ -217,19 +227,17 @@ def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
             (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(published / file, local_dir / file)
 
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: listed))
+    api = SimpleNamespace(list_repo_files=lambda _: listed, auth_check=lambda _: None)
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
     monkeypatch.setattr(hub, "snapshot_download", fetch)
-    folder, small = out / "show-1-base/text_encoder", {"config.json", "pytorch_model.bin.index.json"}
+    folder = out / "show-1-base/text_encoder"
+    small = {"config.json", "pytorch_model.bin.index.json", "spiece.model"}
+    shards = {f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
 
-    hub.download(out, ["text"])
-    assert {Path(file).name for file in asked} == {*small, "pytorch_model.fp16.bin", "spiece.model"}
-    assert {path.name for path in folder.iterdir()} == {*small, "model.fp16.safetensors"}
-    assert_equal(contents(weight_files(folder, prefer_fp16=True)), half)
-    hub.download(out, ["text"])
-    assert {Path(file).name for file in asked} == {*small, "spiece.model"}
-
-    hub.download(out, ["text"], "fp32")
-    assert len(asked) == 5 and not list(folder.glob("*.bin"))
-    assert_equal(contents(weight_files(folder, prefer_fp16=False)), WEIGHTS)
-    hub.download(out, ["text"], "fp32")
-    assert {Path(file).name for file in asked} == {*small, "spiece.model"}
+    for precision, expected in (("fp16", half), ("fp32", WEIGHTS)):
+        hub.download(out, ["text"], precision)
+        assert {Path(file).name for file in asked} == small | shards
+        assert not list(folder.glob("*.bin"))
+        assert_equal(contents(weight_files(folder, prefer_fp16=precision == "fp16")), expected)
+        hub.download(out, ["text"], precision)
+        assert {Path(file).name for file in asked} == small

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("torch", reason="needs the export extra")
+
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from engines.errors import CheckpointError
 from export import download as module
@@ -23,13 +26,26 @@ FILES = [
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+def published(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What every repository holds; a test may change it."""
+    files = list(FILES)
+    hub = SimpleNamespace(list_repo_files=lambda _: files, auth_check=lambda _: None)
+    monkeypatch.setattr(module, "HfApi", lambda: hub)
+    return files
+
+
+@pytest.fixture
+def asked(published: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Repository -> the files that were asked for."""
     asked: dict[str, list[str]] = {}
-    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: FILES))
-    monkeypatch.setattr(
-        module, "snapshot_download", lambda name, allow_patterns, local_dir: asked.update({name: allow_patterns})
-    )
+
+    def fetch(repository: str, allow_patterns: list[str], local_dir: Path) -> None:
+        asked[repository] = allow_patterns
+        for file in allow_patterns:
+            (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / file).touch()
+
+    monkeypatch.setattr(module, "snapshot_download", fetch)
     return asked
 
 
@@ -42,15 +58,60 @@ def test_only_what_a_build_reads_is_fetched(
     assert asked == {"showlab/show-1-interpolation": wanted}
 
 
-def test_a_repository_without_weights_is_told(
-    asked: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_of_a_name_that_no_build_finds_are_passed_over(
+    asked: dict[str, list[str]], tmp_path: Path, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = [file for file in FILES if not file.endswith((".safetensors", ".bin"))]
-    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: others))
+    """An open pull request of show-1-base's adds such files, without an index of theirs."""
+    monkeypatch.setattr(module, "convert", lambda *_, **__: [])
+    pickle = "unet/diffusion_pytorch_model.bin"
+    published[:] = ["unet/config.json", pickle, "unet/pytorch_model-00001-of-00002.safetensors"]
+    download(tmp_path, ["interp"])
+    assert asked == {"showlab/show-1-interpolation": ["unet/config.json", pickle]}
+
+
+def test_a_repository_without_weights_is_told(
+    asked: dict[str, list[str]], tmp_path: Path, published: list[str]
+) -> None:
+    published[:] = [file for file in FILES if not file.endswith((".safetensors", ".bin"))]
     with pytest.raises(
         CheckpointError, match=r"show-1-interpolation has no weights in unet, neither \.safetensors nor"
     ):
         download(tmp_path, ["interp"])
+    assert not asked
+
+
+def test_a_file_that_did_not_arrive_is_told(
+    published: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: None)  # it warns alone, with some files there
+    with pytest.raises(CheckpointError, match=r"unet/config\.json, .* did not arrive\. Run this again"):
+        download(tmp_path, ["interp"])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "problem"),
+    [
+        (401, GatedRepoError, r" is gated: log in with `hf auth login` and accept the licence"),
+        (403, HfHubHTTPError, r" cannot be fetched \(refused\)\. A fine-grained token must be allowed to read"),
+        (404, RepositoryNotFoundError, r" was not found, or you are not allowed to see it"),
+        (500, HfHubHTTPError, r" cannot be fetched \(refused\)\. Check the connection"),
+    ],
+)
+def test_a_refusal_is_explained_before_anything_is_fetched(
+    asked: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    kind: type[HfHubHTTPError],
+    problem: str,
+) -> None:
+    def refuse(repository: str) -> None:
+        if "IF-II" in repository:
+            raise kind("refused", response=cast(Any, SimpleNamespace(status_code=status, headers={}, request=None)))
+
+    monkeypatch.setattr(module.HfApi(), "auth_check", refuse)
+    with pytest.raises(CheckpointError, match=rf"^DeepFloyd/IF-II-L-v1\.0:?{problem}"):
+        download(tmp_path)
     assert not asked
 
 
@@ -63,6 +124,6 @@ def test_a_hub_out_of_reach_is_told_whatever_its_transport_raises(
     def refuse(_repository: str) -> None:
         raise ConnectError("connection refused")
 
-    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(list_repo_files=refuse))
+    monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(auth_check=refuse))
     with pytest.raises(CheckpointError, match=r"cannot be fetched \(connection refused\)\. Check the connection"):
         download(tmp_path, ["interp"])

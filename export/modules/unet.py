@@ -117,7 +117,7 @@ class UNetConfig:
         try:
             channels = tuple(config["block_out_channels"])
             down, up = tuple(config["down_block_types"]), tuple(config["up_block_types"])
-            mid = config["mid_block_type"]
+            mid = config.get("mid_block_type", "UNetMidBlock3DCrossAttn")  # diffusers' own 3D class has no such key
             in_channels, out_channels = config["in_channels"], config["out_channels"]
             text_dim = config["cross_attention_dim"]
         except KeyError as key:
