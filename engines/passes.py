@@ -34,10 +34,11 @@ def fuse_spatial_attention(graph: ir.Graph) -> None:
 
 
 def split_group_norm(graph: ir.Graph) -> None:
-    """Group normalisation becomes instance normalisation of the groups, then scale and bias of the channels.
+    """Group normalisation becomes layer normalisation of the groups, then scale and bias of the channels.
 
     ONNX Runtime's CPU has no kernel for GroupNormalization and inlines it to nine passes over memory; these are five,
-    1.5 to 2.8 times faster.
+    1.5 to 2.8 times faster. InstanceNormalization fits as well, but from opset 22 on ONNX Runtime (1.32) has no CUDA
+    kernel for it, and every norm of a network on the card would be computed by the CPU.
     """
     for node in list(graph):
         if node.op_type != "GroupNormalization":
@@ -51,10 +52,10 @@ def split_group_norm(graph: ir.Graph) -> None:
         name = node.outputs[0].name
         by_group = _constant(tape, f"{name}_groups", np.array([0, groups, -1]))
         per_channel = _constant(tape, f"{name}_channels", np.array([-1] + [1] * (len(x.shape) - 2)))
-        ones = _constant(tape, f"{name}_ones", np.ones(groups, dtype))
-        zeros = _constant(tape, f"{name}_zeros", np.zeros(groups, dtype))
+        one = _constant(tape, f"{name}_one", np.ones(1, dtype))
         y = tape.op("Reshape", [x, by_group])
-        y = tape.op("InstanceNormalization", [y, ones, zeros], {"epsilon": epsilon})
+        ones = tape.op("Expand", [one, tape.op("Shape", [y], {"start": 2})])
+        y = tape.op("LayerNormalization", [y, ones], {"axis": -1, "epsilon": epsilon})
         y = tape.op("Reshape", [y, tape.op("Shape", [x])])
         y = tape.op("Mul", [y, tape.op("Reshape", [scale, per_channel])])
         y = tape.op("Add", [y, tape.op("Reshape", [bias, per_channel])])

@@ -320,7 +320,7 @@ def _onnx_files(folder: Path, spec: GraphSpec) -> tuple[Path, Path]:
 
 def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, DetachedModel]) -> Runner:
     if not detached:
-        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0])
+        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0], job.precision)
     model = detached[graph.spec.name]
     return DetachedRunner(in_float32(model) if job.precision == "bf16" else model)
 

@@ -62,11 +62,12 @@ class LoopRunner(Protocol):
     ) -> Loop: ...
 
 
-def open_runner(backend: str, plan: Path) -> Runner:
+def open_runner(backend: str, plan: Path, precision: str = "fp32") -> Runner:
+    """Load a plan; `precision` is its engine's."""
     if backend == "onnxruntime":
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
 
-        return OrtRunner(plan)
+        return OrtRunner(plan, precision)
     if backend in tensorrt.FLAVOURS:
         from runtime.runner_trt import TrtRunner
 
@@ -135,7 +136,7 @@ class Engine:
                 self._bundle.path(graph.weights)
             plan = self._bundle.path(graph.plan)
             try:
-                self._runners[name] = open_runner(self._entry.backend, plan)
+                self._runners[name] = open_runner(self._entry.backend, plan, self._entry.precision)
             except BundleError as error:
                 if not any(map(self._bundle.damage, filter(None, (graph.plan, graph.weights)))):
                     raise EngineError(

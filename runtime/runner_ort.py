@@ -26,25 +26,40 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 @cache
-def _providers() -> list[str | tuple[str, dict[str, Any]]]:
-    """Best first. What the wheel lists it was compiled with; whether it loads, only a session tells.
+def _cuda_loads() -> bool:
+    """Whether CUDA's provider is to be tried. What the wheel lists it was compiled with; only a session tells the rest.
 
-    Where there is no GPU, CUDA's is not tried: every session would say at length what it did not find.
+    Where there is no GPU it is not: every session would say at length what it did not find.
     """
     if _CUDA not in ort.get_available_providers() or not find_gpus():
-        return [_CPU]
+        return False
     with contextlib.redirect_stdout(sys.stderr):  # where it says what it does not find
         ort.preload_dlls()  # CUDA's libraries from the packages that the extra `cuda` brings
-    return [(_CUDA, {"use_tf32": 0}), _CPU]  # float32 means float32
+    return True
+
+
+def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
+    """Best first."""
+    if not _cuda_loads():
+        return [_CPU]
+    settings = {
+        # float32 means float32. For half precision this switch would forbid the matrix units as well.
+        "use_tf32": int(precision in ("fp16", "bf16")),
+        "arena_extend_strategy": "kSameAsRequested",  # else memory grows by powers of two
+    }
+    return [(_CUDA, settings), _CPU]
 
 
 class OrtRunner:
-    def __init__(self, plan: Path):
+    def __init__(self, plan: Path, precision: str = "fp32"):
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
-        providers = _providers()
+        # From the second call on a pattern takes one block for all activations, beside what the first call took.
+        options.enable_mem_pattern = False
+        providers = _providers(precision)
         try:
             self._session = ort.InferenceSession(str(plan), options, providers=providers)
+            self._session.disable_fallback()  # after a failed call it would go on on the CPU, and say so on stdout
         except Exception as error:  # its exceptions share no base class
             raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
         if len(providers) > 1 and _CUDA not in self._session.get_providers():

@@ -99,6 +99,13 @@ def test_a_pass_changes_the_graph_and_nothing_it_computes(model: ir.Model, name:
     np.testing.assert_allclose(run(model), expected, rtol=0, atol=2e-6)
 
 
+def test_norms_are_of_operators_that_the_cpu_and_cuda_both_have(model: ir.Model) -> None:
+    """ONNX Runtime registers CUDA's InstanceNormalization for opsets below 22 alone; GroupNormalization, nowhere."""
+    assert "GroupNormalization" in operators(model)
+    split_group_norm(model.graph)
+    assert not {"GroupNormalization", "InstanceNormalization"} & set(operators(model))
+
+
 def test_only_attention_over_pixels_is_fused(model: ir.Model) -> None:
     fuse_spatial_attention(model.graph)
     left = [node for node in model.graph if node.op_type == "Attention"]

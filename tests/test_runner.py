@@ -87,7 +87,7 @@ def test_memory_that_is_short_is_no_reason_to_build_again(bundle: Path, monkeypa
 def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_backend: str, plan: Path) -> None:
+    def refuse(_backend: str, plan: Path, _precision: str) -> None:
         raise BundleError(f"{plan}: cannot load it.")
 
     monkeypatch.setattr("runtime.runner.open_runner", refuse)
@@ -128,19 +128,19 @@ class WheelWithCuda:
         monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudart.so"))
         monkeypatch.setattr(ort, "InferenceSession", self)
         monkeypatch.setattr(runner_ort, "find_gpus", lambda: [None] * gpus)
-        runner_ort._providers.cache_clear()
+        runner_ort._cuda_loads.cache_clear()
 
     def __call__(self, _plan: str, _options: object, providers: list[object]) -> SimpleNamespace:
         self.asked = providers
         used = [runner_ort._CUDA, runner_ort._CPU] if self.found else [runner_ort._CPU]
-        return SimpleNamespace(get_providers=lambda: used, get_outputs=list)
+        return SimpleNamespace(get_providers=lambda: used, get_outputs=list, disable_fallback=lambda: None)
 
 
 @pytest.fixture
 def wheel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool, int], WheelWithCuda]]:
     yield lambda found, gpus: WheelWithCuda(monkeypatch, found, gpus)
     monkeypatch.undo()
-    runner_ort._providers.cache_clear()
+    runner_ort._cuda_loads.cache_clear()
 
 
 def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, capsys) -> None:
@@ -153,10 +153,23 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     assert session.asked == [runner_ort._CPU], "and where there is none, it is not looked for"
 
 
-def test_float32_on_a_gpu_is_not_tf32(wheel, tmp_path: Path) -> None:
+def test_a_session_holds_activations_once_and_never_moves_to_the_cpu_by_itself(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    runner = OrtRunner(opened.path(opened.engine("clip").graphs["encode"].plan))
+    assert not runner._session.get_session_options().enable_mem_pattern
+    assert not runner._session._enable_fallback
+    runner.close()
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", 0), ("int8", 0), ("fp16", 1), ("bf16", 1)])
+def test_float32_on_a_gpu_is_not_tf32_and_half_precision_has_the_matrix_units(
+    wheel, tmp_path: Path, precision: str, tf32: int
+) -> None:
+    """ONNX Runtime's convolutions leave out every engine on matrix units, of any precision, where TF32 is forbidden."""
     session = wheel(True, 1)
-    OrtRunner(tmp_path / "step.onnx")
-    assert session.asked == [(runner_ort._CUDA, {"use_tf32": 0}), runner_ort._CPU]
+    OrtRunner(tmp_path / "step.onnx", precision)
+    (cuda, settings), cpu = session.asked
+    assert (cuda, settings["use_tf32"], cpu) == (runner_ort._CUDA, tf32, runner_ort._CPU)
 
 
 class Polygraphy:
