@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+_CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,11 @@ def find_gpus() -> list[Gpu]:
                 Gpu(name.value.decode(), (major.value, minor.value), memory.value, (version[0], version[1] // 10))
             )
     return gpus
+
+
+def old_driver(gpu: Gpu, library: str) -> str | None:
+    """Why a library built with CUDA 13 does not run by a card's driver, or None."""
+    if gpu.driver >= _CUDA:
+        return None
+    needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
+    return f"the driver is for CUDA {has}, {library} needs {needs}: install a newer NVIDIA driver"

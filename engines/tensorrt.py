@@ -8,17 +8,17 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from engines.errors import EngineError, SettingsError
-from engines.gpu import Gpu, find_gpus
+from engines.gpu import Gpu, find_gpus, old_driver
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # what TensorRT-RTX takes itself: Ampere, Ada, Blackwell
-_CUDA = (13, 0)  # what both flavours' libraries are built with
 
 
 def installed_version(package: str) -> str | None:
@@ -102,7 +102,7 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
         command = bundle.rebuild_command(entry.name, **onnxruntime, stage="all", out="NEW")
         return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
     if serves(entry.targets, gpus[0].target):
-        return _old_driver(entry.backend, gpus[0])
+        return old_driver(gpus[0], entry.backend)
     there = f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target})"
     if entry.backend == "tensorrt":
         return f"{there}: {bundle.rebuild_command(entry.name)}"
@@ -117,14 +117,7 @@ def why_not_here(flavour: str, gpu: Gpu) -> str | None:
         return f"{flavour} is not installed. {_install(flavour)}"
     if flavour == "tensorrt-rtx" and not serves(TARGETS, gpu.target):
         return f"tensorrt-rtx does not serve {gpu.name} ({gpu.target})"
-    return _old_driver(flavour, gpu)
-
-
-def _old_driver(flavour: str, gpu: Gpu) -> str | None:
-    if gpu.driver >= _CUDA:
-        return None
-    needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
-    return f"the driver is for CUDA {has}, {flavour} needs {needs}: install a newer NVIDIA driver"
+    return old_driver(gpu, flavour)
 
 
 def choose_backend() -> tuple[str, str]:
@@ -156,3 +149,23 @@ def polygraphy(flavour: str) -> Any:
     if chosen != rtx:
         raise EngineError(f"polygraphy serves one flavour of TensorRT per process: run {flavour} in a new one.")
     return backend
+
+
+def load_cuda_runtime() -> None:
+    """Load the libcudart that Polygraphy copies arrays with; NVIDIA's wheel of CUDA 13 is enough.
+
+    That wheel has it in a folder where Polygraphy (0.53) does not look. Raises EngineError where there is none.
+    """
+    path, spec = os.environ.get("LD_LIBRARY_PATH"), find_spec("nvidia")
+    wheels = [f"{home}/cu13/lib" for home in (spec.submodule_search_locations if spec else None) or ()]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [path, *wheels]))
+    try:
+        importlib.import_module("polygraphy.cuda").wrapper()
+    except Exception as error:  # its exceptions share no base class
+        raise EngineError(
+            f"the CUDA runtime library of CUDA 13 is not found ({error}): `pip install 'nvidia-cuda-runtime>=13,<14'`"
+        ) from None
+    finally:
+        del os.environ["LD_LIBRARY_PATH"]
+        if path is not None:
+            os.environ["LD_LIBRARY_PATH"] = path

@@ -452,8 +452,14 @@ def build(
         if not pending:
             bundle.adopt()
         # Where kernels are chosen by timing, one engine at a time has the GPU.
-        timed = backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune
-        _build_all(bundle, pending, 1 if timed else jobs)
+        if backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune:
+            jobs = 1
+        elif backend.name == compile_ort.BACKEND:
+            from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
+
+            if tries_cuda():
+                jobs = jobs or 1  # engines are compared on the GPU, which might not hold two
+        _build_all(bundle, pending, jobs)
         return Bundle(bundle.root, bundle.manifest)
 
 

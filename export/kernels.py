@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from engines.errors import EngineError
 from engines.gpu import find_gpus
-from runtime.kernels import BUILD, CUDA, REFERENCE, find_library, find_program, libraries, missing_programs
+from runtime.kernels import BUILD, CUDA, REFERENCE, find_library, find_nvcc, find_program, libraries, missing_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 _NO_CUDA = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
@@ -26,7 +26,9 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
         folder.with_name(f"{folder.name}.lock").touch()
     except OSError as error:
         raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
-    cmake, printed = str(find_program("cmake")), ""
+    cmake, printed, nvcc = str(find_program("cmake")), "", find_nvcc()
+    if target == CUDA and nvcc:
+        options = (*options, f"-DCMAKE_CUDA_COMPILER={nvcc[0]}")
     parallel = str(min(4, os.cpu_count() or 1))
     with FileLock(f"{folder}.lock"):
         for command in (

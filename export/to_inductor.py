@@ -137,6 +137,8 @@ def _on(device: str, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.to("cpu")
+        if device != "cpu":
+            torch.cuda.empty_cache()  # the package, loaded next, takes its memory from the driver: of T5 as much again
 
 
 def _filters_channels_last(module: nn.Module) -> None:

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from engines.errors import Show1Error
-from engines.gpu import Gpu, find_gpus
-from engines.tensorrt import FLAVOURS, TARGETS, installed_version, load, serves, why_not_here
+from engines.gpu import Gpu, find_gpus, old_driver
+from engines.tensorrt import (
+    FLAVOURS,
+    TARGETS,
+    installed_version,
+    load,
+    load_cuda_runtime,
+    serves,
+    why_not_here,
+)
 from runtime.kernels import CUDA, REFERENCE, missing_programs
 
 _EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
@@ -58,7 +66,13 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
         return
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     result.found["ONNX Runtime"] = f"{ort.__version__} ({', '.join(providers)})"
-    result.runs.append(f"onnxruntime ({'CUDA' if 'CUDA' in providers and gpus else 'CPU'})")
+    on_gpu = "CUDA" in providers and bool(gpus)
+    if on_gpu and (reason := old_driver(gpus[0], "onnxruntime-gpu")):
+        result.problems.append(
+            f"{reason}. Or run on the CPU: `pip uninstall -y onnxruntime-gpu`, then `pip install -e '.[cpu]'`."
+        )
+    else:
+        result.runs.append(f"onnxruntime ({'CUDA' if on_gpu else 'CPU'})")
     if gpus and "CUDA" not in providers:
         result.hints.append(
             "ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then `pip install -e '.[cuda]'`."
@@ -133,11 +147,10 @@ def _torch() -> tuple[str, str, str | None]:
 
 
 def _no_cuda_runtime() -> str | None:
-    """Polygraphy copies arrays through libcudart, which neither flavour brings along."""
     try:
-        importlib.import_module("polygraphy.cuda").wrapper()
-    except Exception as error:  # its exceptions share no base class
-        return f"the CUDA runtime library of CUDA 13 is not found ({error}): install the CUDA toolkit"
+        load_cuda_runtime()
+    except Show1Error as error:
+        return str(error)
     return None
 
 

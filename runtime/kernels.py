@@ -5,9 +5,14 @@ The same calls serve the GPU library (device pointers) and the references (host 
 
 import ctypes
 import os
+import re
 import shutil
+import subprocess
 import sys
+import sysconfig
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ _BUILD_IT = (
     "Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build build/kernels --config Release`, "
     "or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
 )
+_NVCC, _TOOLKIT = 13, "/usr/local/cuda"  # the major version, and where NVIDIA's packages install it
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SUFFIXES = (".so", ".dll", ".dylib")
 
@@ -120,13 +126,33 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
+@cache
+def find_nvcc() -> tuple[str, int] | None:
+    """nvcc and its major version, the newest: from PATH, where toolkits are installed, or pip's nvidia-cuda-nvcc."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT]
+    spec = find_spec("nvidia")
+    roots += [f"{home}/cu13" for home in (spec.submodule_search_locations if spec else None) or ()]
+    folders = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in roots if root)]
+    found = []
+    for nvcc in dict.fromkeys(filter(None, (shutil.which("nvcc", path=folder) for folder in folders))):
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        if release := re.search(r"release (\d+)\.", printed):
+            found.append((Path(nvcc).as_posix(), int(release[1])))
+    return max(found, key=lambda program: program[1], default=None)  # of equals the first
+
+
 def missing_programs(library: str) -> list[str]:
-    """What has to be installed before a library can be built."""
+    """What has to be installed before a library can be built, and inductor's engines with it."""
     missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
     if not any(map(shutil.which, _COMPILERS)):
         missing.append("a C++ compiler")
-    if library == CUDA and shutil.which("nvcc") is None:
-        missing.append("nvcc, of the CUDA toolkit 13")
+    if library == CUDA:
+        nvcc = find_nvcc()
+        if nvcc is None or nvcc[1] < _NVCC:
+            here = f" ({nvcc[0]} is of {nvcc[1]})" if nvcc else ""
+            missing.append(f"nvcc, of the CUDA toolkit {_NVCC}{here}")
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():  # triton compiles with them
+            missing.append("Python's headers (`apt install python3-dev`)")
     return missing
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engines.errors import EngineError
-from engines.gpu import find_gpus
+from engines.gpu import find_gpus, old_driver
 from runtime.runner import first_line, load_error
 
 try:
@@ -26,7 +26,7 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 @cache
-def _cuda_loads() -> bool:
+def tries_cuda() -> bool:
     """Whether CUDA's provider is to be tried. What the wheel lists it was compiled with; only a session tells the rest.
 
     Where there is no GPU it is not: every session would say at length what it did not find.
@@ -40,7 +40,7 @@ def _cuda_loads() -> bool:
 
 def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
     """Best first."""
-    if not _cuda_loads():
+    if not tries_cuda():
         return [_CPU]
     settings = {
         # float32 means float32. For half precision this switch would forbid the matrix units as well.
@@ -64,10 +64,12 @@ class OrtRunner:
             raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
         if len(providers) > 1 and _CUDA not in self._session.get_providers():
             # It would go on on the CPU, hours instead of minutes.
+            why = old_driver(find_gpus()[0], "onnxruntime-gpu") or (
+                "it did not find the CUDA libraries that it needs for this GPU, which `pip install -e '.[cuda]'` brings"
+            )
             raise EngineError(
-                f"ONNX Runtime {ort.__version__} did not find the CUDA libraries that it needs for this GPU. "
-                "`pip install -e '.[cuda]'` brings them; to run on the CPU: `pip uninstall -y onnxruntime-gpu`, then "
-                "`pip install -e '.[cpu]'`."
+                f"ONNX Runtime {ort.__version__} does not run on the GPU: {why}. To run on the CPU: `pip uninstall -y "
+                "onnxruntime-gpu`, then `pip install -e '.[cpu]'`."
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
 

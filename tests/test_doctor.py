@@ -1,13 +1,18 @@
 """`show1-rt doctor` on machines of every kind, as their packages and drivers would describe them."""
 
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from engines import tensorrt
-from engines.errors import Show1Error
+from engines.errors import EngineError, Show1Error
 from engines.gpu import Gpu, find_gpus
-from runtime import doctor
+from runtime import doctor, kernels
 from runtime.cli import main
 
 ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (13, 1))
@@ -104,6 +109,8 @@ def test_an_old_driver_and_a_missing_polygraphy_are_problems(machine) -> None:
     old = Gpu("GeForce RTX 3090", (8, 6), 24 * 2**30, (12, 4))
     packages = {"onnxruntime": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1"}
     assert any("install a newer NVIDIA driver" in line for line in machine([old], packages).hints)
+    cuda = machine([old], {"onnxruntime-gpu": "1.31"}, ("CUDA", "CPU"))
+    assert any("onnxruntime-gpu needs 13.0" in line for line in cuda.problems) and "onnxruntime (CUDA)" not in cuda.runs
     del packages["polygraphy"]
     assert any("polygraphy" in line for line in machine([ADA], packages).problems)
 
@@ -136,3 +143,64 @@ def test_what_compiles_kernels_is_asked_for(machine, monkeypatch: pytest.MonkeyP
 def test_nothing_that_runs_is_an_error(machine) -> None:
     with pytest.raises(Show1Error, match="no engine can run here"):
         doctor.report(machine([], {}))
+
+
+def test_the_cuda_runtime_of_nvidias_wheel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA 13's wheels have it in a folder where Polygraphy does not look."""
+    seen: list[str] = []
+
+    def wrapper() -> None:
+        seen.append(os.environ["LD_LIBRARY_PATH"])
+        if len(seen) > 1:
+            raise OSError("no libcudart")
+
+    wheels = SimpleNamespace(submodule_search_locations=["/site/nvidia"])
+    monkeypatch.setattr(tensorrt, "find_spec", {"nvidia": wheels}.get)
+    monkeypatch.setitem(sys.modules, "polygraphy.cuda", cast(Any, SimpleNamespace(wrapper=wrapper)))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    tensorrt.load_cuda_runtime()
+    assert "LD_LIBRARY_PATH" not in os.environ
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    with pytest.raises(EngineError, match=r"not found \(no libcudart\): `pip install 'nvidia-cuda-runtime>=13,<14'`"):
+        tensorrt.load_cuda_runtime()
+    assert seen == ["/site/nvidia/cu13/lib", "/mine:/site/nvidia/cu13/lib"] and os.environ["LD_LIBRARY_PATH"] == "/mine"
+
+
+@pytest.fixture
+def toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], str]]:
+    """`toolkits(variable, major)`: a toolkit that a variable names; there are no others."""
+
+    def install(variable: str, major: int) -> str:
+        nvcc = tmp_path / variable / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {major}.0, V{major}.0.88'\n")
+        nvcc.chmod(0o755)
+        monkeypatch.setenv(variable, str(nvcc.parent if variable == "PATH" else nvcc.parents[1]))
+        kernels.find_nvcc.cache_clear()
+        return nvcc.as_posix()
+
+    monkeypatch.setattr(kernels, "_TOOLKIT", str(tmp_path))
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    kernels.find_nvcc.cache_clear()
+    yield install
+    kernels.find_nvcc.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compilers of this test are shell scripts")
+def test_nvcc_is_found_where_toolkits_are_and_the_newest_taken(toolkits: Callable[[str, int], str]) -> None:
+    assert kernels.find_nvcc() is None
+    assert "nvcc, of the CUDA toolkit 13" in kernels.missing_programs(kernels.CUDA)
+    old = toolkits("CUDA_PATH", 12)
+    assert f"nvcc, of the CUDA toolkit 13 ({old} is of 12)" in kernels.missing_programs(kernels.CUDA)
+    new = toolkits("CUDA_HOME", 13)
+    assert kernels.find_nvcc() == (new, 13)
+    assert not [line for line in kernels.missing_programs(kernels.CUDA) if "nvcc" in line]
+
+
+def test_pythons_headers_are_asked_for_where_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda _: "/nowhere")
+    assert "Python's headers (`apt install python3-dev`)" in kernels.missing_programs(kernels.CUDA)
+    assert not [line for line in kernels.missing_programs(kernels.REFERENCE) if "headers" in line]

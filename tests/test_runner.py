@@ -17,6 +17,7 @@ from conftest import ROOT
 
 from engines import tensorrt
 from engines.errors import BundleError, EngineError, ProfileError
+from engines.gpu import Gpu
 from engines.store import Bundle
 from runtime import runner_ort, runner_trt
 from runtime.runner import Engine, EnginePool, _TimedLoop, open_runner
@@ -121,14 +122,15 @@ def test_an_engine_is_closed_whatever_its_runners_say(bundle: Path, monkeypatch:
 class WheelWithCuda:
     """onnxruntime-gpu, where its libraries are found or not."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, found: bool, gpus: int):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, found: bool, gpus: int, driver: tuple[int, int] = (13, 1)):
         self.asked: list[object] = []
         self.found, ort = found, runner_ort.ort
         monkeypatch.setattr(ort, "get_available_providers", lambda: [runner_ort._CUDA, runner_ort._CPU])
         monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudart.so"))
         monkeypatch.setattr(ort, "InferenceSession", self)
-        monkeypatch.setattr(runner_ort, "find_gpus", lambda: [None] * gpus)
-        runner_ort._cuda_loads.cache_clear()
+        card = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, driver)
+        monkeypatch.setattr(runner_ort, "find_gpus", lambda: [card] * gpus)
+        runner_ort.tries_cuda.cache_clear()
 
     def __call__(self, _plan: str, _options: object, providers: list[object]) -> SimpleNamespace:
         self.asked = providers
@@ -137,10 +139,10 @@ class WheelWithCuda:
 
 
 @pytest.fixture
-def wheel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool, int], WheelWithCuda]]:
-    yield lambda found, gpus: WheelWithCuda(monkeypatch, found, gpus)
+def wheel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WheelWithCuda]]:
+    yield partial(WheelWithCuda, monkeypatch)
     monkeypatch.undo()
-    runner_ort._cuda_loads.cache_clear()
+    runner_ort.tries_cuda.cache_clear()
 
 
 def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, capsys) -> None:
@@ -151,6 +153,9 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     session = wheel(False, 0)
     OrtRunner(tmp_path / "step.onnx")
     assert session.asked == [runner_ort._CPU], "and where there is none, it is not looked for"
+    wheel(False, 1, driver=(12, 4))
+    with pytest.raises(EngineError, match=r"driver is for CUDA 12\.4, onnxruntime-gpu needs 13\.0: install a newer"):
+        OrtRunner(tmp_path / "step.onnx")
 
 
 def test_a_session_holds_activations_once_and_never_moves_to_the_cpu_by_itself(bundle: Path) -> None:
@@ -181,6 +186,10 @@ class Polygraphy:
         buffers = {name: SimpleNamespace(free=partial(self.freed.append, name)) for name in ("noise_pred", "deep")}
         self.output_allocator = SimpleNamespace(buffers=buffers)
 
+    def of(self, plan: Callable[[], bytes], allocation_strategy: str) -> "Polygraphy":
+        assert allocation_strategy == "runtime" and plan()[:] == b"a plan"
+        return self
+
     def activate(self) -> None:
         print("[W] a warning")
 
@@ -201,8 +210,10 @@ def test_a_plan_copies_what_is_wanted_frees_the_rest_and_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = Polygraphy()
-    backend = SimpleNamespace(EngineFromPath=lambda _: None, TrtRunner=lambda *_, **__: card)
+    backend = SimpleNamespace(EngineFromBytes=lambda plan: plan, TrtRunner=card.of)
     monkeypatch.setattr(runner_trt, "polygraphy", lambda _: backend)
+    monkeypatch.setattr(runner_trt, "load_cuda_runtime", lambda: None)
+    (tmp_path / "step.plan").write_bytes(b"a plan")
     runner = runner_trt.TrtRunner(tmp_path / "step.plan", "tensorrt-rtx")
     outputs = runner.infer({"sample": np.ones(3)}, ["noise_pred"])
     assert (list(outputs), card.copied) == (["noise_pred"], ["noise_pred"])
