@@ -149,8 +149,9 @@ def missing_programs(library: str) -> list[str]:
     if library == CUDA:
         nvcc = find_nvcc()
         if nvcc is None or nvcc[1] < _NVCC:
-            here = f" ({nvcc[0]} is of {nvcc[1]})" if nvcc else ""
-            missing.append(f"nvcc, of the CUDA toolkit {_NVCC}{here}")
+            pip = "`pip install nvidia-cuda-nvcc nvidia-cuda-cccl`"
+            here = f"; {nvcc[0]} is of {nvcc[1]}" if nvcc else ""
+            missing.append(f"nvcc {_NVCC} (of the CUDA toolkit, or {pip}{here})")
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():  # triton compiles with them
             missing.append("Python's headers (`apt install python3-dev`)")
     return missing
