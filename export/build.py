@@ -140,6 +140,8 @@ class Job:
         """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
         # Module, graph, file, session; builder and plan; of inductor an estimate: module, constants, library, package.
         copies = {compile_ort.BACKEND: 4, INDUCTOR: 4}.get(self.backend.name, 2)
+        if self.backend.name == compile_ort.BACKEND and self.name in TOKENIZERS and self.precision != "fp32":
+            copies = 1  # module: the session reads them from the file
         return 1.5 * _GIB + copies * self.weight_bytes
 
     @property
@@ -320,7 +322,7 @@ def _onnx_files(folder: Path, spec: GraphSpec) -> tuple[Path, Path]:
 
 def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, DetachedModel]) -> Runner:
     if not detached:
-        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0], job.precision)
+        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0], job.precision, job.name)
     model = detached[graph.spec.name]
     return DetachedRunner(in_float32(model) if job.precision == "bf16" else model)
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import tensorrt
+from engines.catalog import TOKENIZERS
 from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
@@ -62,12 +63,13 @@ class LoopRunner(Protocol):
     ) -> Loop: ...
 
 
-def open_runner(backend: str, plan: Path, precision: str = "fp32") -> Runner:
-    """Load a plan; `precision` is its engine's."""
+def open_runner(backend: str, plan: Path, precision: str = "fp32", name: str = "") -> Runner:
+    """Load a plan of the network `name`, of its engine's `precision`."""
     if backend == "onnxruntime":
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
 
-        return OrtRunner(plan, precision)
+        # What runs once in a video need not be quick at any price in memory.
+        return OrtRunner(plan, precision, in_place=name in TOKENIZERS)
     if backend in tensorrt.FLAVOURS:
         from runtime.runner_trt import TrtRunner
 
@@ -136,7 +138,7 @@ class Engine:
                 self._bundle.path(graph.weights)
             plan = self._bundle.path(graph.plan)
             try:
-                self._runners[name] = open_runner(self._entry.backend, plan, self._entry.precision)
+                self._runners[name] = open_runner(self._entry.backend, plan, self._entry.precision, self._entry.name)
             except BundleError as error:
                 if not any(map(self._bundle.damage, filter(None, (graph.plan, graph.weights)))):
                     raise EngineError(

@@ -23,6 +23,7 @@ except ImportError:
 
 ort.disable_telemetry_events()  # on Windows, where the variable that `engines` sets says nothing
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_HALF = ("fp16", "bf16")
 
 
 @cache
@@ -44,19 +45,30 @@ def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
         return [_CPU]
     settings = {
         # float32 means float32. For half precision this switch would forbid the matrix units as well.
-        "use_tf32": int(precision in ("fp16", "bf16")),
+        "use_tf32": int(precision in _HALF),
         "arena_extend_strategy": "kSameAsRequested",  # else memory grows by powers of two
     }
     return [(_CUDA, settings), _CPU]
 
 
 class OrtRunner:
-    def __init__(self, plan: Path, precision: str = "fp32"):
+    """`in_place`: weights of half precision stay in the plan's mapped file, and are widened operator by operator.
+
+    Otherwise a session on the CPU, whose kernels are float32's, makes itself a wide copy of them all: of T5-XXL 19 GB.
+    """
+
+    def __init__(self, plan: Path, precision: str = "fp32", in_place: bool = False):
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
         # From the second call on a pattern takes one block for all activations, beside what the first call took.
         options.enable_mem_pattern = False
         providers = _providers(precision)
+        if in_place and providers == [_CPU] and precision in _HALF:
+            # One level below all, which makes the copy; an order in which weights are widened when they are needed; and
+            # no arena, which would keep room for the largest.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = False
         try:
             self._session = ort.InferenceSession(str(plan), options, providers=providers)
             self._session.disable_fallback()  # after a failed call it would go on on the CPU, and say so on stdout

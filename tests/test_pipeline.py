@@ -420,8 +420,8 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     loaded: list[str] = []
     open_runner = runner.open_runner
 
-    def noted(backend: str, plan: Path, precision: str) -> Any:
-        opened, name = open_runner(backend, plan, precision), f"{plan.parent.name.partition('-')[0]}/{plan.stem}"
+    def noted(backend: str, plan: Path, *of: str) -> Any:
+        opened, name = open_runner(backend, plan, *of), f"{plan.parent.name.partition('-')[0]}/{plan.stem}"
         loaded.append(name)
         return SimpleNamespace(infer=opened.infer, close=lambda: (loaded.remove(name), opened.close()))
 

@@ -88,7 +88,7 @@ def test_memory_that_is_short_is_no_reason_to_build_again(bundle: Path, monkeypa
 def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_backend: str, plan: Path, _precision: str) -> None:
+    def refuse(_backend: str, plan: Path, *_: str) -> None:
         raise BundleError(f"{plan}: cannot load it.")
 
     monkeypatch.setattr("runtime.runner.open_runner", refuse)
@@ -156,6 +156,36 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     wheel(False, 1, driver=(12, 4))
     with pytest.raises(EngineError, match=r"driver is for CUDA 12\.4, onnxruntime-gpu needs 13\.0: install a newer"):
         OrtRunner(tmp_path / "step.onnx")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+def test_half_precision_of_a_text_encoder_is_not_copied_wide_on_the_cpu(tmp_path: Path) -> None:
+    """A session's usual way with 64 MiB of float16 is to hold 128 of float32."""
+    onnx = pytest.importorskip("onnx", reason="needs the export extra")
+    x, y, w = "x", "y", onnx.numpy_helper.from_array(np.full((4096, 8192), 2**-12, np.float16), "w")
+    half, make = onnx.TensorProto.FLOAT16, onnx.helper
+    graph = make.make_graph(
+        [make.make_node("MatMul", [x, "w"], [y])],
+        "encode",
+        [make.make_tensor_value_info(x, half, [2, 4096])],
+        [make.make_tensor_value_info(y, half, [2, 8192])],
+        [w],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, tmp_path / "encode.onnx", save_as_external_data=True, location="encode.weights")
+    code = (
+        "import re, sys, numpy as np; from pathlib import Path; from runtime.runner import open_runner\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "plan = Path(sys.argv[1]); before = held()\n"
+        "runner = open_runner('onnxruntime', plan, 'fp16', sys.argv[2])\n"
+        "y = runner.infer({'x': np.ones((2, 4096), np.float16)})['y']; assert (y == 1).all()\n"
+        "print(held() - before)"
+    )
+    held = {
+        name: float(subprocess.check_output([sys.executable, "-c", code, tmp_path / "encode.onnx", name], cwd=ROOT))
+        for name in ("t5", "base")
+    }
+    assert held["t5"] < 32 and held["base"] > 96, "a UNet, which runs in every step, keeps the copy"
 
 
 def test_a_session_holds_activations_once_and_never_moves_to_the_cpu_by_itself(bundle: Path) -> None:
