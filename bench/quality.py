@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from bench.machine import ROOT, describe_moment, git_commit
 from bench.report import NOTHING, Table, number, write_bytes
 from engines.errors import OutputError
-from export.demo.faithfulness import ALSO_SHOWN, ASKED, Faithfulness, Prompt, faithfulness
+from export.demo.faithfulness import ASKED, KEYS, Faithfulness, Prompt, faithfulness
 from export.demo.judge import Frames, Reading, read
 from runtime.config import Settings
 from runtime.ops import clip_to_frames, psnr, resize_frames
@@ -42,7 +42,7 @@ _CONDITIONS = ("date", "load_average_1min", "commit")  # of a clip, as it was fi
 def faithfulness_table(result: Faithfulness) -> Table:
     names = {"direction": "motion and direction", "motion": "kind of motion", "count": "number of things"}
     rows = []
-    for key in (*ASKED, *ALSO_SHOWN):
+    for key in KEYS:
         right, asked = result.right[key], result.asked[key]
         rows.append(
             [

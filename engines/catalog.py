@@ -49,6 +49,7 @@ UNETS = ("base", "interp", "if2", "sr1", "sr2")
 DEEP = "deep"  # what a UNet's coarser levels hand to its finest: an output of a step, an input of a shallow one
 
 TOKENIZERS = {"t5": _BASE, "clip": _SR2}
+TEXT_ENCODERS = tuple(TOKENIZERS)
 
 
 def networks_of(stages: Iterable[str]) -> list[Network]:

@@ -3,10 +3,11 @@
 import ctypes
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-_CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with
+CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with, and our kernels
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,15 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
+def wheel_folders(name: str) -> list[str]:
+    """Where NVIDIA's wheels of CUDA 13 have a folder ("lib", "bin"), whether or not they are installed."""
+    spec = find_spec("nvidia")
+    return [f"{home}/cu{CUDA[0]}/{name}" for home in (spec.submodule_search_locations if spec else None) or ()]
+
+
 def old_driver(gpu: Gpu, library: str) -> str | None:
     """Why a library built with CUDA 13 does not run by a card's driver, or None."""
-    if gpu.driver >= _CUDA:
+    if gpu.driver >= CUDA:
         return None
-    needs, has = ("{}.{}".format(*version) for version in (_CUDA, gpu.driver))
+    needs, has = ("{}.{}".format(*version) for version in (CUDA, gpu.driver))
     return f"the driver is for CUDA {has}, {library} needs {needs}: install a newer NVIDIA driver"

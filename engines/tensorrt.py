@@ -8,11 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 from engines.errors import EngineError, SettingsError
-from engines.gpu import Gpu, find_gpus, old_driver
+from engines.gpu import Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 
@@ -156,9 +155,10 @@ def load_cuda_runtime() -> None:
 
     That wheel has it in a folder where Polygraphy (0.53) does not look. Raises EngineError where there is none.
     """
-    path, spec = os.environ.get("LD_LIBRARY_PATH"), find_spec("nvidia")
-    wheels = [f"{home}/cu13/lib" for home in (spec.submodule_search_locations if spec else None) or ()]
-    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [path, *wheels]))
+    windows = sys.platform == "win32"
+    variable, folder = ("PATH", "bin/x86_64") if windows else ("LD_LIBRARY_PATH", "lib")
+    path = os.environ.get(variable)
+    os.environ[variable] = os.pathsep.join(filter(None, [path, *wheel_folders(folder)]))
     try:
         importlib.import_module("polygraphy.cuda").wrapper()
     except Exception as error:  # its exceptions share no base class
@@ -166,6 +166,6 @@ def load_cuda_runtime() -> None:
             f"the CUDA runtime library of CUDA 13 is not found ({error}): `pip install 'nvidia-cuda-runtime>=13,<14'`"
         ) from None
     finally:
-        del os.environ["LD_LIBRARY_PATH"]
+        del os.environ[variable]
         if path is not None:
-            os.environ["LD_LIBRARY_PATH"] = path
+            os.environ[variable] = path

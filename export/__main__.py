@@ -338,7 +338,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--force", action="store_true", help="rebuild what is up to date, too")
     build.add_argument(
-        "--jobs", type=int, help="engines built side by side (default: what processors and memory allow)"
+        "--jobs",
+        type=int,
+        help="engines built side by side (default: what processors and memory allow, but 1 of ONNX Runtime's on a GPU; "
+        "1 of inductor's that are autotuned)",
     )
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from engines import compile_ort, compile_trt, tensorrt
-from engines.catalog import TOKENIZERS, Network, networks_of
+from engines.catalog import TEXT_ENCODERS, TOKENIZERS, Network, networks_of
 from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
@@ -140,8 +140,8 @@ class Job:
         """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
         # Module, graph, file, session; builder and plan; of inductor an estimate: module, constants, library, package.
         copies = {compile_ort.BACKEND: 4, INDUCTOR: 4}.get(self.backend.name, 2)
-        if self.backend.name == compile_ort.BACKEND and self.name in TOKENIZERS and self.precision != "fp32":
-            copies = 1  # module: the session reads them from the file
+        if self.backend.name == compile_ort.BACKEND and self.name in TEXT_ENCODERS and self.precision != "fp32":
+            copies = 1  # the module's, of a checkpoint in float32: the session reads the file
         return 1.5 * _GIB + copies * self.weight_bytes
 
     @property
@@ -207,7 +207,7 @@ def _build_packages(job: Job, made_from: dict[str, str], folder: Path, report: R
         compile_inductor(graph, package, target, job.backend.autotune)
         compiled = time.perf_counter()
         report(f"comparing {name}")
-        runner = open_runner(INDUCTOR, package)
+        runner = open_runner(INDUCTOR, package, job.precision, job.name)
         try:
             tolerance = BF16_TOLERANCE if job.precision == "bf16" else None
             sizes = package_sizes(graph.spec)
@@ -456,7 +456,7 @@ def build(
         # Where kernels are chosen by timing, one engine at a time has the GPU.
         if backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune:
             jobs = 1
-        elif backend.name == compile_ort.BACKEND:
+        elif pending and backend.name == compile_ort.BACKEND:
             from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
 
             if tries_cuda():

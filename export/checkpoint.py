@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from engines.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
-_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
+_SAFE_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Autoencoders saved before diffusers 0.18 call their attention projections otherwise.
@@ -52,8 +53,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def is_safetensors(file: str) -> bool:
     """Whether a file of a repository holds weights that `weight_files` finds, by its name."""
-    name = PurePosixPath(file).name
-    return name.startswith(_STEMS) and name.endswith(SAFETENSORS)
+    return is_weights(file, _SAFE_STEMS, SAFETENSORS)
+
+
+def is_weights(file: str, stems: Iterable[str], suffix: str) -> bool:
+    """Whether `find_weights` looks for such a name: whole or a shard, of either variant."""
+    name = rf"({'|'.join(stems)})(\.fp16)?(-\d+-of-\d+)?{re.escape(suffix)}"
+    return re.fullmatch(name, PurePosixPath(file).name) is not None
 
 
 def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
@@ -63,7 +69,7 @@ def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing. Download the whole checkpoint again.")
-    files, _ = find_weights(folder, prefer_fp16, _STEMS, SAFETENSORS)
+    files, _ = find_weights(folder, prefer_fp16, _SAFE_STEMS, SAFETENSORS)
     if files:
         return files
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
@@ -73,7 +79,7 @@ def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
             "Builds read .safetensors, which `python -m export download` fetches or makes; of .bin files that are here "
             "already `python -m export convert` makes them, without running what they hold."
         )
-    raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_STEMS)}, whole or in shards).")
+    raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_SAFE_STEMS)}, whole or in shards).")
 
 
 def find_weights(

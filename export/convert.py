@@ -10,7 +10,8 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,17 +21,16 @@ from torch import Tensor
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
 from engines.store import write_atomically
-from export.checkpoint import SAFETENSORS, find_folder, find_weights, read_config, weight_files
+from export.checkpoint import SAFETENSORS, find_folder, find_weights, is_weights, read_config, weight_files
 from runtime.runner import first_line
 
 PICKLE = ".bin"
-_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers name them
+_PICKLE_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers name them
 
 
 def is_pickle(file: str) -> bool:
-    """Whether a file of a repository is a pickle of weights, by its name; training leaves others beside them."""
-    name = PurePosixPath(file).name
-    return name.startswith(_STEMS) and name.endswith(PICKLE)
+    """Whether a file of a repository is a pickle of weights that `convert` finds, by its name."""
+    return is_weights(file, _PICKLE_STEMS, PICKLE)
 
 
 def safe_name(name: str, half: bool) -> str:
@@ -45,12 +45,17 @@ def convert_checkpoint(checkpoint: Path, stages: Iterable[str], precision: str) 
     """Convert what is pickled of the networks of `stages`; yields every file written. Raises CheckpointError."""
     fp16, networks = precision == "fp16", networks_of(stages)
     for folder in dict.fromkeys(find_folder(checkpoint, network.folders, network.subfolder) for network in networks):
-        try:
-            weight_files(folder, fp16)
-        except CheckpointError:
-            if not (written := convert(folder, fp16)):
-                raise
-            yield from written
+        if not is_there(folder, fp16) and any(is_pickle(path.name) for path in folder.iterdir()):
+            yield from convert(folder, fp16)
+        weight_files(folder, fp16)  # raises where there still are none
+
+
+def is_there(folder: Path, fp16: bool) -> bool:
+    """Whether a folder has safetensors of the precision asked for, whole."""
+    try:
+        return all((".fp16" in path.name) is fp16 for path in weight_files(folder, fp16))
+    except CheckpointError:
+        return False
 
 
 def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
@@ -59,13 +64,18 @@ def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
     `fp16` takes the half-precision files where there are any, else it halves the full ones: a build to fp16 can then
     map them instead of holding its own copy. `remove` deletes each pickle once its tensors are written, so that the
     disk holds one shard twice at most; what an earlier call has written then stands for its pickle. Raises
-    CheckpointError for files that hold anything but tensors.
+    CheckpointError for files that hold anything but tensors, or numbers that half precision has not.
     """
 
     def target(path: Path) -> Path:
         return path.with_name(safe_name(path.name, fp16))
 
-    files, index = find_weights(folder, fp16, _STEMS, PICKLE, lambda path: path.is_file() or target(path).is_file())
+    try:
+        files, index = find_weights(folder, fp16, _PICKLE_STEMS, PICKLE)
+    except CheckpointError:  # of shards, some may be converted
+        files, index = find_weights(
+            folder, fp16, _PICKLE_STEMS, PICKLE, lambda path: path.is_file() or target(path).is_file()
+        )
     written = []
     for path in files:
         if path.is_file():
@@ -84,7 +94,7 @@ def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
 def _write(path: Path, target: Path, fp16: bool) -> None:
     temporary = target.with_name(f".{target.name}")
     try:
-        save_file(_read(path, fp16), temporary, {"format": "pt"})
+        save_file(dict(_apart(path, _read(path), fp16)), temporary, {"format": "pt"})
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} cannot be written ({error}). Is there room on the disk?") from None
@@ -92,7 +102,7 @@ def _write(path: Path, target: Path, fp16: bool) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path, fp16: bool) -> dict[str, Tensor]:
+def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         # Mapped, a shard of 10 GB takes no memory; torch's oldest format cannot be.
         state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -101,19 +111,28 @@ def _read(path: Path, fp16: bool) -> dict[str, Tensor]:
             f"{path} holds objects that are no tensors and could run code, or is damaged (a git clone without git-lfs "
             "holds pointers alone), and is refused. Download it again."
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # damaged ones raise all sorts
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}). Download it again.") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(map(_is_weight, state, state.values())):
         raise CheckpointError(f"{path} does not hold the tensors of one network by their names, and is refused.")
-    return dict(_apart(state, fp16))
+    return state
 
 
-def _apart(state: Mapping[str, Tensor], fp16: bool) -> Iterator[tuple[str, Tensor]]:
+def _is_weight(name: Any, value: Any) -> bool:
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    return isinstance(name, str) and plain
+
+
+def _apart(path: Path, state: Mapping[str, Tensor], fp16: bool) -> Iterator[tuple[str, Tensor]]:
     """Every tensor with memory of its own, as safetensors want it: T5's embedding goes by two names."""
     seen = set()
     for name, value in state.items():
-        memory = value.untyped_storage().data_ptr()
+        memory, full = value.untyped_storage().data_ptr(), value
         if fp16 and value.is_floating_point():
             value = value.half()
+            if bool(value.isinf().any()) and not bool(full.isinf().any()):
+                raise CheckpointError(f"{path}: {name} is out of half precision's range. Use --precision fp32.")
         yield name, value.clone(memory_format=torch.contiguous_format) if memory in seen else value.contiguous()
         seen.add(memory)

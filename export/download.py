@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from engines.catalog import CATALOG, TOKENIZERS, networks_of
 from engines.errors import CheckpointError
 from export.checkpoint import SAFETENSORS, is_safetensors
-from export.convert import PICKLE, convert, is_pickle, safe_name
+from export.convert import PICKLE, convert, is_pickle, is_there, safe_name
 
 # folder -> repository. Weights: CC BY-NC 4.0 (Show-1), DeepFloyd IF licence (IF-II, to be accepted on its page).
 REPOSITORIES = {
@@ -59,7 +59,7 @@ def _explained(repository: str) -> Iterator[None]:
     except Exception as error:  # the hub's and its transport's share no base class
         hint = "Check the connection and the disk"
         if isinstance(error, HfHubHTTPError) and error.response.status_code == HTTPStatus.FORBIDDEN:
-            hint = "A fine-grained token must be allowed to read public gated repositories: see its settings there"
+            hint = "A fine-grained token must be allowed to read public gated repositories, if yours is one"
         raise CheckpointError(
             f"{repository} cannot be fetched ({error}). {hint}; a second run goes on where this one stopped."
         ) from None
@@ -75,7 +75,9 @@ def _check_weights(repository: str, files: Iterable[str], subfolders: set[str]) 
 
 
 def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16") -> None:
-    """Fetch the checkpoints of `stages` into folders below `out`; what is there already is kept.
+    """Fetch the checkpoints of `stages` into folders below `out`; what is there already is not fetched again.
+
+    Pickles are converted, and then deleted.
 
     Raises CheckpointError that says what to do when a repository is gated, unknown or out of reach, or a file of it
     cannot be converted.
@@ -104,5 +106,8 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
         if missing := [file for file in wanted if not (home / file).is_file()]:  # the hub warns alone where it has some
             raise CheckpointError(f"{repository}: {', '.join(missing)} did not arrive. Run this again.")
         for subfolder in dict.fromkeys(file.parent for file in pickles):
-            print(f"{folder}/{subfolder}: published as pickles, which become safetensors", file=sys.stderr)
-            convert(home / subfolder, fp16, remove=True)
+            fetched = [file for file in wanted if is_pickle(file) and PurePosixPath(file).parent == subfolder]
+            # Or an interrupted run has not come to the index. Else pickles that are here are the user's.
+            if fetched or not is_there(home / subfolder, fp16):
+                print(f"{folder}/{subfolder}: published as pickles, which become safetensors", file=sys.stderr)
+                convert(home / subfolder, fp16, remove=True)

@@ -404,7 +404,7 @@ def measure_layers(model: ir.Model, feeds: list[Feeds], scratch: Path) -> dict[s
 def _scalars(model: ir.Model, feeds: list[Feeds], path: Path) -> NDArray[np.float64]:
     """[feeds, N] of a model of `quantize.observe` or `compare`."""
     ir.save(model, path, external_data=f"{path.name}.weights")
-    runner = open_runner(BACKEND, path)
+    runner = open_runner(BACKEND, path, "fp32")
     try:
         return np.stack([runner.infer(row)["scalars"] for row in feeds]).astype(np.float64)
     finally:
@@ -415,7 +415,7 @@ def _compare(
     float_plan: Path, plan: Path, feeds: list[Feeds], wanted: Sequence[str]
 ) -> tuple[float, float, list[dict[str, Any]]]:
     """SQNR of the outputs `wanted` in dB, speed in float32's (the faster of interleaved runs), a row per feed."""
-    runners = [open_runner(BACKEND, path) for path in (float_plan, plan)]
+    runners = [open_runner(BACKEND, path, "fp32") for path in (float_plan, plan)]
     try:
         rows, signal, noise = [], 0.0, 0.0
         for row in feeds:

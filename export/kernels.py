@@ -8,7 +8,17 @@ from filelock import FileLock
 
 from engines.errors import EngineError
 from engines.gpu import find_gpus
-from runtime.kernels import BUILD, CUDA, REFERENCE, find_library, find_nvcc, find_program, libraries, missing_programs
+from runtime.kernels import (
+    BUILD,
+    CUDA,
+    REFERENCE,
+    find_library,
+    find_nvcc,
+    find_program,
+    libraries,
+    missing_headers,
+    missing_programs,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 _NO_CUDA = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
@@ -27,15 +37,15 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     except OSError as error:
         raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
     cmake, printed, nvcc = str(find_program("cmake")), "", find_nvcc()
-    if target == CUDA and nvcc:
-        options = (*options, f"-DCMAKE_CUDA_COMPILER={nvcc[0]}")
+    # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
+    environment = {**({"CUDACXX": nvcc[0]} if nvcc else {}), **os.environ}
     parallel = str(min(4, os.cpu_count() or 1))
     with FileLock(f"{folder}.lock"):
         for command in (
             [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
             [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel],
         ):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             printed = done.stdout + done.stderr
             if done.returncode:
                 raise EngineError(f"`{' '.join(command)}` failed:\n{printed[-4000:]}")
@@ -49,7 +59,12 @@ def native() -> str:
 
 
 def build_for(device: str) -> Path:
-    """The library that runs on "cuda" or "cpu": built where `find_library` looks for it, or what SHOW1_KERNELS has."""
+    """The library that runs on "cuda" or "cpu": built where `find_library` looks for it, or what SHOW1_KERNELS has.
+
+    Raises EngineError where it, or inductor's engines with it, cannot be built.
+    """
+    if missing := missing_headers(device):
+        raise EngineError(f"inductor cannot compile for {device} here. Install {' and '.join(missing)}.")
     if os.environ.get("SHOW1_KERNELS"):
         return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":

@@ -17,7 +17,7 @@ from engines.tensorrt import (
     serves,
     why_not_here,
 )
-from runtime.kernels import CUDA, REFERENCE, missing_programs
+from runtime.kernels import CUDA, REFERENCE, missing_headers, missing_programs
 
 _EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
 
@@ -129,7 +129,7 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.hints.append(f"inductor's UNets do not run yet: {no_kernels}; building such engines does it too.")
     else:
         result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
-    missing = missing_programs(CUDA if on_gpu else REFERENCE)
+    missing = missing_programs(CUDA if on_gpu else REFERENCE) + missing_headers("cuda" if on_gpu else "cpu")
     if result.builds and missing:
         result.hints.append(f"building inductor's engines needs {' and '.join(missing)}.")
     elif result.builds:

@@ -12,7 +12,6 @@ import sys
 import sysconfig
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import EngineError
+from engines.gpu import CUDA as CUDA_VERSION
+from engines.gpu import wheel_folders
 from runtime.schedulers import Schedule
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -36,7 +37,7 @@ _BUILD_IT = (
     "Build it in the repository's root: `cmake -S . -B build/kernels && cmake --build build/kernels --config Release`, "
     "or let SHOW1_KERNELS name the folder of one (kernels/README.md)."
 )
-_NVCC, _TOOLKIT = 13, "/usr/local/cuda"  # the major version, and where NVIDIA's packages install it
+_TOOLKIT = "/usr/local/cuda"  # where NVIDIA's packages install it
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SUFFIXES = (".so", ".dll", ".dylib")
 
@@ -128,33 +129,37 @@ def find_program(name: str) -> str | None:
 
 @cache
 def find_nvcc() -> tuple[str, int] | None:
-    """nvcc and its major version, the newest: from PATH, where toolkits are installed, or pip's nvidia-cuda-nvcc."""
+    """nvcc and its major version: the newest of those on PATH, in CUDA_HOME, in CUDA_PATH, where NVIDIA's packages
+    install it and where pip does; of several of one version the first."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT]
-    spec = find_spec("nvidia")
-    roots += [f"{home}/cu13" for home in (spec.submodule_search_locations if spec else None) or ()]
-    folders = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in roots if root)]
+    folders = [os.environ.get("PATH", ""), *(f"{root}/bin" for root in roots if root), *wheel_folders("bin")]
     found = []
     for nvcc in dict.fromkeys(filter(None, (shutil.which("nvcc", path=folder) for folder in folders))):
-        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        try:
+            printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        except OSError:  # another machine's
+            continue
         if release := re.search(r"release (\d+)\.", printed):
             found.append((Path(nvcc).as_posix(), int(release[1])))
-    return max(found, key=lambda program: program[1], default=None)  # of equals the first
+    return max(found, key=lambda program: program[1], default=None)
 
 
 def missing_programs(library: str) -> list[str]:
-    """What has to be installed before a library can be built, and inductor's engines with it."""
+    """What has to be installed before a library can be built."""
     missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
     if not any(map(shutil.which, _COMPILERS)):
         missing.append("a C++ compiler")
-    if library == CUDA:
-        nvcc = find_nvcc()
-        if nvcc is None or nvcc[1] < _NVCC:
-            pip = "`pip install nvidia-cuda-nvcc nvidia-cuda-cccl`"
-            here = f"; {nvcc[0]} is of {nvcc[1]}" if nvcc else ""
-            missing.append(f"nvcc {_NVCC} (of the CUDA toolkit, or {pip}{here})")
-        if not Path(sysconfig.get_path("include"), "Python.h").is_file():  # triton compiles with them
-            missing.append("Python's headers (`apt install python3-dev`)")
+    if library == CUDA and ((nvcc := find_nvcc()) is None or nvcc[1] < CUDA_VERSION[0]):
+        pip = "`pip install 'nvidia-cuda-nvcc<14' 'nvidia-cuda-cccl<14'`"
+        here = f"; {nvcc[0]} is of {nvcc[1]}" if nvcc else ""
+        missing.append(f"nvcc {CUDA_VERSION[0]} (of the CUDA toolkit, or {pip}{here})")
     return missing
+
+
+def missing_headers(device: str) -> list[str]:
+    """Python's headers, where inductor's compiler for "cuda", triton, does not find them."""
+    there = device != "cuda" or Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return [] if there else ["Python's headers (of Debian's and Ubuntu's Python: `apt install python3-dev`)"]
 
 
 class Kernels:

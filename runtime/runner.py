@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import tensorrt
-from engines.catalog import TOKENIZERS
+from engines.catalog import TEXT_ENCODERS
 from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.spec import GraphSpec
@@ -63,13 +63,13 @@ class LoopRunner(Protocol):
     ) -> Loop: ...
 
 
-def open_runner(backend: str, plan: Path, precision: str = "fp32", name: str = "") -> Runner:
-    """Load a plan of the network `name`, of its engine's `precision`."""
+def open_runner(backend: str, plan: Path, precision: str, name: str = "") -> Runner:
+    """Load a plan of its engine's `precision`; `name` is the network's, if it is one."""
     if backend == "onnxruntime":
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
 
         # What runs once in a video need not be quick at any price in memory.
-        return OrtRunner(plan, precision, in_place=name in TOKENIZERS)
+        return OrtRunner(plan, precision, in_place=name in TEXT_ENCODERS)
     if backend in tensorrt.FLAVOURS:
         from runtime.runner_trt import TrtRunner
 

@@ -54,7 +54,8 @@ def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
 class OrtRunner:
     """`in_place`: weights of half precision stay in the plan's mapped file, and are widened operator by operator.
 
-    Otherwise a session on the CPU, whose kernels are float32's, makes itself a wide copy of them all: of T5-XXL 19 GB.
+    Otherwise a session on the CPU, whose kernels are float32's, makes itself a wide copy of them all (of T5-XXL 19 GB,
+    by reckoning).
     """
 
     def __init__(self, plan: Path, precision: str = "fp32", in_place: bool = False):

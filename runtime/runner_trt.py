@@ -20,13 +20,14 @@ from runtime.runner import first_line, load_error
 class TrtRunner:
     def __init__(self, plan: Path, flavour: str):
         backend = polygraphy(flavour)
+        with _log_to_stderr():
+            load_cuda_runtime()
         # Polygraphy's loader of files reads RTX plans into memory, of T5 9.5 GB; mapped they take none of their own.
         engine = backend.EngineFromBytes(lambda: _mapped(plan))
         # Memory for the shapes of the call, not for the largest of the profile.
         self._runner = backend.TrtRunner(engine, allocation_strategy="runtime")
         try:
             with _log_to_stderr():
-                load_cuda_runtime()
                 self._runner.activate()
         except Exception as error:  # its exceptions share no base class
             raise load_error(plan, flavour, error) from None

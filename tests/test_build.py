@@ -905,3 +905,28 @@ def test_a_backend_is_read_back_from_what_it_built(golden: Path) -> None:
         made_from = Job(source, "fp16", (576, 320), backend).made_from()
         entry = SimpleNamespace(backend=backend.name, targets=backend.targets, source=made_from)
         assert Backend.of(entry) == backend
+
+
+def test_text_encoders_of_half_precision_take_no_copies_in_a_session(golden: Path) -> None:
+    copies = {}
+    for name, precision in (("clip", "fp16"), ("clip", "fp32"), ("base", "fp16")):
+        job = Job(Source.find(CATALOG[name], golden / "models", precision), precision, (576, 320))
+        copies[name, precision] = round((job.memory - 1.5 * 2**30) / job.weight_bytes)
+    assert copies == {("clip", "fp16"): 1, ("clip", "fp32"): 4, ("base", "fp16"): 4}
+
+
+@pytest.mark.parametrize(("on_gpu", "asked", "built"), [(True, None, 1), (True, 2, 2), (False, None, None)])
+def test_on_a_gpu_onnx_runtimes_engines_are_built_one_at_a_time_unless_asked(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_gpu: bool,
+    asked: int | None,
+    built: int | None,
+) -> None:
+    """They are compared there, and might not fit side by side."""
+    noted: list[int | None] = []
+    monkeypatch.setattr(builder, "_build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: on_gpu)
+    build_text_encoders(checkpoint, tmp_path / "out", jobs=asked)
+    assert noted == [built]

@@ -102,6 +102,21 @@ def test_a_pickled_checkpoint_is_refused_then_converted_and_loads_as_the_safe_on
     assert "needs none" in capsys.readouterr().err
 
 
+def test_full_weights_are_converted_after_halves_and_taken_for_full_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "show-1-interpolation" / "unet"
+    folder.mkdir(parents=True)
+    torch.save(WEIGHTS, folder / "diffusion_pytorch_model.bin")
+    for precision, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        command = ["convert", "--checkpoint", str(tmp_path), "--stage", "interp", "--precision", precision]
+        assert main(command) == 0
+        (written,) = capsys.readouterr().out.split()
+        files = weight_files(folder, precision == "fp16")
+        assert files == [Path(written)] and {value.dtype for value in contents(files).values()} == {dtype}
+    assert main(command) == 0 and capsys.readouterr().out == ""
+
+
 def test_a_converted_file_says_what_it_is_as_others_do(tmp_path: Path) -> None:
     """transformers refuses safetensors without this note."""
     torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
@@ -163,6 +178,25 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path, content: Any, pr
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [{1: torch.ones(1)}, {"a": torch.ones(2).to_sparse()}, {"a": torch.empty(2, device="meta")}, {"a": 1}],
+    ids=["numbered", "sparse", "empty", "number"],
+)
+def test_what_is_no_weight_of_a_network_is_refused(tmp_path: Path, weights: Any) -> None:
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="does not hold the tensors of one network by their names"):
+        convert(tmp_path, fp16=False)
+
+
+def test_numbers_that_half_precision_has_not_are_not_made_infinite(tmp_path: Path) -> None:
+    torch.save({"scale": torch.tensor([1e6])}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"scale is out of half precision's range\. Use --precision fp32"):
+        convert(tmp_path, fp16=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+    assert len(convert(tmp_path, fp16=False)) == 1
+
+
 @pytest.mark.parametrize("remove", [True, False])
 def test_an_interrupted_conversion_is_never_taken_for_a_whole_one_and_goes_on(
     tmp_path: Path, remove: bool, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +243,7 @@ def test_full_weights_are_halved_where_half_precision_is_asked_for(tmp_path: Pat
 
 
 def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published, out = tmp_path / "published", tmp_path / "checkpoints"
     for subfolder in ("text_encoder", "tokenizer", "scheduler"):
@@ -239,5 +273,9 @@ def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
         assert {Path(file).name for file in asked} == small | shards
         assert not list(folder.glob("*.bin"))
         assert_equal(contents(weight_files(folder, prefer_fp16=precision == "fp16")), expected)
+        capsys.readouterr()
+        shutil.copy(published / "text_encoder/pytorch_model-00001-of-00002.bin", folder)
         hub.download(out, ["text"], precision)
-        assert {Path(file).name for file in asked} == small
+        assert {Path(file).name for file in asked} == small and "pickles" not in capsys.readouterr().err
+        assert len(list(folder.glob("*.bin"))) == 1, "what it has not fetched it leaves alone"
+        (folder / "pytorch_model-00001-of-00002.bin").unlink()

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from engines import tensorrt
+from engines import gpu, tensorrt
 from engines.errors import EngineError, Show1Error
 from engines.gpu import Gpu, find_gpus
+from export.kernels import build_for
 from runtime import doctor, kernels
 from runtime.cli import main
 
@@ -155,7 +156,8 @@ def test_the_cuda_runtime_of_nvidias_wheel_is_found(monkeypatch: pytest.MonkeyPa
             raise OSError("no libcudart")
 
     wheels = SimpleNamespace(submodule_search_locations=["/site/nvidia"])
-    monkeypatch.setattr(tensorrt, "find_spec", {"nvidia": wheels}.get)
+    monkeypatch.setattr(gpu, "find_spec", {"nvidia": wheels}.get)
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setitem(sys.modules, "polygraphy.cuda", cast(Any, SimpleNamespace(wrapper=wrapper)))
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     tensorrt.load_cuda_runtime()
@@ -163,7 +165,8 @@ def test_the_cuda_runtime_of_nvidias_wheel_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
     with pytest.raises(EngineError, match=r"not found \(no libcudart\): `pip install 'nvidia-cuda-runtime>=13,<14'`"):
         tensorrt.load_cuda_runtime()
-    assert seen == ["/site/nvidia/cu13/lib", "/mine:/site/nvidia/cu13/lib"] and os.environ["LD_LIBRARY_PATH"] == "/mine"
+    assert seen == ["/site/nvidia/cu13/lib", os.pathsep.join(["/mine", "/site/nvidia/cu13/lib"])]
+    assert os.environ["LD_LIBRARY_PATH"] == "/mine"
 
 
 @pytest.fixture
@@ -175,15 +178,15 @@ def toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         nvcc.parent.mkdir(parents=True)
         nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {major}.0, V{major}.0.88'\n")
         nvcc.chmod(0o755)
-        monkeypatch.setenv(variable, str(nvcc.parent if variable == "PATH" else nvcc.parents[1]))
+        monkeypatch.setenv(variable, str(nvcc.parents[1]))
         kernels.find_nvcc.cache_clear()
         return nvcc.as_posix()
 
     monkeypatch.setattr(kernels, "_TOOLKIT", str(tmp_path))
-    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    monkeypatch.setattr(kernels, "wheel_folders", lambda _: [])
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     kernels.find_nvcc.cache_clear()
     yield install
     kernels.find_nvcc.cache_clear()
@@ -200,7 +203,17 @@ def test_nvcc_is_found_where_toolkits_are_and_the_newest_taken(toolkits: Callabl
     assert not [line for line in kernels.missing_programs(kernels.CUDA) if "nvcc" in line]
 
 
-def test_pythons_headers_are_asked_for_where_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="the compilers of this test are shell scripts")
+def test_an_nvcc_that_does_not_start_is_passed_over(toolkits: Callable[[str, int], str]) -> None:
+    Path(toolkits("CUDA_HOME", 13)).write_bytes(b"\x7fELF of another machine")
+    assert kernels.find_nvcc() is None
+
+
+def test_pythons_headers_are_asked_for_where_triton_compiles(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.sysconfig, "get_path", lambda _: "/nowhere")
-    assert "Python's headers (`apt install python3-dev`)" in kernels.missing_programs(kernels.CUDA)
-    assert not [line for line in kernels.missing_programs(kernels.REFERENCE) if "headers" in line]
+    packages = {"onnxruntime-gpu": "1.31", **EXPORT}
+    found = machine([ADA], packages, ("CUDA", "CPU"))
+    assert any("apt install python3-dev" in hint for hint in found.hints)
+    assert not any("headers" in hint for hint in machine([], packages).hints)
+    with pytest.raises(EngineError, match=r"inductor cannot compile for cuda here\. Install Python's headers"):
+        build_for("cuda")

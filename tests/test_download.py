@@ -58,13 +58,20 @@ def test_only_what_a_build_reads_is_fetched(
     assert asked == {"showlab/show-1-interpolation": wanted}
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "unet/pytorch_model-00001-of-00002.safetensors",  # of a pull request to show-1-base
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.bin",
+    ],
+)
 def test_weights_of_a_name_that_no_build_finds_are_passed_over(
-    asked: dict[str, list[str]], tmp_path: Path, published: list[str], monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, list[str]], tmp_path: Path, published: list[str], monkeypatch: pytest.MonkeyPatch, stray: str
 ) -> None:
-    """An open pull request of show-1-base's adds such files, without an index of theirs."""
     monkeypatch.setattr(module, "convert", lambda *_, **__: [])
     pickle = "unet/diffusion_pytorch_model.bin"
-    published[:] = ["unet/config.json", pickle, "unet/pytorch_model-00001-of-00002.safetensors"]
+    published[:] = ["unet/config.json", pickle, stray]
     download(tmp_path, ["interp"])
     assert asked == {"showlab/show-1-interpolation": ["unet/config.json", pickle]}
 

@@ -516,7 +516,7 @@ def test_the_judge_counts_points_against_float32s_videos_made_once(
     judge, engines = int8._Judge(floats, PROMPTS, SETTINGS), int8._Pool(floats)
     monkeypatch.setattr(int8, "LEAST_ABOVE_CHANCE", -100.0)
     assert judge.points(engines, "vae_decoder") == 0.0
-    judge.before = Faithfulness({}, {}, {}, [0.5, 0.56], [1, 1], {"faithfulness": 0.3})
+    judge.before = Faithfulness({}, [0.5, 0.56], [1, 1], {"faithfulness": 0.3})
     monkeypatch.setattr(int8, "faithfulness", lambda *_: replace(judge.before, scores=[0.52, 0.5]))
     assert judge.points(engines, "vae_decoder") == -2.0
     assert capsys.readouterr().err.count("judging by 2 prompts at 112x64") == 1
@@ -537,7 +537,7 @@ def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
     monkeypatch.setattr(int8, "make_videos", make)
     verdict = int8.Verdict(True, "1.20 times float32's speed", 1.2, 30.0, 50.0, None, 1, 2, {})
     for chance, points in ((0.30, None), (0.24, 0.0)):
-        before = Faithfulness({}, {}, {}, [0.3, 0.5], [1, 1], {"faithfulness": chance})
+        before = Faithfulness({}, [0.3, 0.5], [1, 1], {"faithfulness": chance})
         monkeypatch.setattr(int8, "faithfulness", lambda *_, before=before: before)
         judge = int8._Judge(floats, PROMPTS, SETTINGS)
         assert judge.points(int8._Pool(floats), "sr1") == points

@@ -119,7 +119,8 @@ def test_no_module_of_the_runtime_imports_torch_before_an_engine_asks_for_it() -
 
 
 def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
-    code = "from pathlib import Path\nfrom runtime.runner import open_runner\nopen_runner('inductor', Path('x.pt2'))\n"
+    code = "from pathlib import Path\nfrom runtime.runner import open_runner\n"
+    code += "open_runner('inductor', Path('x.pt2'), 'fp32')\n"
     process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)
     assert "EngineError: torch is not usable (No module" in process.stderr
     assert "pip install -e '.[inductor]'" in process.stderr

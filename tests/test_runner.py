@@ -181,8 +181,10 @@ def test_half_precision_of_a_text_encoder_is_not_copied_wide_on_the_cpu(tmp_path
         "y = runner.infer({'x': np.ones((2, 4096), np.float16)})['y']; assert (y == 1).all()\n"
         "print(held() - before)"
     )
+    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     held = {
-        name: float(subprocess.check_output([sys.executable, "-c", code, tmp_path / "encode.onnx", name], cwd=ROOT))
+        name: float(subprocess.check_output([sys.executable, "-c", code, plan, name], cwd=ROOT, env=on_cpu))
+        for plan in (tmp_path / "encode.onnx",)
         for name in ("t5", "base")
     }
     assert held["t5"] < 32 and held["base"] > 96, "a UNet, which runs in every step, keeps the copy"
@@ -265,7 +267,7 @@ def test_a_plan_for_another_backend_is_refused(bundle: Path, tmp_path: Path) -> 
     with pytest.raises(
         EngineError, match=r"step\.plan: made for the backend 'abacus', which this version does not run"
     ):
-        open_runner("abacus", tmp_path / "step.plan")
+        open_runner("abacus", tmp_path / "step.plan", "fp32")
     opened = Bundle.open(bundle)
     with pytest.raises(EngineError, match="made for the backend 'abacus'"):
         Engine(opened, replace(opened.engine("clip"), backend="abacus"))

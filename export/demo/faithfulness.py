@@ -18,7 +18,7 @@ from runtime.config import SEED
 PROMPTS_FILE = Path(__file__).parent / "quality_prompts.json"
 ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
 ALSO_SHOWN = ("motion", "count")
-_KEYS = (*ASKED, *ALSO_SHOWN)
+KEYS = (*ASKED, *ALSO_SHOWN)
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,23 @@ def training_prompts(count: int | None = None) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Right answers over questions, of each attribute and as a whole; `scores` has one share for each video.
+    """Right answers and questions, of each attribute and as a whole; `scores` has one share for each video.
 
     `things` is how many each video was asked for, `of_things` counts the videos of so many apart.
     """
 
-    right: dict[str, int]
-    asked: dict[str, int]
     of_things: dict[int, dict[str, tuple[int, int]]]  # number of things -> attribute -> right, asked
     scores: list[float]
     things: list[int]
     chance: dict[str, float]  # share of right answers to other prompts' questions
+
+    @property
+    def right(self) -> dict[str, int]:
+        return {key: sum(counts[key][0] for counts in self.of_things.values()) for key in KEYS}
+
+    @property
+    def asked(self) -> dict[str, int]:
+        return {key: sum(counts[key][1] for counts in self.of_things.values()) for key in KEYS}
 
     @property
     def score(self) -> float:
@@ -94,16 +100,14 @@ def faithfulness(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Faithf
         count: _counts([a for a, there in zip(own, things, strict=True) if there == count])
         for count in sorted(set(things))
     }
-    whole = _counts(own)
-    right, asked = ({key: counts[i] for key, counts in whole.items()} for i in (0, 1))
-    chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in whole}
+    chance = {key: float(np.mean([x for a in others for x in a[key]])) for key in KEYS}
     chance["faithfulness"] = float(np.mean([score(a) for a in others]))
-    return Faithfulness(right, asked, of_things, [score(a) for a in own], things, chance)
+    return Faithfulness(of_things, [score(a) for a in own], things, chance)
 
 
 def _counts(answered: Sequence[dict[str, list[bool]]]) -> dict[str, tuple[int, int]]:
     """Of each attribute how many answers are right, and how many there are."""
-    return {key: (sum(sum(a[key]) for a in answered), sum(len(a[key]) for a in answered)) for key in _KEYS}
+    return {key: (sum(sum(a[key]) for a in answered), sum(len(a[key]) for a in answered)) for key in KEYS}
 
 
 def score(answered: dict[str, list[bool]]) -> float:
