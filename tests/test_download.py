@@ -1,10 +1,19 @@
 """`export download` of a hub that is not there: which files it asks for, and what it says of what cannot be had."""
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
+from urllib.parse import urlsplit
 
 import pytest
+from conftest import ROOT
 
 pytest.importorskip("torch", reason="needs the export extra")
 
@@ -134,3 +143,74 @@ def test_a_hub_out_of_reach_is_told_whatever_its_transport_raises(
     monkeypatch.setattr(module, "HfApi", lambda: SimpleNamespace(auth_check=refuse))
     with pytest.raises(CheckpointError, match=r"cannot be fetched \(connection refused\)\. Check the connection"):
         download(tmp_path, ["interp"])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's protocol as a download takes, over the folders below `root`."""
+
+    protocol_version = "HTTP/1.1"
+    root: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        kind, *parts = urlsplit(self.path).path.strip("/").split("/")
+        if kind == "api":  # models/OWNER/NAME/...
+            folder, request = self.root / parts[2], parts[3]
+            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            answers: dict[str, Any] = {
+                "auth-check": {},
+                "tree": [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in files],
+                "revision": {
+                    "id": "/".join(parts[1:3]),
+                    "sha": "a" * 40,
+                    "siblings": [{"rfilename": f} for f in files],
+                },
+            }
+            self.answer(json.dumps(answers[request]).encode(), {"Content-Type": "application/json"})
+        else:  # OWNER/NAME/resolve/REVISION/FILE
+            content = self.root.joinpath(parts[0], *parts[3:]).read_bytes()
+            self.answer(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "a" * 40})
+            if self.command == "GET":
+                self.asked.append("/".join(parts[3:]))
+
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_hubs_own_client_fetches_pickles_once_and_safetensors_are_left(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "hub/show-1-base/text_encoder"
+    folder.mkdir(parents=True)
+    shards = {"shared.weight": "pytorch_model-00001-of-00002.bin", "norm.weight": "pytorch_model-00002-of-00002.bin"}
+    for name, shard in shards.items():
+        torch.save({name: torch.ones(2)}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "config.json").write_text("{}")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"root": tmp_path / "hub"})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-m", "export", "download", "--stage", "text", "--out", str(tmp_path / "out")]
+        fetched = []
+        for _ in range(2):
+            Hub.asked.clear()
+            subprocess.run(command, cwd=ROOT, env={**os.environ, **here, "NO_PROXY": "127.0.0.1"}, check=True)
+            fetched.append(sorted(Path(file).name for file in Hub.asked))
+        server.shutdown()
+    assert fetched == [sorted(["config.json", "pytorch_model.bin.index.json", *shards.values()]), []]
+    assert sorted(path.name for path in (tmp_path / "out/show-1-base/text_encoder").iterdir()) == [
+        "config.json",
+        "model.fp16-00001-of-00002.safetensors",
+        "model.fp16-00002-of-00002.safetensors",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin.index.json",
+    ]
