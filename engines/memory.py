@@ -1,6 +1,17 @@
-"""The memory of this process."""
+"""The memory of this process, and what libraries say where they get none."""
 
+import re
 import sys
+
+# ONNX Runtime, torch, the C++ libraries of GNU and Microsoft, Windows by number: its text is in the user's language.
+_SHORT = re.compile(
+    r"out of memory|not enough memory|failed to allocate|allocate memory|bad.alloc|(os error|WinError|<)\s?1455",
+    re.IGNORECASE,
+)
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _SHORT.search(str(error)) is not None
 
 
 def peak_memory() -> int:

@@ -6,7 +6,9 @@ import os
 import secrets
 import shlex
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from engines.spec import INT8
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 TOKENIZERS = "tokenizers"
+_PATIENCE = 10  # seconds
 _TEMPORARY = ".tmp-"
 
 
@@ -204,8 +207,8 @@ class BundleWriter(Bundle):
         target = self.root / home
         target.parent.mkdir(exist_ok=True)
         if target.exists():  # made again: set aside in one move, so that it is not half removed when something fails
-            os.replace(target, folder.with_name(f"{folder.name}-replaced"))
-        os.replace(folder, target)
+            move(target, folder.with_name(f"{folder.name}-replaced"))
+        move(folder, target)
         graphs = {
             name: replace(
                 graph,
@@ -253,12 +256,25 @@ class BundleWriter(Bundle):
         write_atomically(self.root / MANIFEST, self.manifest.to_json().encode())
 
 
+def move(source: Path, target: Path) -> None:
+    """`os.replace`, with patience on Windows, where what scans or synchronises new files holds them for a moment."""
+    end = time.monotonic() + (_PATIENCE if sys.platform == "win32" else 0)
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Two processes may write one file: it is then the one's or the other's, whole."""
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        move(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -517,7 +517,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
         return
     waiting = sorted(pending, key=lambda job: -job.seconds)
     available = psutil.virtual_memory().available
-    most = most or os.cpu_count() or 1
+    most = min(most or os.cpu_count() or 1, len(pending))
     for job in waiting:
         if job.memory > available:
             print(
@@ -548,7 +548,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                     waiting.remove(fitting)
                     progress.start(fitting)
                     running[pool.submit(_run_job, fitting, scratch / fitting.name)] = fitting
-                for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_failed):
+                for future in sorted(wait(running, timeout=1, return_when=FIRST_COMPLETED).done, key=_failed):
                     running.pop(future)
                     entry, seconds = future.result()
                     bundle.install(scratch / entry.name, entry)

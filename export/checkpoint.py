@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
+from engines.memory import is_short_of_memory
 
 SAFETENSORS = ".safetensors"
 _SAFE_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
+# torch's mapping on Windows takes as much of the memory that may be promised as the file is large.
+_READ = {"backend": "pread"} if sys.platform == "win32" else {}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Autoencoders saved before diffusers 0.18 call their attention projections otherwise.
@@ -128,11 +132,17 @@ def tensor_sizes(files: Iterable[Path]) -> list[int]:
     sizes = []
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
+            raise _unreadable(path, error) from None
     return sizes
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    if is_short_of_memory(error):
+        return MemoryError(f"{path}: {error}")
+    return CheckpointError(f"{path} cannot be read ({error}). Download it again.")
 
 
 def file_hash(paths: Iterable[Path]) -> str:
@@ -165,7 +175,7 @@ def load_weights(
     unexpected, misshapen = [], {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt", **_READ) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     ours = name
                     for old, new in (renames or {}).items():
@@ -185,7 +195,7 @@ def load_weights(
                             continue
                     state[ours] = value.to(dtype)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
+            raise _unreadable(path, error) from None
     missing = [name for name in wanted if name not in state and name not in misshapen]
     problems = [
         f"{len(names)} {kind}: {', '.join(names)}"

@@ -5,9 +5,9 @@ refuses what is none, and only here: builds read safetensors. Show-1's repositor
 """
 
 import json
-import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
-from engines.store import write_atomically
+from engines.memory import is_short_of_memory
+from engines.store import move, write_atomically
 from export.checkpoint import SAFETENSORS, find_folder, find_weights, is_weights, read_config, weight_files
 from runtime.runner import first_line
 
@@ -95,7 +96,7 @@ def _write(path: Path, target: Path, fp16: bool) -> None:
     temporary = target.with_name(f".{target.name}")
     try:
         save_file(dict(_apart(path, _read(path), fp16)), temporary, {"format": "pt"})
-        os.replace(temporary, target)
+        move(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} cannot be written ({error}). Is there room on the disk?") from None
     finally:
@@ -104,16 +105,16 @@ def _write(path: Path, target: Path, fp16: bool) -> None:
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     try:
-        # Mapped, a shard of 10 GB takes no memory; torch's oldest format cannot be.
-        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Mapped, a shard of 10 GB takes no memory (but on Windows, see `checkpoint`); torch's oldest format cannot be.
+        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path) and sys.platform != "win32")
     except pickle.UnpicklingError:  # torch's text recommends to read it all the same
         raise CheckpointError(
             f"{path} holds objects that are no tensors and could run code, or is damaged (a git clone without git-lfs "
             "holds pointers alone), and is refused. Download it again."
         ) from None
-    except MemoryError:
-        raise
     except Exception as error:  # damaged ones raise all sorts
+        if is_short_of_memory(error):
+            raise MemoryError(f"{path}: {first_line(error)}") from None
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}). Download it again.") from None
     if not isinstance(state, Mapping) or not all(map(_is_weight, state, state.values())):
         raise CheckpointError(f"{path} does not hold the tensors of one network by their names, and is refused.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engines import catalog
 from engines.catalog import Network
 from engines.errors import CheckpointError, SettingsError
+from engines.memory import is_short_of_memory
 from engines.spec import PRECISIONS, Binding, GraphSpec
 from export.checkpoint import (
     file_hash,
@@ -121,7 +122,7 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
         raise CheckpointError(f"{source.where}/config.json: {key} is missing. Download it again.") from None
     # What layers raise for impossible sizes, and torch where it gets no memory.
     except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        if "allocate memory" in str(error):
+        if is_short_of_memory(error):
             raise MemoryError(f"{name}: {error}") from None
         raise CheckpointError(
             f"{source.where}/config.json makes no {name} network ({type(error).__name__}: {error}). Download it again."

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -18,6 +17,7 @@ from engines.errors import ParityError
 from engines.spec import Axis, GraphSpec
 from export.networks import Graph
 from runtime.runner import Runner
+from runtime.runner_ort import ort  # telemetry turned off
 
 SEED = 20230927  # arXiv 2309.15818's day
 # Relative to the largest value of the reference, which computes in float32 from the engine's weights. float32:

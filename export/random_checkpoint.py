@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
+from engines.store import move
 from export.configs import NOISING, PUBLISHED, SCHEDULERS
 from export.demo.cascade import NETWORKS, save_rest, save_tokenizers, write_json
 from export.modules.text import CLIPTextEncoder, T5Encoder
@@ -80,8 +81,8 @@ def random_checkpoint(
             (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
             write_json(Path(folder) / out.name / STAMP, stamp)
             if out.exists():
-                out.rename(Path(folder) / "replaced")
-            (Path(folder) / out.name).rename(out)
+                move(out, Path(folder) / "replaced")
+            move(Path(folder) / out.name, out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import lzma
-import os
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from engines.errors import CheckpointError
+from engines.store import move
 
 STAMP = ".unpacked"
 
@@ -51,8 +51,8 @@ def _unpack(archive: Path, target: Path) -> Path:
             _extract(packed, archive, content)
             (content / STAMP).write_text(f"{digest}\n", encoding="utf-8")
             if target.exists():
-                os.rename(target, Path(temporary) / "replaced")
-            os.rename(content, target)
+                move(target, Path(temporary) / "replaced")
+            move(content, target)
     return target
 
 

@@ -1,7 +1,6 @@
 """Running engines: one interface over every backend, and the pool that decides which engines are in memory."""
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from engines import tensorrt
 from engines.catalog import TEXT_ENCODERS
 from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
+from engines.memory import is_short_of_memory
 from engines.spec import GraphSpec
 from engines.store import Bundle
 from runtime.schedulers import Schedule
@@ -89,7 +89,7 @@ def first_line(error: Exception) -> str:
 def load_error(plan: Path, library: str, error: Exception) -> Show1Error:
     """What it means that a library did not load a plan: it cannot be read, or memory is short."""
     text = first_line(error)
-    if re.search(r"out of memory|failed to allocate|bad_alloc", str(error), re.IGNORECASE):
+    if is_short_of_memory(error):
         return EngineError(f"{plan}: too little memory to load it ({text}). Close what else uses it, or the GPU.")
     return BundleError(f"{plan}: {library} cannot load it ({text}).")
 

@@ -15,10 +15,10 @@ from runtime.runner import first_line, load_error
 
 try:
     import onnxruntime as ort
-except ImportError:
+except ImportError as error:
     raise EngineError(
-        "ONNX Runtime is not installed. Install one flavour: `pip install -e '.[cpu]'`, or for an NVIDIA card "
-        "`pip install -e '.[cuda]'`."
+        f"ONNX Runtime is not usable ({error}). Install one flavour: `pip install -e '.[cpu]'`, or for an NVIDIA card "
+        "`pip install -e '.[cuda]'`; on Windows Microsoft's Visual C++ runtime, too (vc_redist.x64.exe)."
     ) from None
 
 ort.disable_telemetry_events()  # on Windows, where the variable that `engines` sets says nothing

@@ -22,6 +22,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image, PngImagePlugin
 
 from engines.errors import OutputError
+from engines.store import move
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3], RGB
 StrPath = str | os.PathLike[str]
@@ -75,12 +76,19 @@ def save_video(frames: Frames, path: StrPath, fps: float = 8, metadata: Mapping[
     target, is_folder = _parse(path)
     write = _write_pngs if is_folder else _WRITERS[target.suffix.lower()]
     temporary = _temporary(target)
-    with _explain_os_errors(target):
-        try:
+    try:
+        with _explain_os_errors(target):
             write(frames, temporary, Fraction(fps).limit_denominator(1001), dict(metadata or {}))
+        try:
             _move(temporary, target)
-        finally:
-            _remove(temporary)
+        except OSError as error:  # a player has the older one open
+            kept = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
+            move(temporary, kept)
+            raise OutputError(
+                f"{target} cannot be replaced ({error.strerror or error}). The finished video is {kept}."
+            ) from error
+    finally:
+        _remove(temporary)
 
 
 def read_metadata(path: StrPath) -> dict[str, str]:
@@ -179,7 +187,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise OutputError(f"{folder}: is a file. For a video choose {_ALLOWED}.")
-    if folder.is_symlink() or folder.is_mount() or folder == Path.cwd():  # frames replace the folder as a whole
+    if folder.is_symlink() or os.path.ismount(folder) or folder == Path.cwd():  # frames replace the folder as a whole
         raise OutputError(
             f"{folder}: is a link, a mount point or the current folder, which cannot be replaced. "
             f"Name a new folder below it, e.g. {folder / 'frames'}."
@@ -209,15 +217,15 @@ def _temporary(target: Path) -> Path:
 def _move(temporary: Path, target: Path) -> None:
     """Put the finished file or folder in its place, over an older one."""
     if not temporary.is_dir() or not target.exists():
-        os.replace(temporary, target)
+        move(temporary, target)
         return
     _check_replaceable(target)
     older = _temporary(target)
-    os.replace(target, older)  # only files can be renamed over one another everywhere
+    move(target, older)  # only files can be renamed over one another everywhere
     try:
-        os.replace(temporary, target)
+        move(temporary, target)
     except BaseException:
-        os.replace(older, target)
+        move(older, target)
         raise
     _remove(older)
 

@@ -31,6 +31,7 @@ import onnx
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from engines import store
 from engines.catalog import CATALOG
 from engines.errors import BundleError, CheckpointError, EngineError, ParityError, SettingsError
 from engines.manifest import Manifest
@@ -930,3 +931,21 @@ def test_on_a_gpu_onnx_runtimes_engines_are_built_one_at_a_time_unless_asked(
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: on_gpu)
     build_text_encoders(checkpoint, tmp_path / "out", jobs=asked)
     assert noted == [built]
+
+
+def test_a_move_waits_for_what_looks_into_new_files_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, looks = os.replace, iter(range(2))
+
+    def held_for_a_moment(source: Path, target: Path) -> None:
+        if next(looks, None) is not None:
+            raise PermissionError(errno.EACCES, "used by another process")
+        rename(source, target)
+
+    monkeypatch.setattr(store.os, "replace", held_for_a_moment)
+    monkeypatch.setattr(store.sys, "platform", "linux")
+    (tmp_path / "new").touch()
+    with pytest.raises(PermissionError):
+        store.move(tmp_path / "new", tmp_path / "here")
+    monkeypatch.setattr(store.sys, "platform", "win32")
+    store.move(tmp_path / "new", tmp_path / "here")
+    assert (tmp_path / "here").exists()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engines.catalog import CATALOG, TOKENIZERS, UNETS
 from engines.errors import CheckpointError, SettingsError
+from engines.memory import is_short_of_memory
 from export import networks
 from export.checkpoint import find_folder, load_vae, load_weights, read_config, weight_files
 from export.download import needed_files
@@ -229,6 +230,24 @@ def test_too_little_memory_is_not_blamed_on_the_checkpoint(golden: Path, monkeyp
     monkeypatch.setattr(networks, "_t5", lambda *_: torch.empty(2**60))
     with pytest.raises(MemoryError, match=r"t5: .*allocate"):
         networks.load(Source.find(CATALOG["t5"], golden / "models", "fp32"), "fp32", (576, 320))
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes", True),
+        ("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes", True),
+        ("bad allocation", True),
+        ("std::bad_alloc", True),
+        ("CUDA out of memory. Tried to allocate 9.50 GiB", True),
+        ("Die Auslagerungsdatei ist zu klein (os error 1455)", True),
+        ("couldn't open file mapping: <C:/model.bin>, error code: <1455>", True),
+        ("invalid header", False),
+        ("expected 1455 values", False),
+    ],
+)
+def test_libraries_that_get_no_memory_are_understood_on_every_system(text: str, short: bool) -> None:
+    assert is_short_of_memory(RuntimeError(text)) is short
 
 
 def test_another_stages_checkpoint_in_a_folder_is_recognised(golden: Path, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_failure_leaves_the_old_video_untouched(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_failure_of_the_last_rename_leaves_the_old_video_untouched(
+def test_a_failure_of_the_last_rename_leaves_the_old_video_untouched_and_the_new_one_beside_it(
     name: str, frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_video(frames, tmp_path / name)
@@ -282,9 +282,14 @@ def test_a_failure_of_the_last_rename_leaves_the_old_video_untouched(
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", fail_once)
-    with pytest.raises(OutputError, match="is open in a player"):
+    with pytest.raises(
+        OutputError, match=r"cannot be replaced \(is open in a player\)\. The finished video is "
+    ) as caught:
         save_video(frames[:2], tmp_path / name)
+    kept = Path(str(caught.value).partition(" video is ")[2][:-1])
+    shutil.move(kept, tmp_path.parent / kept.name)
     assert content(tmp_path) == before
+    assert kept.suffix == Path(name).suffix and (tmp_path.parent / kept.name).exists(), "hours may be in it"
 
 
 def test_a_full_disk_is_told_with_its_free_bytes(
@@ -358,7 +363,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch
             check_output(folder)
     monkeypatch.chdir(tmp_path)
     check_output(here)
-    monkeypatch.setattr(Path, "is_mount", lambda _: True)
+    monkeypatch.setattr(os.path, "ismount", lambda _: True)
     with pytest.raises(OutputError, match="mount point"):
         check_output(here)
 
