@@ -64,7 +64,8 @@ def check_output(path: StrPath) -> None:
 def save_video(frames: Frames, path: StrPath, fps: float = 8, metadata: Mapping[str, str] | None = None) -> None:
     """Write frames (uint8 RGB, [F, H, W, 3]) in the format that the suffix of `path` names.
 
-    `read_metadata` gives `metadata` back. On any failure nothing is left behind, and what was there before stays.
+    `read_metadata` gives `metadata` back. On any failure what was there before stays and nothing is left behind, but a
+    finished video that could not take its place: it is kept under another name.
     Only PNG keeps every pixel; GIF keeps 256 colours per frame, and H.264 shares colour between two rows and columns:
     in an .mp4 an odd height or width gains a copy of its last row or column.
     """
@@ -76,19 +77,12 @@ def save_video(frames: Frames, path: StrPath, fps: float = 8, metadata: Mapping[
     target, is_folder = _parse(path)
     write = _write_pngs if is_folder else _WRITERS[target.suffix.lower()]
     temporary = _temporary(target)
-    try:
-        with _explain_os_errors(target):
-            write(frames, temporary, Fraction(fps).limit_denominator(1001), dict(metadata or {}))
+    with _explain_os_errors(target):
         try:
-            _move(temporary, target)
-        except OSError as error:  # a player has the older one open
-            kept = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
-            move(temporary, kept)
-            raise OutputError(
-                f"{target} cannot be replaced ({error.strerror or error}). The finished video is {kept}."
-            ) from error
-    finally:
-        _remove(temporary)
+            write(frames, temporary, Fraction(fps).limit_denominator(1001), dict(metadata or {}))
+            _move_or_keep(temporary, target)
+        finally:
+            _remove(temporary)
 
 
 def read_metadata(path: StrPath) -> dict[str, str]:
@@ -212,6 +206,18 @@ def _is_own_frame(path: Path) -> bool:
 
 def _temporary(target: Path) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
+
+
+def _move_or_keep(temporary: Path, target: Path) -> None:
+    """`_move`; where something holds the older one, a player for instance, the finished video gets another name."""
+    try:
+        _move(temporary, target)
+    except OSError as error:
+        kept = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
+        move(temporary, kept)
+        raise OutputError(
+            f"{target} cannot be replaced ({error.strerror or error}). The finished video is {kept}."
+        ) from error
 
 
 def _move(temporary: Path, target: Path) -> None:

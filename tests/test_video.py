@@ -292,6 +292,19 @@ def test_a_failure_of_the_last_rename_leaves_the_old_video_untouched_and_the_new
     assert kept.suffix == Path(name).suffix and (tmp_path.parent / kept.name).exists(), "hours may be in it"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_place_that_takes_no_name_at_all_is_told_in_a_line(
+    name: str, frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_source: Path, _target: Path) -> None:
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OutputError, match=r"cannot write \(No such file or directory\)\. Choose another place"):
+        save_video(frames, tmp_path / name)
+    assert content(tmp_path) == {}
+
+
 def test_a_full_disk_is_told_with_its_free_bytes(
     frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
