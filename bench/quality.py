@@ -41,9 +41,9 @@ _CONDITIONS = ("date", "load_average_1min", "commit")  # of a clip, as it was fi
 
 def faithfulness_table(result: Faithfulness) -> Table:
     names = {"direction": "motion and direction", "motion": "kind of motion", "count": "number of things"}
-    rows = []
+    rows, all_right, all_asked = [], result.right, result.asked
     for key in KEYS:
-        right, asked = result.right[key], result.asked[key]
+        right, asked = all_right[key], all_asked[key]
         rows.append(
             [
                 names.get(key, key),

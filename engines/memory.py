@@ -11,6 +11,7 @@ _SHORT = re.compile(
 
 
 def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error of whatever library says that it got no memory, the machine's or the card's."""
     return isinstance(error, MemoryError) or _SHORT.search(str(error)) is not None
 
 

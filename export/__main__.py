@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import tensorrt
-from engines.catalog import CATALOG, STAGES, UNETS
+from engines.catalog import CATALOG, STAGES, TEXT_ENCODERS, UNETS
 from engines.errors import BundleError, SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
@@ -214,7 +214,7 @@ def _check(arguments: argparse.Namespace) -> None:
             if not reasons and entry.needs_gpu and not find_gpus():
                 note = "ok (files and version; not loaded: no NVIDIA GPU here)"
         print(f"{name:12} {details:50} {note}")
-    for name in ("t5", "clip"):
+    for name in TEXT_ENCODERS:
         file = bundle.manifest.tokenizers.get(name)
         reason = bundle.damage(file) if file else "not built"
         problems += bool(reason)
@@ -346,26 +346,20 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")
     download.set_defaults(run=_download)
-    download.add_argument("--stage", default="all", help="as for build")
     download.add_argument("--out", type=Path, default=CHECKPOINTS, help="default: %(default)s")
-    download.add_argument(
-        "--precision",
-        choices=list(PRECISIONS),
-        default="fp16",
-        help="fp16: weights in half precision where they are published so, or as pickles, else full ones as for all "
-        "others (default: %(default)s)",
-    )
 
     convert = commands.add_parser("convert", help="write safetensors of a checkpoint's .bin files, which stay")
     convert.set_defaults(run=_convert)
-    convert.add_argument("--stage", default="all", help="as for build")
     convert.add_argument("--checkpoint", type=Path, default=CHECKPOINTS, help="default: %(default)s")
-    convert.add_argument(
-        "--precision",
-        choices=list(PRECISIONS),
-        default="fp16",
-        help="fp16: halves, others: full weights where there are some (default: %(default)s)",
-    )
+    for command in (download, convert):
+        command.add_argument("--stage", default="all", help="as for build")
+        command.add_argument(
+            "--precision",
+            choices=list(PRECISIONS),
+            default="fp16",
+            help="fp16: weights in half precision where they are published so, or as pickles, else full ones as for "
+            "all others (default: %(default)s)",
+        )
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")
     random.set_defaults(run=_random_checkpoint)

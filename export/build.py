@@ -548,6 +548,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
                     waiting.remove(fitting)
                     progress.start(fitting)
                     running[pool.submit(_run_job, fitting, scratch / fitting.name)] = fitting
+                # Not for longer: on Windows Ctrl-C waits for it.
                 for future in sorted(wait(running, timeout=1, return_when=FIRST_COMPLETED).done, key=_failed):
                     running.pop(future)
                     entry, seconds = future.result()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engines.errors import CheckpointError
 from engines.memory import is_short_of_memory
+from runtime.runner import first_line
 
 SAFETENSORS = ".safetensors"
 _SAFE_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
@@ -135,14 +136,15 @@ def tensor_sizes(files: Iterable[Path]) -> list[int]:
             with safe_open(path, framework="np") as file:
                 sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
     return sizes
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
+def unreadable(path: Path, error: Exception) -> MemoryError | CheckpointError:
+    """What it means that a library did not read a file of a checkpoint: memory is short, or it is damaged."""
     if is_short_of_memory(error):
-        return MemoryError(f"{path}: {error}")
-    return CheckpointError(f"{path} cannot be read ({error}). Download it again.")
+        return MemoryError(f"{path}: {first_line(error)}")
+    return CheckpointError(f"{path} cannot be read ({first_line(error)}). Download it again.")
 
 
 def file_hash(paths: Iterable[Path]) -> str:
@@ -153,7 +155,7 @@ def file_hash(paths: Iterable[Path]) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from None
+            raise unreadable(path, error) from None
     return digest.hexdigest()
 
 
@@ -195,7 +197,7 @@ def load_weights(
                             continue
                     state[ours] = value.to(dtype)
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
     missing = [name for name in wanted if name not in state and name not in misshapen]
     problems = [
         f"{len(names)} {kind}: {', '.join(names)}"

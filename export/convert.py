@@ -20,10 +20,16 @@ from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
-from engines.memory import is_short_of_memory
 from engines.store import move, write_atomically
-from export.checkpoint import SAFETENSORS, find_folder, find_weights, is_weights, read_config, weight_files
-from runtime.runner import first_line
+from export.checkpoint import (
+    SAFETENSORS,
+    find_folder,
+    find_weights,
+    is_weights,
+    read_config,
+    unreadable,
+    weight_files,
+)
 
 PICKLE = ".bin"
 _PICKLE_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers name them
@@ -34,7 +40,12 @@ def is_pickle(file: str) -> bool:
     return is_weights(file, _PICKLE_STEMS, PICKLE)
 
 
-def safe_name(name: str, half: bool) -> str:
+def target_of(file: Path, fp16: bool) -> Path:
+    """Where the tensors of a pickle go, or its index."""
+    return file.with_name(_safe_name(file.name, fp16))
+
+
+def _safe_name(name: str, half: bool) -> str:
     """What the publishers' libraries call the safetensors in the place of a pickle, or their index; `half`: as fp16."""
     name = re.sub(r"^pytorch_model", "model", name).replace(PICKLE, SAFETENSORS, 1)
     if half and ".fp16" not in name:
@@ -67,28 +78,23 @@ def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
     disk holds one shard twice at most; what an earlier call has written then stands for its pickle. Raises
     CheckpointError for files that hold anything but tensors, or numbers that half precision has not.
     """
-
-    def target(path: Path) -> Path:
-        return path.with_name(safe_name(path.name, fp16))
-
     try:
         files, index = find_weights(folder, fp16, _PICKLE_STEMS, PICKLE)
     except CheckpointError:  # of shards, some may be converted
         files, index = find_weights(
-            folder, fp16, _PICKLE_STEMS, PICKLE, lambda path: path.is_file() or target(path).is_file()
+            folder, fp16, _PICKLE_STEMS, PICKLE, lambda path: path.is_file() or target_of(path, fp16).is_file()
         )
     written = []
-    for path in files:
-        if path.is_file():
-            _write(path, target(path), fp16)
-            written.append(target(path))
-            if remove:
-                path.unlink()
+    for path in filter(Path.is_file, files):
+        written.append(target_of(path, fp16))
+        _write(path, written[-1], fp16)
+        if remove:
+            path.unlink()
     if index:
         content = read_config(index)
-        content["weight_map"] = {name: safe_name(file, fp16) for name, file in content["weight_map"].items()}
-        write_atomically(target(index), json.dumps(content, indent=2).encode())
-        written.append(target(index))
+        content["weight_map"] = {name: _safe_name(file, fp16) for name, file in content["weight_map"].items()}
+        written.append(target_of(index, fp16))
+        write_atomically(written[-1], json.dumps(content, indent=2).encode())
     return written
 
 
@@ -113,9 +119,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             "holds pointers alone), and is refused. Download it again."
         ) from None
     except Exception as error:  # damaged ones raise all sorts
-        if is_short_of_memory(error):
-            raise MemoryError(f"{path}: {first_line(error)}") from None
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)}). Download it again.") from None
+        raise unreadable(path, error) from None
     if not isinstance(state, Mapping) or not all(map(_is_weight, state, state.values())):
         raise CheckpointError(f"{path} does not hold the tensors of one network by their names, and is refused.")
     return state

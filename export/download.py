@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from engines.catalog import CATALOG, TOKENIZERS, networks_of
 from engines.errors import CheckpointError
 from export.checkpoint import SAFETENSORS, is_safetensors
-from export.convert import PICKLE, convert, is_pickle, is_there, safe_name
+from export.convert import PICKLE, convert, is_pickle, is_there, target_of
 
 # folder -> repository. Weights: CC BY-NC 4.0 (Show-1), DeepFloyd IF licence (IF-II, to be accepted on its page).
 REPOSITORIES = {
@@ -98,16 +98,16 @@ def download(out: Path, stages: Iterable[str] = ("all",), precision: str = "fp16
             listed = HfApi().list_repo_files(repository)
         files = needed_files(listed, subfolders[folder], fp16)
         _check_weights(repository, files, subfolders[folder] & {network.subfolder for network in CATALOG.values()})
-        home, pickles = out / folder, [PurePosixPath(file) for file in files if is_pickle(file)]
-        converted = {str(file) for file in pickles if (home / file).with_name(safe_name(file.name, fp16)).is_file()}
+        home, pickles = out / folder, [file for file in files if is_pickle(file)]
+        converted = {file for file in pickles if target_of(home / file, fp16).is_file()}
         wanted = [file for file in files if file not in converted]
         with _explained(repository):
             snapshot_download(repository, allow_patterns=wanted, local_dir=home)
         if missing := [file for file in wanted if not (home / file).is_file()]:  # the hub warns alone where it has some
             raise CheckpointError(f"{repository}: {', '.join(missing)} did not arrive. Run this again.")
-        for subfolder in dict.fromkeys(file.parent for file in pickles):
-            fetched = [file for file in wanted if is_pickle(file) and PurePosixPath(file).parent == subfolder]
+        fetched = {PurePosixPath(file).parent for file in pickles if file not in converted}
+        for subfolder in dict.fromkeys(PurePosixPath(file).parent for file in pickles):
             # Or an interrupted run has not come to the index. Else pickles that are here are the user's.
-            if fetched or not is_there(home / subfolder, fp16):
+            if subfolder in fetched or not is_there(home / subfolder, fp16):
                 print(f"{folder}/{subfolder}: published as pickles, which become safetensors", file=sys.stderr)
                 convert(home / subfolder, fp16, remove=True)

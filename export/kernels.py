@@ -36,9 +36,10 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
         folder.with_name(f"{folder.name}.lock").touch()
     except OSError as error:
         raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
-    cmake, printed, nvcc = str(find_program("cmake")), "", find_nvcc()
-    # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
-    environment = {**({"CUDACXX": nvcc[0]} if nvcc else {}), **os.environ}
+    cmake, printed, environment = str(find_program("cmake")), "", dict(os.environ)
+    if target == CUDA and (nvcc := find_nvcc()):
+        # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
+        environment.setdefault("CUDACXX", nvcc[0])
     parallel = str(min(4, os.cpu_count() or 1))
     with FileLock(f"{folder}.lock"):
         for command in (

@@ -17,8 +17,7 @@ from runtime.config import SEED
 
 PROMPTS_FILE = Path(__file__).parent / "quality_prompts.json"
 ASKED = ("colour", "shape", "direction", "background")  # what faithfulness is made of; "direction" names the motion
-ALSO_SHOWN = ("motion", "count")
-KEYS = (*ASKED, *ALSO_SHOWN)
+KEYS = (*ASKED, "motion", "count")  # what is counted
 
 
 @dataclass(frozen=True)
