@@ -443,7 +443,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), argv, "no result was written; clips that quality has finished are kept")
+    interrupted = "no result was written; clips that quality has finished are kept"
+    return run_command(_parser(), argv, interrupted, extras="export,bench")
 
 
 if __name__ == "__main__":

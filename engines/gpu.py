@@ -8,6 +8,8 @@ from importlib.util import find_spec
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with, and our kernels
+TURING = "sm75"  # the oldest target
+NO_BF16 = f"Turing ({TURING}) does not compute in bf16: use --precision fp16."
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engines.errors import EngineError, SettingsError
-from engines.gpu import Gpu, find_gpus, old_driver, wheel_folders
+from engines.gpu import NO_BF16, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+TARGETS = (TURING, "sm80", "sm86", "sm89", "sm120", "sm121")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # what TensorRT-RTX takes itself: Ampere, Ada, Blackwell
 
 
@@ -54,10 +54,12 @@ def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple
     targets = tuple(dict.fromkeys(targets)) or _default_targets()
     if unknown := [target for target in targets if target not in TARGETS]:
         raise SettingsError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(TARGETS)}.")
-    if "sm75" in targets and len(targets) > 1:
-        raise SettingsError("TensorRT-RTX builds for Turing (sm75) alone: give --target sm75, and another bundle.")
-    if "sm75" in targets and precision == "bf16":
-        raise SettingsError("Turing (sm75) does not compute in bf16: use --precision fp16.")
+    if TURING in targets and len(targets) > 1:
+        raise SettingsError(
+            f"TensorRT-RTX builds for Turing ({TURING}) alone: give --target {TURING}, and another bundle."
+        )
+    if TURING in targets and precision == "bf16":
+        raise SettingsError(NO_BF16)
     return targets
 
 

@@ -315,8 +315,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--no-autotune",
         action="store_true",
-        help="inductor on a GPU: products and convolutions by its libraries' choice, several engines at a time, "
-        "instead of timing candidates; --jobs 1 where they do not fit on the card together",
+        help="inductor on a GPU: products and convolutions by its libraries' choice instead of timing candidates, and "
+        "engines side by side where the card has room",
     )
     build.add_argument("--keep-onnx", action="store_true", help="TensorRT: keep the ONNX files beside the plans")
     build.add_argument("--precision", choices=[*PRECISIONS, INT8], default="fp32", help="default: %(default)s")
@@ -340,8 +340,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--jobs",
         type=int,
-        help="engines built side by side (default: what processors and memory allow, but 1 of ONNX Runtime's on a GPU; "
-        "1 of inductor's that are autotuned)",
+        help="engines built side by side (default: what processors and memory allow; on a GPU 1 of ONNX Runtime's and, "
+        "without autotuning, 1 of inductor's for every 12 GiB; always 1 of inductor's that are autotuned)",
     )
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")
@@ -408,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), argv, "what was finished is kept")
+    return run_command(_parser(), argv, "what was finished is kept", extras="export")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from engines import compile_ort, compile_trt, tensorrt
 from engines.catalog import TEXT_ENCODERS, TOKENIZERS, Network, networks_of
 from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
+from engines.gpu import NO_BF16, TURING, find_gpus
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.memory import peak_memory
 from engines.quantize import LayerPlan, main_graph, quantize
@@ -45,11 +46,12 @@ from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
 from runtime.kernels import ABI
 from runtime.runner import INDUCTOR, Runner, open_runner
-from runtime.runner_inductor import target, torch_version
+from runtime.runner_inductor import target, torch_version, why_idle
 
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # either brings ONNX Runtime
 _PACKAGES = ("show1-rt", "torch", "onnx", "onnxscript", *_ORT_PACKAGES, "tokenizers")
 _GIB = 2**30
+_ON_CARD = 12 * _GIB  # of a GPU, for an engine that inductor builds: T5's weights alone are 9 in half precision
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ class Backend:
         if name == INDUCTOR:
             if targets:
                 raise SettingsError(f"--target {','.join(targets)}: inductor compiles for this machine; leave it out.")
-            here = target()
-            return cls(name, (here,), autotune=autotune or here.startswith("cpu"))  # on a CPU nothing is timed
+            here, gpus = target(), find_gpus()
+            if gpus and (reason := why_idle(gpus[0])):
+                print(f"warning: {reason}. Building for the CPU, {here}", file=sys.stderr)
+            if here == TURING and precision == "bf16":
+                raise SettingsError(NO_BF16)
+            # On a CPU nothing is timed. Triton, whose kernels are the candidates, has none for Turing's matrix units.
+            return cls(name, (here,), autotune=here.startswith("cpu") or (autotune and here != TURING))
         if name != compile_ort.BACKEND:
             allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS, INDUCTOR)
             raise SettingsError(f"engine {name!r}; allowed: {', '.join(allowed)}.")
@@ -453,9 +460,9 @@ def build(
         )
         if not pending:
             bundle.adopt()
-        # Where kernels are chosen by timing, one engine at a time has the GPU.
-        if backend.name == INDUCTOR and backend.targets[0].startswith("sm") and backend.autotune:
-            jobs = 1
+        if backend.name == INDUCTOR and backend.targets[0].startswith("sm"):
+            # Where kernels are chosen by timing, one engine at a time has the GPU.
+            jobs = 1 if backend.autotune else jobs or max(1, find_gpus()[0].memory // _ON_CARD)
         elif pending and backend.name == compile_ort.BACKEND:
             from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
 

@@ -22,6 +22,7 @@ from runtime.kernels import (
 
 ROOT = Path(__file__).resolve().parent.parent
 _NO_CUDA = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
+_WSL = "/usr/lib/wsl/lib"  # has the driver's libraries there; linkers do not look into it
 
 
 def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
@@ -55,8 +56,9 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
 
 def native() -> str:
     """CMAKE_CUDA_ARCHITECTURES of the cards that are here, by number: for CMake's own "native" another card that has
-    taken this one's place is no reason to compile again."""
-    return ";".join(sorted({gpu.target.removeprefix("sm") for gpu in find_gpus()})) or "native"
+    taken this one's place is no reason to compile again. nvcc does not know cards before Turing."""
+    cards = {gpu.target.removeprefix("sm") for gpu in find_gpus() if gpu.capability >= (7, 5)}
+    return ";".join(sorted(cards)) or "native"
 
 
 def build_for(device: str) -> Path:
@@ -66,8 +68,21 @@ def build_for(device: str) -> Path:
     """
     if missing := missing_headers(device):
         raise EngineError(f"inductor cannot compile for {device} here. Install {' and '.join(missing)}.")
+    if device == "cuda":
+        _show_torch_the_toolkit()
     if os.environ.get("SHOW1_KERNELS"):
         return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":
         return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={native()}")[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]
+
+
+def _show_torch_the_toolkit() -> None:
+    """Tell torch, which compiles and links against CUDA and looks for it in fewer places, and the processes begun from
+    here, where it is."""
+    if nvcc := find_nvcc():
+        home = Path(nvcc[0]).resolve().parent.parent
+        if (home / "include" / "cuda_runtime.h").is_file():
+            os.environ["CUDA_HOME"] = str(home)
+    if Path(_WSL).is_dir():
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, [_WSL, os.environ.get("LIBRARY_PATH")]))

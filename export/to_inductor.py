@@ -21,6 +21,7 @@ from torch._inductor.package import package_aoti
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.errors import EngineError
+from engines.memory import is_short_of_memory
 from engines.spec import GraphSpec
 from export.modules import ops
 from export.modules.layers import (
@@ -38,6 +39,7 @@ from export.to_onnx import dynamic_shapes
 from runtime.runner_inductor import (
     BINDINGS,
     X86_LEVEL,
+    cpu_level,
     group_norm,
     plain_temporal_attention,
     set_up_cuda,
@@ -47,8 +49,6 @@ from runtime.runner_inductor import (
 # Of frames' pixels. Not cuDNN's, which is planned for one size at a time: a package serves many, whatever it was traced
 # with.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Vector code of one width for all processors of the level, whatever this one can do besides.
-_X86 = {"cpp.simdlen": 256, "cpp.march": X86_LEVEL}
 
 
 @register_decomposition(torch.ops.show1.attention.default)
@@ -81,8 +81,8 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         # The layout is forced: its heuristic gives up where shapes are dynamic.
         options |= {"max_autotune": autotune, "force_layout_optimization": True}
         set_up_cuda()
-    elif target.endswith(X86_LEVEL):
-        options |= _X86
+    if cpu_level() == X86_LEVEL:  # for all processors of the level, whatever this one can do besides
+        options |= {"cpp.march": X86_LEVEL, "cpp.simdlen": 256}
     if sys.platform == "linux":
         # The C++ library that the process has. Where g++ finds the static one alone, a package would get a copy, whose
         # locales the other's parts get into: it crashes when it is loaded, at its first regular expression.
@@ -109,7 +109,7 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
                 )
                 package_aoti(str(package), files)
         except Exception as error:  # its exceptions share no base class
-            full = isinstance(error, torch.OutOfMemoryError)
+            full = device == "cuda" and is_short_of_memory(error)
             mend = " Close what else uses the GPU, and build one engine at a time: --jobs 1." if full else ""
             raise EngineError(
                 f"inductor could not build {spec.name} ({type(error).__name__}: {error}).{mend}"

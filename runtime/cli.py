@@ -248,8 +248,13 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str) -> int:
-    """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line."""
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "cpu"
+) -> int:
+    """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line.
+
+    `extras` are those of this project that bring what the commands import.
+    """
     arguments = parser.parse_args(argv)
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
@@ -264,6 +269,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {error}. Install what this command needs: `pip install -e '.[{extras}]'`.", file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)

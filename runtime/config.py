@@ -74,8 +74,8 @@ class Settings:
                 raise SettingsError(f"steps of {name}: {stage.num_inference_steps}; allowed: 1 or more.")
             if stage.spacing not in (None, *SPACINGS):
                 raise SettingsError(f"spacing of {name}: {stage.spacing!r}; allowed: {', '.join(SPACINGS)}.")
-            if not 0 <= stage.guidance_scale < float("inf"):
-                raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 or more (1 turns it off).")
+            if not 0 <= stage.guidance_scale <= 1000:
+                raise SettingsError(f"guidance of {name}: {stage.guidance_scale}; allowed: 0 to 1000 (1 turns it off).")
             if not _whole(stage.cache_interval, 1):
                 raise SettingsError(f"cache interval of {name}: {stage.cache_interval}; allowed: 1 (none) or more.")
             begin, end = stage.guided

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from engines.errors import Show1Error
-from engines.gpu import Gpu, find_gpus, old_driver
+from engines.gpu import TURING, Gpu, find_gpus, old_driver
 from engines.tensorrt import (
     FLAVOURS,
     TARGETS,
@@ -98,7 +98,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
             continue
         rtx = flavour == "tensorrt-rtx"
         if exports and (rtx or gpus):
-            targets = f" for {', '.join(TARGETS)} (sm75 alone, and not in bf16)" if rtx else ""
+            targets = f" for {', '.join(TARGETS)} ({TURING} alone, and not in bf16)" if rtx else ""
             result.builds.append(f"{flavour} (fp16, bf16, fp32, int8){targets}")
         if find_spec("polygraphy") is None:
             result.problems.append(
@@ -119,7 +119,7 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.found["torch"] = "none"
         return
     try:
-        version, target, no_kernels = _torch()
+        version, target, no_kernels, idle = _torch(gpus)
     except Show1Error as error:
         result.problems.append(str(error))
         return
@@ -133,17 +133,18 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
     if result.builds and missing:
         result.hints.append(f"building inductor's engines needs {' and '.join(missing)}.")
     elif result.builds:
-        result.builds.append(f"inductor (fp32, fp16, bf16) for {target}")
-    if gpus and not on_gpu:
-        result.hints.append("torch here leaves the GPU idle: install its CUDA build, as pytorch.org says.")
+        result.builds.append(f"inductor (fp32, fp16{'' if target == TURING else ', bf16'}) for {target}")
+    if idle:
+        result.hints.append(f"{idle}.")
 
 
-def _torch() -> tuple[str, str, str | None]:
-    """torch's version, what it compiles for here, and why there are no kernels for that."""
-    from runtime.runner_inductor import target, torch_version, why_no_kernels
+def _torch(gpus: list[Gpu]) -> tuple[str, str, str | None, str | None]:
+    """torch's version, what it compiles for here, why there are no kernels for that, and why it leaves a card idle."""
+    from runtime.runner_inductor import target, torch_version, why_idle, why_no_kernels
 
     here = target()
-    return torch_version(), here, why_no_kernels("cuda" if here.startswith("sm") else "cpu")
+    no_kernels = why_no_kernels("cuda" if here.startswith("sm") else "cpu")
+    return torch_version(), here, no_kernels, why_idle(gpus[0]) if gpus else None
 
 
 def _no_cuda_runtime() -> str | None:

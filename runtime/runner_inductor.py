@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.catalog import DEEP
 from engines.errors import EngineError, Show1Error
+from engines.gpu import Gpu, find_gpus, old_driver
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
@@ -71,6 +72,15 @@ def target() -> str:
     return f"cpu-{cpu_level()}"
 
 
+def why_idle(gpu: Gpu) -> str | None:
+    """Why torch leaves a card of this machine idle, with what mends it, or None."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "torch here leaves the GPU idle: install its CUDA build, as pytorch.org says"
+    return old_driver(gpu, "torch's CUDA build") or "torch does not find the GPU"
+
+
 def cpu_level() -> str:
     """An x86-64 level where the processor has AVX2; elsewhere only its family can be named."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -89,6 +99,8 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     """Why packages cannot run here, told from the manifest alone and with what mends it; None if they can."""
     (built_for,), here = entry.targets, target()
     if built_for not in (here, f"cpu-{cpu_level()}"):
+        if entry.needs_gpu and (gpus := find_gpus()) and (reason := why_idle(gpus[0])):
+            return reason
         return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
     if reason := version_mismatch(bundle, entry):
         return reason

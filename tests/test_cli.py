@@ -189,7 +189,7 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--guidance", "text=3"], "unknown stage text; allowed: base"),
         (["--steps", "sr1=0"], "steps of sr1: 0; allowed: 1 or more"),
         (["--steps", "if2=2000"], "if2: "),
-        (["--guidance", "base=nan"], "guidance of base: nan; allowed: 0 or more"),
+        (["--guidance", "base=nan"], "guidance of base: nan; allowed: 0 to 1000"),
         (["--size", "100x64"], "size 100x64; allowed: width and height in multiples of 8, from 64"),
         (["--size", "56x64"], "size 56x64; allowed: width and height in multiples of 8, from 64"),
         (["--size", "8192x64"], "if2/step: width 3648 (built for"),

@@ -76,6 +76,7 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
     [
         ({"base": StageSettings(7.5, 9.0)}, r"steps of base: 7\.5; allowed"),  # type: ignore[arg-type]
         ({"base": StageSettings(7.0, 9.0)}, r"steps of base: 7\.0; allowed"),  # type: ignore[arg-type]
+        ({"base": StageSettings(7, 1e308)}, r"guidance of base: 1e\+308; allowed: 0 to 1000"),
         ({"keyframes": 5.0}, r"keyframes: 5\.0; allowed"),
         ({"size": "big"}, r"size: 'big'; allowed: \(width, height\) in pixels"),
         ({"size": (64.0, 64)}, r"size: \(64\.0, 64\); allowed"),

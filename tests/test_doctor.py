@@ -12,7 +12,7 @@ import pytest
 from engines import gpu, tensorrt
 from engines.errors import EngineError, Show1Error
 from engines.gpu import Gpu, find_gpus
-from export.kernels import build_for
+from export.kernels import build_for, native
 from runtime import doctor, kernels
 from runtime.cli import main
 
@@ -41,7 +41,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
         monkeypatch.setattr(doctor, "find_spec", lambda name: name in packages or None)
         monkeypatch.setattr(doctor.importlib, "import_module", import_module)
         target = gpus[0].target if gpus else "cpu-x86-64-v3"
-        monkeypatch.setattr(doctor, "_torch", lambda: (packages["torch"], target, None))
+        monkeypatch.setattr(doctor, "_torch", lambda gpus: (packages["torch"], target, None, None))
         monkeypatch.setattr(doctor, "missing_programs", lambda library: [])
         return doctor.diagnose()
 
@@ -117,18 +117,23 @@ def test_an_old_driver_and_a_missing_polygraphy_are_problems(machine) -> None:
 
 
 def test_a_torch_that_cannot_see_the_card_is_told(machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_cuda() -> tuple[str, str, None]:
-        return "2.13.0", "cpu-x86-64-v3", None
-
     machine([ADA], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
-    monkeypatch.setattr(doctor, "_torch", without_cuda)
+    monkeypatch.setattr(doctor, "_torch", lambda gpus: ("2.13.0", "cpu-x86-64-v3", None, f"{gpus[0].name} is idle"))
     found = doctor.diagnose()
-    assert "inductor (CPU)" in found.runs and any("torch here leaves the GPU idle" in hint for hint in found.hints)
+    assert "inductor (CPU)" in found.runs and "GeForce RTX 4090 is idle." in found.hints
+
+
+def test_turing_is_not_offered_bf16_by_inductor(machine) -> None:
+    turing = Gpu("GeForce RTX 2080 Ti", (7, 5), 11 * 2**30, (13, 0))
+    found = machine([turing], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
+    assert found.builds[-1] == "inductor (fp32, fp16) for sm75"
 
 
 def test_inductor_without_its_kernels_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine([], {"onnxruntime": "1.31", **EXPORT})
-    monkeypatch.setattr(doctor, "_torch", lambda: ("2.13.0", "cpu-x86-64-v3", "build/kernels holds no library"))
+    monkeypatch.setattr(
+        doctor, "_torch", lambda gpus: ("2.13.0", "cpu-x86-64-v3", "build/kernels holds no library", None)
+    )
     found = doctor.diagnose()
     assert found.runs == ["onnxruntime (CPU)"] and any("build/kernels holds no library" in hint for hint in found.hints)
 
@@ -201,6 +206,36 @@ def test_nvcc_is_found_where_toolkits_are_and_the_newest_taken(toolkits: Callabl
     new = toolkits("CUDA_HOME", 13)
     assert kernels.find_nvcc() == (new, 13)
     assert not [line for line in kernels.missing_programs(kernels.CUDA) if "nvcc" in line]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compilers of this test are shell scripts")
+def test_torch_is_shown_the_toolkit_that_nvcc_is_of(
+    toolkits: Callable[[str, int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it is one: the folder of a link on PATH, which torch would take, is none."""
+    home = Path(toolkits("CUDA_PATH", 13)).parents[1]
+    (tmp_path / "nvcc").symlink_to(home / "bin" / "nvcc")  # on PATH
+    kernels.find_nvcc.cache_clear()
+    monkeypatch.setattr("export.kernels._WSL", str(tmp_path))
+    monkeypatch.setattr("export.kernels.missing_headers", lambda _: [])
+    monkeypatch.setenv("SHOW1_KERNELS", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", "")  # so that what is set below does not outlive this test
+    monkeypatch.delenv("CUDA_HOME")
+    for made in (None, home / "include" / "cuda_runtime.h"):
+        monkeypatch.setenv("LIBRARY_PATH", "/opt/lib")
+        if made:
+            made.parent.mkdir()
+            made.touch()
+        with pytest.raises(EngineError, match="holds no show1_kernels"):
+            build_for("cuda")
+        assert os.environ.get("CUDA_HOME") == (str(home) if made else None)
+        assert os.environ["LIBRARY_PATH"] == f"{tmp_path}{os.pathsep}/opt/lib"
+
+
+def test_kernels_are_built_for_the_cards_that_nvcc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pascal = Gpu("GeForce GTX 1060", (6, 1), 6 * 2**30, (13, 0))
+    monkeypatch.setattr("export.kernels.find_gpus", lambda: [pascal, ADA])
+    assert native() == "89"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the compilers of this test are shell scripts")

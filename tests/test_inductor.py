@@ -30,10 +30,11 @@ from test_schedulers import PUBLISHED
 
 from engines.catalog import CATALOG
 from engines.errors import BundleError, EngineError, ParityError, SettingsError
+from engines.gpu import Gpu
 from engines.store import Bundle
 from export import networks
 from export.__main__ import main
-from export.build import Backend, Job, build_engine, why_stale
+from export.build import Backend, Job, build, build_engine, why_stale
 from export.kernels import build_for
 from export.modules.layers import GroupNorm
 from export.modules.unet import UNetConfig, VideoUNet
@@ -293,11 +294,12 @@ def test_too_small_a_card_for_a_build_is_one_line_with_what_to_do(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("Failed to run autotuning code block: CUDA out of memory. Tried")  # as torch wraps it
 
     monkeypatch.setattr("export.to_inductor._on", full)
+    on_card = replace(job(checkpoint, "fp32"), backend=Backend(INDUCTOR, ("sm89",)))
     with pytest.raises(EngineError, match=r"inductor could not build .*CUDA out of memory.*--jobs 1"):
-        build_engine(job(checkpoint, "fp32"), tmp_path)
+        build_engine(on_card, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "not an archive", "missing"])
@@ -336,9 +338,69 @@ def test_engines_without_autotuning_are_built_again_without_it(
     tuned, untuned = (float32, other) if plain.backend.autotune else (other, float32)
     assert "--no-autotune" in untuned.rebuild_command("interp")
     assert "--no-autotune" not in tuned.rebuild_command("interp")
-    for target, autotune in (("sm90", False), ("cpu-x86-64-v3", True)):  # on a CPU nothing is timed
+    # On a CPU nothing is timed; on Turing nothing of use is to be had.
+    for target, asked, autotune in (
+        ("sm90", False, False),
+        ("sm90", True, True),
+        ("cpu-x86-64-v3", False, True),
+        ("sm75", True, False),
+    ):
         monkeypatch.setattr("export.build.target", lambda target=target: target)
-        assert Backend.choose(INDUCTOR, "fp16", autotune=False).autotune == autotune
+        assert Backend.choose(INDUCTOR, "fp16", autotune=asked).autotune == autotune
+    with pytest.raises(SettingsError, match=r"Turing \(sm75\) does not compute in bf16"):
+        Backend.choose(INDUCTOR, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "message"),
+    [
+        (
+            (12, 8),
+            "13.0",
+            r"the driver is for CUDA 12\.8, torch's CUDA build needs 13\.0: install a newer NVIDIA driver",
+        ),
+        ((13, 0), None, r"torch here leaves the GPU idle: install its CUDA build"),
+    ],
+)
+def test_a_card_that_torch_leaves_idle_is_told_before_a_build_and_a_run(
+    float32: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    driver: tuple[int, int],
+    cuda: str | None,
+    message: str,
+) -> None:
+    card = Gpu("GeForce RTX 4070", (8, 9), 12 * 2**30, driver)
+    monkeypatch.setattr("export.build.find_gpus", lambda: [card])
+    monkeypatch.setattr(runner_inductor, "find_gpus", lambda: [card])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert Backend.choose(INDUCTOR, "fp16").targets[0].startswith("cpu-")
+    assert re.search(f"warning: {message}.*Building for the CPU", capsys.readouterr().err)
+    with pytest.raises(BundleError, match=f"interp: {message}"):
+        Engine(float32, replace(float32.engine("interp"), targets=("sm89",)))
+
+
+@pytest.mark.parametrize(
+    ("gib", "autotune", "asked", "built"),
+    [(12, False, None, 1), (24, False, None, 2), (12, False, 3, 3), (80, True, 3, 1)],
+)
+def test_engines_are_built_side_by_side_as_the_card_has_room(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gib: int,
+    autotune: bool,
+    asked: int | None,
+    built: int,
+) -> None:
+    noted: list[int | None] = []
+    monkeypatch.setattr("export.build._build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    monkeypatch.setattr("export.build.kernels.build_for", lambda _: None)
+    monkeypatch.setattr("export.build.find_gpus", lambda: [Gpu("a card", (8, 9), gib * 2**30, (13, 0))])
+    backend = Backend(INDUCTOR, ("sm89",), autotune=autotune)
+    build(checkpoint, tmp_path / "out", ["interp"], "fp16", SIZE, jobs=asked, backend=backend)
+    assert noted == [built]
 
 
 def test_settings_that_mean_nothing_to_inductor_are_refused(

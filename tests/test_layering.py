@@ -126,6 +126,14 @@ def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
     assert "pip install -e '.[inductor]'" in process.stderr
 
 
+def test_without_the_exporter_s_libraries_a_build_says_what_to_install() -> None:
+    code = "from export.__main__ import main\nsys.exit(main(['build', '--checkpoint', 'demo']))"
+    process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: No module named")
+    assert process.stderr.endswith("pip install -e '.[export]'`.\n")
+
+
 def test_the_runtime_imports_no_compiler() -> None:
     wrong = [f"{module} imports {name}" for module, path in modules("runtime") for name in imports(path)]
     assert not [line for line in wrong if any(name in line for name in COMPILERS)]
