@@ -14,8 +14,7 @@ namespace {
 constexpr int kThreads = 320;     // channels of the networks are 160 k and 128 k: runs of 8 leave few threads idle
 constexpr int kWarps = kThreads / 32;
 constexpr int kTogether = 2;      // blocks of a multiprocessor, at least
-constexpr int kBlocks = 264;      // that many at once on the largest cards
-constexpr int kMostBlocks = 1056;
+constexpr int kMostWaves = 4;     // of the second kernel's blocks
 constexpr int kBlockBytes = 128 * 1024;  // of x, for a block of the second kernel, while that gives no fewer blocks
 constexpr int kSmallBytes = 64 * 1024;   // of shared memory, which every card has
 
@@ -140,12 +139,12 @@ __device__ void statistics(const Args& a, const Tiling& tiling, const Bits<T>* x
     }
     __syncthreads();
     // Rows that lay side by side, channel by channel, into the first of them.
-    const int rows = end - begin;
+    const int rows = end - begin, whole = rows / tiling.down, rest = rows % tiling.down;
     for (int c = threadIdx.x; c < tiling.channels; c += kThreads) {
         const float origin = means[c];
         float sum = 0, square = 0;
         for (int r = 0; r < tiling.down && r < rows; ++r) {
-            const float count = static_cast<float>((rows - r + tiling.down - 1) / tiling.down);
+            const float count = static_cast<float>(whole + (r < rest));
             const float distance = means[r * tiling.channels + c] - origin;
             sum += count * distance;
             square += squares[r * tiling.channels + c] + count * distance * distance;
@@ -346,23 +345,26 @@ __global__ void __launch_bounds__(kThreads, kTogether) small_kernel(Args a, Tili
 inline int pieces(int count, int size) { return (count + size - 1) / size; }
 
 // Channels of a block of the small kernel, whole groups; 0 where it does not fit, or would keep less than a quarter of
-// the largest cards busy.
-inline int slice_channels(const Args& a) {
+// the card busy.
+inline int slice_channels(const Args& a, int multiprocessors) {
     const int size = a.channels / a.groups;
     for (int groups = 1; groups <= a.groups; groups *= 2) {
         if (a.groups % groups || groups * size % 8) continue;
         const Tiling tiling = Tiling::of<8>(groups * size);
         if (tiling.runs > kThreads) return 0;
         const int64_t bytes = 2LL * a.rows * tiling.channels + sizeof(float) * (2LL * groups + tiling.scratch());
-        return bytes <= kSmallBytes && int64_t{a.batch} * (a.groups / groups) >= kBlocks / 8 ? tiling.channels : 0;
+        return bytes <= kSmallBytes && int64_t{a.batch} * (a.groups / groups) >= multiprocessors / 4 ? tiling.channels : 0;
     }
     return 0;
 }
 
 template <class T, int W, int kActivation>
 cudaError_t run_as(const Args& a, cudaStream_t stream) {
+    Device device;
+    cudaError_t error = device.query();
+    if (error != cudaSuccess) return error;
     if constexpr (W == 8) {
-        if (const int channels = slice_channels(a)) {
+        if (const int channels = slice_channels(a, device.multiprocessors)) {
             const Tiling tiling = Tiling::of<W>(channels);
             const int groups = channels / (a.channels / a.groups), slices = a.groups / groups;
             const int bytes = 2 * a.rows * channels + static_cast<int>(sizeof(float)) * (2 * groups + tiling.scratch());
@@ -371,19 +373,19 @@ cudaError_t run_as(const Args& a, cudaStream_t stream) {
         }
     }
     const Tiling tiling = Tiling::of<W>(a.channels);
-    // As many parts as give every block a multiprocessor and every thread some rows; none is empty.
-    const auto split = [&](int blocks, int at_most) {
-        const int wanted = std::min(pieces(blocks, a.batch), pieces(a.rows, 2 * tiling.down));
-        return pieces(a.rows, std::min(std::max(wanted, 1), at_most));
+    // As many parts as keep the card busy and give every thread some rows; none is empty, and the blocks are no more
+    // than a whole number of waves: one more would run alone.
+    const int64_t wave = kTogether * device.multiprocessors;
+    const auto split = [&](int64_t blocks, int64_t at_most) {
+        const int64_t wanted = std::min<int64_t>(blocks / a.batch, pieces(a.rows, 2 * tiling.down));
+        return pieces(a.rows, static_cast<int>(std::min(std::max<int64_t>(wanted, 1), at_most)));
     };
-    const int per_part = split(2 * kBlocks, SHOW1_NORM_PARTS), parts = pieces(a.rows, per_part);
+    const int per_part = split(2 * wave, SHOW1_NORM_PARTS), parts = pieces(a.rows, per_part);
     const int bytes = static_cast<int>(sizeof(float)) * tiling.scratch();
-    const cudaError_t error =
-        launch(parts_kernel<T, W>, a.batch * parts, kThreads, bytes, stream, a, tiling, parts, per_part);
+    error = launch(parts_kernel<T, W>, a.batch * parts, kThreads, bytes, stream, a, tiling, parts, per_part);
     if (error != cudaSuccess) return error;
-    const int64_t by_size = 2LL * a.batch * a.rows * a.channels / kBlockBytes;
-    const int wanted = by_size < kBlocks ? kBlocks : by_size < kMostBlocks ? static_cast<int>(by_size) : kMostBlocks;
-    const int per_block = split(wanted, kMostBlocks), blocks = pieces(a.rows, per_block);
+    const int64_t by_size = 2LL * a.batch * a.rows * a.channels / kBlockBytes, most = kMostWaves * wave;
+    const int per_block = split(std::min(std::max(by_size, wave), most), most), blocks = pieces(a.rows, per_block);
     const int joined = static_cast<int>(sizeof(float)) * (2 + 2 * kWarps) * a.groups;
     return launch(out_kernel<T, W, kActivation>, a.batch * blocks, kThreads, joined, stream, a, tiling, parts, per_part,
                   blocks, per_block);

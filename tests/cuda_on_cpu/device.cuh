@@ -197,7 +197,7 @@ T* shared_memory() {
 
 // A Turing card's memory, with the compute capability that SHOW1_EMULATED_CAPABILITY names.
 struct Device {
-    int compute_capability = 0, shared_bytes = 64 * 1024;
+    int compute_capability = 0, shared_bytes = 64 * 1024, multiprocessors = 68;
 
     cudaError_t query() {
         const char* const asked = std::getenv("SHOW1_EMULATED_CAPABILITY");

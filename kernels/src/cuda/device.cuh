@@ -107,12 +107,32 @@ __device__ T* shared_memory() {
 
 // ---- Launching
 
+// What a launcher asks about the current device.
+struct Device {
+    int compute_capability = 0;  // 75, 80, ..
+    int shared_bytes = 0;        // most that one block may have
+    int multiprocessors = 0;
+
+    cudaError_t query() {
+        int device = 0, major = 0, minor = 0;
+        cudaError_t error = cudaGetDevice(&device);
+        if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+        if (!error) error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        compute_capability = 10 * major + minor;
+        return error;
+    }
+};
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
     if (shared_bytes > 48 * 1024) {  // more than every card gives unasked
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        Device device;  // its limit, always the same: a thread that needs less must not lower another's
+        cudaError_t error = device.query();
+        if (!error)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
         if (error != cudaSuccess) return error;
     }
     cudaLaunchConfig_t config{};
@@ -122,21 +142,5 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int s
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
-
-// What a launcher asks about the current device.
-struct Device {
-    int compute_capability = 0;  // 75, 80, ..
-    int shared_bytes = 0;        // most that one block may have
-
-    cudaError_t query() {
-        int device = 0, major = 0, minor = 0;
-        cudaError_t error = cudaGetDevice(&device);
-        if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-        if (!error) error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        compute_capability = 10 * major + minor;
-        return error;
-    }
-};
 
 }  // namespace show1
