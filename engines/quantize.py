@@ -125,8 +125,7 @@ def _call(tape: ir.tape.Tape, node: ir.Node, x: ir.Value | None, weight: ir.Valu
 def _through_int8(tape: ir.tape.Tape, x: ir.Value | None, largest: float, name: str) -> ir.Value:
     assert x is not None
     dtype = (x.dtype or ir.DataType.FLOAT).numpy()
-    # The smallest normal number, where calibration saw nothing but zeros.
-    scale = np.array(max(largest / _LEVELS, float(np.finfo(dtype).tiny)), dtype)
+    scale = np.array(max(largest / _LEVELS, _least_scale(dtype)), dtype)
     constants = [_constant(tape, f"{name}_scale", scale), _constant(tape, f"{name}_zero", np.array(0, np.int8))]
     y = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *constants]), *constants])
     y.type, y.shape = x.type, x.shape
@@ -153,9 +152,15 @@ def quantize_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarr
     """Symmetric int8 by channel of `axis`: integers of the weight's shape, and a scale of its type per channel."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
     largest = np.abs(weight.astype(np.float32)).max(axis=others, keepdims=True)
-    scale = np.maximum(largest / _LEVELS, np.finfo(weight.dtype).tiny).astype(weight.dtype)
+    scale = np.maximum(largest / _LEVELS, _least_scale(weight.dtype)).astype(weight.dtype)
     integers = np.clip(np.rint(weight.astype(np.float32) / scale.astype(np.float32)), -_LEVELS, _LEVELS)
     return integers.astype(np.int8, order="C"), scale.reshape(-1)
+
+
+def _least_scale(dtype: np.dtype) -> float:
+    """Of what is zero, or nearly. float16's smallest normal number would take levels from weights below 0.008."""
+    limits = np.finfo(dtype)
+    return float(limits.smallest_subnormal if dtype == np.float16 else limits.tiny)
 
 
 def _energy(tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
@@ -164,10 +169,16 @@ def _energy(tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
 
 
 def _with_output(model: ir.Model, tape: ir.tape.Tape, scalars: list[ir.Value]) -> ir.Model:
-    """The model with one output: the scalars side by side, float32."""
+    """The model with one output: the scalars side by side, float32.
+
+    Joined in reverse: ONNX Runtime runs what the last input needs first. That of the last scalar is all of the graph,
+    and every activation would wait in memory for its own: of published sr2 150 GB, by reckoning.
+    """
     axes = _constant(tape, "scalar_axes", np.array([0]))
-    rows = [tape.op("Unsqueeze", [tape.op("Cast", [s], {"to": ir.DataType.FLOAT}), axes]) for s in scalars]
-    result = tape.op("Concat", rows, {"axis": 0})
+    rows = [tape.op("Unsqueeze", [tape.op("Cast", [s], {"to": ir.DataType.FLOAT}), axes]) for s in reversed(scalars)]
+    joined = tape.op("Concat", rows, {"axis": 0})
+    minus_one, begin = (_constant(tape, f"scalar_{at}", np.array([at])) for at in (-1, -(2**31)))
+    result = tape.op("Slice", [joined, minus_one, begin, axes, minus_one])
     result.name, result.type = "scalars", ir.TensorType(ir.DataType.FLOAT)
     model.graph.extend(tape.nodes)
     model.graph.outputs[:] = [result]

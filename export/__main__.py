@@ -77,6 +77,14 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
 
     if backend.name == INDUCTOR or (backend.name in tensorrt.FLAVOURS and arguments.attention == "padded"):
         raise SettingsError(f"--precision {INT8} is for onnxruntime and TensorRT, and not with --attention padded.")
+    if backend.name not in tensorrt.FLAVOURS:
+        from runtime.runner_ort import tries_cuda
+
+        if tries_cuda():
+            raise SettingsError(
+                "ONNX Runtime has no convolutions in int8 for CUDA, engines would be float32. Use --precision fp16, "
+                "--engine tensorrt-rtx or, for the CPU, the environment variable CUDA_VISIBLE_DEVICES=-1."
+            )
     prompts = load_prompts()
     judge = JUDGE_PROMPTS if arguments.judge is None else arguments.judge
     if judge not in (0, *range(2, len(prompts) + 1)):

@@ -53,8 +53,10 @@ _ROUNDS = 3  # of timing
 # What int8 engines and their verdicts depend on.
 _CODE = ("engines/compile_ort.py", "engines/passes.py", "engines/quantize.py", "export/int8.py", "export/replay.py")
 _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
+_CODE += ("runtime/runner_ort.py",)
 _CODE += tuple(f"runtime/{name}.py" for name in ("noise", "ops", "sampler", "schedulers", "tokenizer", "stages/*"))
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
+_FIRST_JUDGED = 4  # videos, which are enough to see that a checkpoint does not know the demo's world
 JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for
 
 LEAST_LAYER_SQNR = 25.0  # dB, of a layer's output: below, the layer keeps half or full precision
@@ -84,7 +86,12 @@ class _Reservoir:
         self.seen += 1
         place = len(self.feeds) if self.seen <= _FEEDS else self.random.randrange(self.seen)
         if place < _FEEDS:
-            self.feeds[place : place + 1] = [{name: array.copy() for name, array in feeds.items()}]
+            self.feeds[place : place + 1] = [{name: self._copied(name, array) for name, array in feeds.items()}]
+
+    def _copied(self, name: str, array: Array) -> Array:
+        """One copy of what is the same in every call: the context of published interp is 185 MB."""
+        known = self.feeds[0][name] if self.feeds else None
+        return array.copy() if known is None or not np.array_equal(known, array) else known
 
 
 def _few_over_time(feeds: list[Feeds]) -> list[Feeds]:
@@ -94,23 +101,29 @@ def _few_over_time(feeds: list[Feeds]) -> list[Feeds]:
 
 
 def _few_steps(settings: Settings) -> Settings:
-    """Settings of the videos made here, of a bundle's own: few steps, several of sr2's run whatever its strength."""
+    """Settings of the videos made here, of a bundle's own: few steps, several of sr2's run whatever its strength.
+
+    Spaced as the preset `fast` has them: by the published schedule sr1's first step divides by an alpha of 5e-5, and of
+    so few steps any rounding of it would be seen.
+    """
     sr2 = max(_STEPS["sr2"], math.ceil(_LEAST_EXECUTED / settings.strength))
-    return settings.with_steps({**_STEPS, "sr2": sr2})
+    spacing = {name: stage.spacing for name in _STEPS if (stage := getattr(settings.with_preset("fast"), name)).spacing}
+    return settings.with_steps({**_STEPS, "sr2": sr2}).with_spacing(spacing)
 
 
 class _Pool(EnginePool):
-    """Engines of a bundle, some of them swapped for candidates; notes what they are given."""
+    """Engines of a bundle, some of them swapped for candidates; otherwise it notes what they are given."""
 
     def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
         super().__init__(bundle, keep_loaded=True)
-        self._swapped = swapped or {}
+        self._swapped = swapped
         self.calls: dict[tuple[str, str], _Reservoir] = {}
 
     def open(self, name: str) -> Engine:
-        bundle = self._swapped.get(name, self.bundle)
+        bundle = (self._swapped or {}).get(name, self.bundle)
         engine = Engine(bundle, bundle.engine(name))
-        engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Reservoir()).add(feeds)
+        if self._swapped is None:
+            engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Reservoir()).add(feeds)
         return engine
 
 
@@ -174,23 +187,33 @@ class _Judge:
             return None
         takes = self._takes
         assert self.before is not None
-        if not 100 * (self.before.score - self.before.chance_score) >= LEAST_ABOVE_CHANCE:
+        if not self._follows:
             return None
         change = self._faithfulness(make_videos(engines, takes, first)).score - self.before.score
         return round(100 * change, 6)  # sums of shares are not exact, and two points are to be two
 
     @cached_property
     def _takes(self) -> list[Take]:
-        """Float32's videos, made when the first engine comes so far."""
+        """Float32's videos, made when the first engine comes so far; only a few where these do not follow prompts."""
         _say("judging by {} prompts at {}x{}".format(len(self.prompts), *self.settings.size))
-        takes = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in self.prompts]
-        takes = make_videos(_Pool(self.floats), takes)
-        self.before = self._faithfulness(takes)
-        _say(f"float32's faithfulness is {self.before.score:.0%}, by chance {self.before.chance_score:.0%}")
+        takes: list[Take] = []
+        for prompts in (self.prompts[:_FIRST_JUDGED], self.prompts[_FIRST_JUDGED:]):
+            if prompts and (not takes or self._follows):
+                more = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in prompts]
+                takes += make_videos(_Pool(self.floats, {}), more)
+                self.before = self._faithfulness(takes)
+        assert self.before is not None
+        known = f"float32's faithfulness is {self.before.score:.0%}, by chance {self.before.chance_score:.0%}"
+        _say(known if len(takes) == len(self.prompts) else f"{known}, of the first {len(takes)}: not measured")
         return takes
 
-    def _faithfulness(self, takes: Iterable[Take]) -> Faithfulness:
-        return faithfulness([prompt.scene for prompt in self.prompts], [read(take.frames) for take in takes])
+    @property
+    def _follows(self) -> bool:
+        return bool(self.before) and 100 * (self.before.score - self.before.chance_score) >= LEAST_ABOVE_CHANCE
+
+    def _faithfulness(self, takes: Sequence[Take]) -> Faithfulness:
+        asked = self.prompts[: len(takes)]
+        return faithfulness([prompt.scene for prompt in asked], [read(take.frames) for take in takes])
 
 
 def build_int8(
@@ -206,9 +229,10 @@ def build_int8(
 
     Engines that int8 does not serve are taken over as they are. `prompts` are those that faithfulness is judged by,
     two at least; without any it is not measured. `settings` are those of the videos made for it, by default the
-    bundle's with few steps. `for_memory`: layers that do not bear int8 get int8 weights, and engines that are not
-    faster here are judged as well, for `plans_of`. Raises SettingsError for a bundle of other engines or in the place
-    of `out` and for impossible settings, BundleError where one is missing or `out` cannot take the result.
+    bundle's with few steps. `for_memory`: layers that do not bear int8 get int8 weights, and so do all layers of an
+    engine that changes the video otherwise; engines that are not faster here are judged as well, for `plans_of`. Raises
+    SettingsError for a bundle of other engines or in the place of `out` and for impossible settings, BundleError where
+    one is missing or `out` cannot take the result.
     """
     if out.resolve() == floats.root.resolve():
         raise SettingsError(f"{out} is the float32 bundle that int8 is calibrated with. Choose another --out.")
@@ -295,15 +319,22 @@ def _build(
         started = time.perf_counter()
         with bundle.scratch() as scratch:
             folder = scratch / name
-            entry = floats.engine(name)
-            graph = main_graph(name)
+            entry, graph = floats.engine(name), main_graph(name)
             held_out = _few_over_time(pool.calls[name, graph].feeds)
-            candidate, verdict = _quantized(floats, entry, calls[name, graph], held_out, folder, scratch, for_memory)
-            engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
-            (video,) = make_videos(engines, [reference], name)
-            verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
-            if verdict.kept or (for_memory and verdict.psnr_db >= LEAST_PSNR):
-                verdict = verdict.with_faithfulness(judge.points(engines, name), judge.before)
+            model = ir.load(floats.path(entry.graphs[graph].plan))
+            measured = measure_layers(model, calls[name, graph], scratch, name)
+            for modes in _modes(name, for_memory):
+                if folder.exists():
+                    _say(f"{name}: {verdict.why}; trying int8 {' and '.join(modes)} alone")
+                    shutil.rmtree(folder)
+                candidate, verdict = _quantized(floats, entry, measured, modes, held_out, folder)
+                engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
+                (video,) = make_videos(engines, [reference], name)
+                verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
+                if verdict.psnr_db >= LEAST_PSNR and (verdict.kept or for_memory):
+                    verdict = verdict.with_faithfulness(judge.points(engines, name), judge.before)
+                if _harmless(asdict(verdict)):
+                    break
             if not verdict.kept:
                 shutil.rmtree(folder)
                 candidate = _copy(floats, entry, folder)
@@ -321,24 +352,22 @@ def _build(
 def _quantized(
     floats: Bundle,
     entry: EngineEntry,
-    feeds: list[Feeds],
+    measured: Mapping[str, Measured],
+    modes: Sequence[Mode],
     held_out: list[Feeds],
     folder: Path,
-    scratch: Path,
-    for_memory: bool,
 ) -> tuple[EngineEntry, Verdict]:
     """A candidate in `folder`, and whether it may be kept as far as speed and memory go."""
     name = main_graph(entry.name)
     plan = floats.path(entry.graphs[name].plan)
     by_memory = entry.name in TOKENIZERS  # text encoders run once for a video
-    measured = measure_layers(ir.load(plan), feeds, scratch)
-    plans = {layer: choose(row, _modes(entry.name, for_memory)) for layer, row in measured.items()}
+    plans = {layer: choose(row, modes) for layer, row in measured.items()}
     others = _copy(floats, entry, folder, without=name)
     model = ir.load(plan)
     quantize.quantize(model, plans)
     written, weights = folder / f"{name}.onnx", folder / f"{name}.weights"
     compile_int8(model, written, weights)
-    sqnr, speed, rows = _compare(plan, written, held_out, predictions(entry.graphs[name].spec))
+    sqnr, speed, rows = _compare(entry.name, plan, written, held_out, predictions(entry.graphs[name].spec))
     file = file_entry(written)
     graph = GraphEntry(entry.graphs[name].spec, file, file_entry(weights), file.sha256, rows)
     candidate = replace(others, precision=INT8, graphs={**others.graphs, name: graph})
@@ -356,11 +385,15 @@ def _quantized(
     return candidate, Verdict(kept, why, speed, sqnr, 0.0, None, size, was, layers)
 
 
-def _modes(engine: str, for_memory: bool) -> tuple[Mode, ...]:
-    """What layers of an engine may be, the best first. Where memory is the reason, weights alone are worth it too."""
+def _modes(engine: str, for_memory: bool) -> tuple[tuple[Mode, ...], ...]:
+    """What layers of an engine may be, the best first; and again, where that changes the video.
+
+    Where memory is the reason, weights alone are worth it too. Guidance multiplies what activations lose in int8, which
+    differs between its two halves.
+    """
     if engine in TOKENIZERS:
-        return ("weights",)  # activations that do not bear int8
-    return ("int8", "weights") if for_memory else ("int8",)
+        return (("weights",),)  # activations that do not bear int8
+    return (("int8", "weights"), ("weights",)) if for_memory else (("int8",),)
 
 
 def choose(measured: Measured, modes: Sequence[Mode]) -> LayerPlan:
@@ -382,40 +415,47 @@ def plans_of(bundle: Bundle) -> dict[str, dict[str, LayerPlan]]:
             for layer, row in verdict["layers"].items()
         }
         for name, verdict in verdicts.items()
-        if verdict and verdict["psnr_db"] >= LEAST_PSNR and (verdict.get("points") or 0.0) >= -MOST_LOST
-        if any(row["mode"] != "float" for row in verdict["layers"].values())
+        if verdict and _harmless(verdict) and any(row["mode"] != "float" for row in verdict["layers"].values())
     }
 
 
-def measure_layers(model: ir.Model, feeds: list[Feeds], scratch: Path) -> dict[str, Measured]:
+def _harmless(verdict: Mapping[str, Any]) -> bool:
+    """Whether an engine leaves the video and its faithfulness as they were."""
+    return verdict["psnr_db"] >= LEAST_PSNR and (verdict.get("points") or 0.0) >= -MOST_LOST
+
+
+def measure_layers(model: ir.Model, feeds: list[Feeds], scratch: Path, engine: str = "") -> dict[str, Measured]:
     """By layer, on calls of the full-precision graph: every layer reads what it reads there."""
     names = list(quantize.layers(model.graph))
     if not names:
         return {}
-    largest = np.max(_scalars(quantize.observe(model), feeds, scratch / "observe.onnx"), axis=0)
+    largest = np.max(_scalars(quantize.observe(model), feeds, scratch / "observe.onnx", engine), axis=0)
     ranges = {name: (float(r), float(w)) for name, (r, w) in zip(names, largest.reshape(-1, 2), strict=True)}
-    energies = np.sum(_scalars(quantize.compare(model, ranges), feeds, scratch / "compare.onnx"), axis=0)
+    energies = np.sum(_scalars(quantize.compare(model, ranges), feeds, scratch / "compare.onnx", engine), axis=0)
     return {
         name: (ranges[name], signal_to_noise(signal, int8), signal_to_noise(signal, weights))
         for name, (signal, int8, weights) in zip(names, energies.reshape(-1, 3).tolist(), strict=True)
     }
 
 
-def _scalars(model: ir.Model, feeds: list[Feeds], path: Path) -> NDArray[np.float64]:
-    """[feeds, N] of a model of `quantize.observe` or `compare`."""
-    ir.save(model, path, external_data=f"{path.name}.weights")
-    runner = open_runner(BACKEND, path, "fp32")
+def _scalars(model: ir.Model, feeds: list[Feeds], path: Path, engine: str) -> NDArray[np.float64]:
+    """[feeds, N] of a model of `quantize.observe` or `compare`, by layer. Its files go with it: T5's have 24 GB."""
+    weights = path.with_name(f"{path.name}.weights")
+    ir.save(model, path, external_data=weights.name)
+    runner = open_runner(BACKEND, path, "fp32", engine)
     try:
         return np.stack([runner.infer(row)["scalars"] for row in feeds]).astype(np.float64)
     finally:
         runner.close()
+        for file in (path, weights):
+            file.unlink(missing_ok=True)
 
 
 def _compare(
-    float_plan: Path, plan: Path, feeds: list[Feeds], wanted: Sequence[str]
+    engine: str, float_plan: Path, plan: Path, feeds: list[Feeds], wanted: Sequence[str]
 ) -> tuple[float, float, list[dict[str, Any]]]:
     """SQNR of the outputs `wanted` in dB, speed in float32's (the faster of interleaved runs), a row per feed."""
-    runners = [open_runner(BACKEND, path, "fp32") for path in (float_plan, plan)]
+    runners = [open_runner(BACKEND, path, p, engine) for path, p in ((float_plan, "fp32"), (plan, INT8))]
     try:
         rows, signal, noise = [], 0.0, 0.0
         for row in feeds:
@@ -452,7 +492,7 @@ def _copy(floats: Bundle, entry: EngineEntry, folder: Path, without: str | None 
 
     def copied(file: FileEntry) -> FileEntry:
         path = floats.path(file)
-        shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(path, folder / path.name)  # no link: onnx refuses weights that have another name, too
         return replace(file, path=path.name)
 
     graphs = {

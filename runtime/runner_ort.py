@@ -52,10 +52,9 @@ def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
 
 
 class OrtRunner:
-    """`in_place`: weights of half precision stay in the plan's mapped file, and are widened operator by operator.
+    """`in_place`: on a CPU weights stay in the plan's mapped file, and are widened operator by operator.
 
-    Otherwise a session on the CPU, whose kernels are float32's, makes itself a wide copy of them all (of T5-XXL 19 GB,
-    by reckoning).
+    Otherwise a session makes itself a copy of them all, as its kernels like them: of T5-XXL 19 GB, by reckoning.
     """
 
     def __init__(self, plan: Path, precision: str = "fp32", in_place: bool = False):
@@ -64,12 +63,17 @@ class OrtRunner:
         # From the second call on a pattern takes one block for all activations, beside what the first call took.
         options.enable_mem_pattern = False
         providers = _providers(precision)
-        if in_place and providers == [_CPU] and precision in _HALF:
-            # One level below all, which makes the copy; an order in which weights are widened when they are needed; and
-            # no arena, which would keep room for the largest.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-            options.enable_cpu_mem_arena = False
+        if in_place and providers == [_CPU]:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            if precision != "fp32":
+                # A level that makes no copy (the next one fuses int8 weights with products that read in int8, too); an
+                # order in which weights are widened when they are needed; no arena, which would keep room for the
+                # largest.
+                levels = ort.GraphOptimizationLevel
+                half = precision in _HALF
+                options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if half else levels.ORT_ENABLE_BASIC
+                options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+                options.enable_cpu_mem_arena = False
         try:
             self._session = ort.InferenceSession(str(plan), options, providers=providers)
             self._session.disable_fallback()  # after a failed call it would go on on the CPU, and say so on stdout

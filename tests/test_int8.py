@@ -141,6 +141,14 @@ def test_weights_are_quantised_as_onnx_runtime_would() -> None:
     assert np.abs(integers * scale[:, None, None, None] - weight).max() <= scale.max() / 2 * 1.001
 
 
+def test_small_weights_of_half_precision_keep_their_levels() -> None:
+    weight = (np.random.default_rng(3).standard_normal((8, 512)) * 2e-4).astype(np.float16)
+    integers, scale = quantize_weight(weight, 0)
+    error = integers.astype(np.float32) * scale.astype(np.float32)[:, None] - weight
+    exact = weight.astype(np.float64)
+    assert quantize.signal_to_noise(float((exact**2).sum()), float((error.astype(np.float64) ** 2).sum())) > 40
+
+
 def test_calibration_sees_the_largest_magnitudes(tmp_path: Path) -> None:
     model = tiny()
     scalars = run(quantize.observe(model), tmp_path, feeds())
@@ -245,6 +253,15 @@ def test_calls_that_are_kept_cover_a_run_of_any_length() -> None:
     assert len(set(kept)) == int8._FEEDS and min(kept) < 250 and max(kept) > 750
     assert [int(row["number"]) for row in kept_of(range(5))] == list(range(5))
     assert kept == [int(row["number"]) for row in kept_of(range(1000))]  # verdicts can be had again
+
+
+def test_what_is_the_same_in_every_call_is_kept_once() -> None:
+    reservoir, sample = int8._Reservoir(), np.zeros(4)
+    for number in range(20):
+        sample[:] = number
+        reservoir.add({"sample": sample, "text_kv": np.ones(8)})
+    assert len({id(row["text_kv"]) for row in reservoir.feeds}) == 1
+    assert len({float(row["sample"][0]) for row in reservoir.feeds}) == int8._FEEDS
 
 
 @pytest.mark.parametrize("windows", [3, 4, 5, 8, 40])
@@ -509,6 +526,28 @@ def test_what_is_judged_for_memory_is_what_plans_are_built_by(
     assert len(integers) == len(modes) - modes.count("float")
 
 
+def test_an_engine_that_changes_the_video_in_int8_gets_int8_weights_where_memory_is_the_reason(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "measure_layers", lambda *given: dict.fromkeys(measure_layers(*given), ((1, 1), 40, 40)))
+    monkeypatch.setattr(int8, "networks_of", lambda _: [CATALOG["vae_decoder"]])
+    for number, (for_memory, decibels, modes) in enumerate(
+        [
+            (True, [20.0, 45.0], {"weights"}),
+            (True, [20.0, 21.0], {"weights"}),
+            (True, [45.0], {"int8"}),
+            (False, [20.0], {"int8"}),
+        ]
+    ):
+        left = iter(decibels)
+        monkeypatch.setattr(int8, "psnr", lambda *_, left=left: next(left))
+        built = build_int8(Bundle.open(bundle), tmp_path / str(number), [], settings=SETTINGS, for_memory=for_memory)
+        verdict = built.engine("vae_decoder").properties[INT8]
+        assert next(left, None) is None and verdict["psnr_db"] == decibels[-1]
+        assert {layer["mode"] for layer in verdict["layers"].values()} == modes
+        assert bool(plans_of(built)) == (decibels[-1] > 30)
+
+
 def test_the_judge_counts_points_against_float32s_videos_made_once(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -548,6 +587,30 @@ def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
     assert made == ["t5", "t5", "sr1"]  # no video is made again where nothing can be told
 
 
+@pytest.mark.parametrize(("chance", "judged", "videos"), [(0.3, False, 4), (0.1, True, 6)])
+def test_a_few_videos_are_enough_to_see_that_prompts_are_not_followed(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    chance: float,
+    judged: bool,
+    videos: int,
+) -> None:
+    made: list[Take] = []
+
+    def make(engines: int8._Pool, takes: list[Take], first: str = "t5") -> list[Take]:
+        made.extend(takes)
+        return [replace(take, made={"vae_decoder": np.zeros((1, 8, 8, 3), np.uint8)}) for take in takes]
+
+    monkeypatch.setattr(int8, "make_videos", make)
+    score = Faithfulness({}, [0.4, 0.4], [1, 1], {"faithfulness": chance})
+    monkeypatch.setattr(int8, "faithfulness", lambda *_: score)
+    judge = int8._Judge(Bundle.open(bundle), load_prompts(6), SETTINGS)
+    assert (judge.points(int8._Pool(judge.floats, {}), "sr1") is not None) == judged
+    assert len(made) == videos + (6 if judged else 0)
+    assert ("of the first 4: not measured" in capsys.readouterr().err) != judged
+
+
 def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Path) -> None:
     floats = Bundle.open(bundle)
     before = int8._fingerprint(floats, SETTINGS, PROMPTS, False)
@@ -570,6 +633,14 @@ def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Pa
 def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="calibration needs onnxruntime fp32"):
         build_int8(Bundle.open(quantised), tmp_path / "out", [], settings=SETTINGS)
+
+
+def test_int8_is_refused_where_onnx_runtime_uses_the_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: True)
+    assert main(["build", "--checkpoint", "demo", "--precision", "int8"]) == 1
+    assert "no convolutions in int8 for CUDA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
