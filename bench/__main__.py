@@ -13,7 +13,7 @@ from typing import Any
 from engines.catalog import CATALOG
 from engines.errors import OutputError, SettingsError
 from engines.gpu import find_gpus
-from runtime.cli import run_command
+from runtime.cli import path, run_command
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -343,7 +343,7 @@ def _opened(paths: Sequence[Path]) -> list[Any]:
     """Bundles; `none` stands for none."""
     from engines.store import Bundle
 
-    return [Bundle.open(path) for path in paths if str(path) != "none"]
+    return [Bundle.open(folder) for folder in paths if str(folder) != "none"]
 
 
 def _run_export(*words: str | Path) -> None:
@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
         """A subcommand with the options that all have; returns its `add_argument`."""
         sub = commands.add_parser(name, help=what)
         sub.set_defaults(run=run)
-        sub.add_argument("--out", type=Path, help=f"JSON file (default: bench/results/{name}-<conditions>-<date>.json)")
+        sub.add_argument("--out", type=path, help=f"JSON file (default: bench/results/{name}-<conditions>-<date>.json)")
         sub.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
         return sub.add_argument
 
@@ -376,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         several: dict[str, Any] = {"action": "append"} if several_bundles else {}
         more = "; several are compared, `none` measures baselines alone" if several_bundles else ""
-        add("--bundle", type=Path, help=f"engines made by `python -m export build`{more}", **several)
+        add("--bundle", type=path, help=f"engines made by `python -m export build`{more}", **several)
         add("--preset", choices=PRESETS, default=preset, help="steps per stage (default: %(default)s)")
         add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
         add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
@@ -388,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
         kinds = "of eager, compile, xformers; or none (default: all that are installed)"
         add("--baseline", default="all", metavar="KIND,...", help=kinds)
         what = "that the bundle was made from: baselines take its weights, results are checked"
-        add("--checkpoint", type=Path, metavar="FOLDER", help=what)
+        add("--checkpoint", type=path, metavar="FOLDER", help=what)
 
     add = command("latency", _latency, "time of every stage and step of the cascade, in and outside engines")
     add_video(add, "draft")
@@ -421,8 +421,8 @@ def _parser() -> argparse.ArgumentParser:
     quality.set_defaults(run=_quality)
     add = quality.add_argument
     source = quality.add_mutually_exclusive_group()
-    source.add_argument("--bundle", type=Path, default=Path("bundle"), help="default: bundle")
-    source.add_argument("--checkpoint", type=Path, help="build a bundle of it first; demo, or a folder")
+    source.add_argument("--bundle", type=path, default=Path("bundle"), help="default: bundle")
+    source.add_argument("--checkpoint", type=path, help="build a bundle of it first; demo, or a folder")
     add("--prompts", type=int, metavar="N", help="the first N of the list (default: 48, all that are held out)")
     what = "of shape, colour and motion that prompts ask for; the held-out ones are no good any more once chosen by"
     add("--combinations", choices=("held-out", "training"), default="held-out", help=f"{what} (default: %(default)s)")
@@ -437,8 +437,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
     add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
     add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
-    add("--out", type=Path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
-    add("--reference", type=Path, metavar="FOLDER", help="--out of another run, to measure the distance to")
+    add("--out", type=path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
+    add("--reference", type=path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser
 
 

@@ -15,7 +15,7 @@ from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
-from runtime.cli import run_command
+from runtime.cli import path, run_command
 from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 
@@ -138,9 +138,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     from export.convert import convert_checkpoint
 
     written = False
-    for path in convert_checkpoint(arguments.checkpoint, arguments.stage.split(","), arguments.precision):
+    for file in convert_checkpoint(arguments.checkpoint, arguments.stage.split(","), arguments.precision):
         written = True
-        print(path, flush=True)
+        print(file, flush=True)
     if not written:
         print(f"{arguments.checkpoint} needs none: its weights are safetensors", file=sys.stderr)
 
@@ -298,10 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         help=f"folder with the checkpoint folders, or {DEMO!r} (default: {CHECKPOINTS} where it exists, else {DEMO})",
     )
-    build.add_argument("--out", type=Path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
+    build.add_argument("--out", type=path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")
     build.add_argument(
         "--engine",
         choices=["onnxruntime", "tensorrt-rtx", "tensorrt", INDUCTOR, "auto"],
@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--precision", choices=[*PRECISIONS, INT8], default="fp32", help="default: %(default)s")
     build.add_argument(
         "--calibration",
-        type=Path,
+        type=path,
         metavar="BUNDLE",
         help="int8: float32 bundle of the same checkpoint (default: OUT-fp32, which is built first)",
     )
@@ -354,11 +354,11 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")
     download.set_defaults(run=_download)
-    download.add_argument("--out", type=Path, default=CHECKPOINTS, help="default: %(default)s")
+    download.add_argument("--out", type=path, default=CHECKPOINTS, help="default: %(default)s")
 
     convert = commands.add_parser("convert", help="write safetensors of a checkpoint's .bin files, which stay")
     convert.set_defaults(run=_convert)
-    convert.add_argument("--checkpoint", type=Path, default=CHECKPOINTS, help="default: %(default)s")
+    convert.add_argument("--checkpoint", type=path, default=CHECKPOINTS, help="default: %(default)s")
     for command in (download, convert):
         command.add_argument("--stage", default="all", help="as for build")
         command.add_argument(
@@ -371,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")
     random.set_defaults(run=_random_checkpoint)
-    random.add_argument("--out", type=Path, required=True, help="new folder")
+    random.add_argument("--out", type=path, required=True, help="new folder")
     random.add_argument(
         "--size",
         choices=["golden", "published"],
@@ -384,34 +384,34 @@ def _parser() -> argparse.ArgumentParser:
 
     training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")
     training.set_defaults(run=_train_demo)
-    training.add_argument("--out", type=Path, default=Path("build") / "demo-training", help="default: %(default)s")
+    training.add_argument("--out", type=path, default=Path("build") / "demo-training", help="default: %(default)s")
     training.add_argument("--stage", default="all", help="all, or some of text,vae,base,interp,if2,sr1,sr2")
     length = training.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="for all stages named, shared out among them")
     length.add_argument("--steps", type=int, help="for each stage")
     training.add_argument("--stop-after", type=float, metavar="MINUTES", help="stop then; the same command continues")
     training.add_argument("--ship", action="store_true", help="end stages in progress as they are")
-    training.add_argument("--init", type=Path, metavar="DIR", help="start from the weights of this finished checkpoint")
+    training.add_argument("--init", type=path, metavar="DIR", help="start from the weights of this finished checkpoint")
     training.add_argument("--skip-lessons", type=int, default=0, metavar="N", help="that its stages have had already")
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     training.add_argument(
         "--batch", type=int, help="of a stage; its lessons take shares of it (default: what suits a data-centre GPU)"
     )
     training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")
-    training.add_argument("--pack", type=Path, metavar="FILE", help="where to write the .tar.xz when all is trained")
+    training.add_argument("--pack", type=path, metavar="FILE", help="where to write the .tar.xz when all is trained")
 
     listing = commands.add_parser("list", help="the nine networks; of a bundle, what they took to build")
     listing.set_defaults(run=_list)
-    listing.add_argument("bundle", type=Path, nargs="?")
+    listing.add_argument("bundle", type=path, nargs="?")
 
     check = commands.add_parser("check", help="is every file of a bundle there and unchanged?")
     check.set_defaults(run=_check)
-    check.add_argument("bundle", type=Path)
+    check.add_argument("bundle", type=path)
 
     verify = commands.add_parser("verify", help="compare a bundle with outputs of the authors' code")
     verify.set_defaults(run=_verify)
-    verify.add_argument("bundle", type=Path)
-    verify.add_argument("--reference", type=Path, required=True, help="folder in the format of tests/golden/README.md")
+    verify.add_argument("bundle", type=path)
+    verify.add_argument("--reference", type=path, required=True, help="folder in the format of tests/golden/README.md")
     return parser
 
 

@@ -323,18 +323,18 @@ def _build(
             held_out = _few_over_time(pool.calls[name, graph].feeds)
             model = ir.load(floats.path(entry.graphs[graph].plan))
             measured = measure_layers(model, calls[name, graph], scratch, name)
-            for modes in _modes(name, for_memory):
-                if folder.exists():
-                    _say(f"{name}: {verdict.why}; trying int8 {' and '.join(modes)} alone")
-                    shutil.rmtree(folder)
+            tries = _modes(name, for_memory)
+            for modes in tries:
                 candidate, verdict = _quantized(floats, entry, measured, modes, held_out, folder)
                 engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
                 (video,) = make_videos(engines, [reference], name)
                 verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
                 if verdict.psnr_db >= LEAST_PSNR and (verdict.kept or for_memory):
                     verdict = verdict.with_faithfulness(judge.points(engines, name), judge.before)
-                if _harmless(asdict(verdict)):
+                if _harmless(asdict(verdict)) or modes is tries[-1]:
                     break
+                _say(f"{name}: {verdict.why}; now with int8 weights alone")
+                shutil.rmtree(folder)
             if not verdict.kept:
                 shutil.rmtree(folder)
                 candidate = _copy(floats, entry, folder)

@@ -9,9 +9,11 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, count, product
 from pathlib import Path
@@ -25,6 +27,18 @@ EXAMPLES = """examples:
   show1-rt generate "toad practicing karate" --preset quick --seed 7 --out toad.mp4
   show1-rt generate "a burning lamborghini" --steps base=50,sr1=60 --guidance base=12 --save-stages stages
 """
+
+
+def path(text: str) -> Path:
+    """An option's file or folder; shells leave the ~ of `--option=~/x` as it is, and unset variables are empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give the name of a file or folder")
+    return Path(text).expanduser()
+
+
+def _output(text: str) -> str:
+    """As `path`, with a / at its end if it has one."""
+    return f"{path(text)}{text[-1:] if text[-1:] in (os.sep, os.altsep) else ''}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,9 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add("prompt", nargs="+", help="what the video should show; in quotes where the shell would read it otherwise")
     add(
-        "--bundle", type=Path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
+        "--bundle", type=path, default=Path("bundle"), help="engines made by `python -m export build` (default: bundle)"
     )
-    add("--out", help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: a new .mp4 named after the prompt)")
+    add(
+        "--out",
+        type=_output,
+        help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: a new .mp4 named after the prompt)",
+    )
     add("--seed", type=int, default=SEED, help="default: %(default)s, the authors' script's")
     add(
         "--negative-prompt",
@@ -66,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
     add("--size", metavar="WxH", help="of the video, multiples of 8 (default: the bundle's, 576x320)")
-    add("--save-stages", type=Path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
+    add("--save-stages", type=path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
     add("--json", action="store_true", help="print settings, times and the file's name as JSON")
     return parser
 
@@ -99,8 +117,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         size=arguments.size,
     )
     if arguments.save_stages:
-        _make_folder(arguments.save_stages)
-        check_output(arguments.save_stages / "base.mp4")
+        _prepare_stages(arguments.save_stages)
     check_output(arguments.out or _free_name(prompt, arguments.seed))
 
     seconds: dict[str, float] = {}
@@ -114,7 +131,8 @@ def _generate(arguments: argparse.Namespace) -> None:
             try:
                 if stage == "base":
                     _remove_stages(arguments.save_stages)
-                save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps)
+                about = {"software": _software()}
+                save_video(clip_to_frames(clip), arguments.save_stages / f"{stage}.mp4", settings.fps, about)
                 _save_array(clip, arguments.save_stages / f"{stage}.npy")
             except OutputError as error:
                 unsaved.append(error)
@@ -135,15 +153,8 @@ def _generate(arguments: argparse.Namespace) -> None:
             on_clip=save_stage,
         )
     bundle = pipeline.engines.bundle
-    about = {
-        **video.metadata(),
-        "bundle": f"{bundle.root.resolve().name} {bundle.id}",
-        "software": f"show1-rt {version('show1-rt')}",
-    }
-    out = arguments.out or _free_name(prompt, arguments.seed)  # again: other runs may have ended meanwhile
-    save_video(
-        video.frames, out, settings.fps, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-    )
+    about = {**video.metadata(), "bundle": f"{bundle.root.resolve().name} {bundle.id}", "software": _software()}
+    out = _save(video.frames, arguments.out, partial(_free_name, prompt, arguments.seed), settings.fps, about)
     if arguments.json:
         times = {"seconds": time.perf_counter() - start, "stage_seconds": seconds}
         print(json.dumps({"out": str(out), "frames": len(video.frames), "cut": video.cut, **about, **times}, indent=1))
@@ -151,6 +162,31 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(out)
     if unsaved:
         raise OutputError(f"{out} is complete, but not all stages were saved: {unsaved[0]}")
+
+
+def _software() -> str:
+    return f"show1-rt {version('show1-rt')}"
+
+
+def _save(frames: Any, asked: str | None, free_name: Callable[[], str], fps: float, about: Mapping[str, Any]) -> str:
+    """Where the video is: where it was asked for or, where that is now impossible, in an error that names the place."""
+    from runtime.video import Kept, Taken, save_video
+
+    out = asked or free_name()
+    try:
+        save_video(frames, out, fps, about, replace=asked is not None)
+    except Taken:  # by a run that ended meanwhile
+        return _save(frames, asked, free_name, fps, about)
+    except Kept:
+        raise
+    except OutputError as error:
+        place = Path(tempfile.gettempdir()) / f"show1-rt-{os.getpid()}.mp4"
+        try:
+            save_video(frames, place, fps, about)
+        except OutputError:
+            raise error from None
+        raise OutputError(f"{error} The finished video is {place}.") from None
+    return out
 
 
 def _check_apart(out: str, stages: Path) -> None:
@@ -165,22 +201,37 @@ def _check_apart(out: str, stages: Path) -> None:
 def _free_name(prompt: str, seed: int) -> str:
     """Named after the prompt, in any script; numbered where a video has that name already."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    name = f"{words or 'video'}-{seed}"
+    name = f"{words.encode()[:200].decode(errors='ignore') or 'video'}-{seed}"  # file systems count bytes
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(file for file in (f"{name}.mp4" for name in names) if not Path(file).exists())
 
 
-def _make_folder(folder: Path) -> None:
+def _prepare_stages(folder: Path) -> None:
+    """Make the folder, or see that the stages that it has are ours to replace."""
+    from runtime.video import check_output, read_metadata
+
+    def software(video: Path) -> str:
+        with contextlib.suppress(OutputError):  # no video
+            return str(read_metadata(video).get("software", ""))
+        return ""
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --save-stages.") from None
+    check_output(folder / "base.mp4")
+    for stage in DIFFUSION_STAGES:
+        video, array = folder / f"{stage}.mp4", folder / f"{stage}.npy"
+        ours = video.is_file() and software(video).startswith("show1-rt")
+        for file in (video, array):
+            if file.exists() and not ours:
+                raise OutputError(f"{file}: show1-rt did not write it. Choose another --save-stages, or move it away.")
 
 
 def _remove_stages(folder: Path) -> None:
-    """Those of an earlier run, lest an interruption leave some of each."""
+    """Those of an earlier run, lest an interruption leave some of each. Videos, which say whose they are, last."""
     try:
-        for stage, suffix in product(DIFFUSION_STAGES, (".mp4", ".npy")):
+        for stage, suffix in product(DIFFUSION_STAGES, (".npy", ".mp4")):
             (folder / f"{stage}{suffix}").unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: an earlier run's stages cannot be replaced ({error.strerror}).") from None
@@ -202,21 +253,29 @@ def _save_array(clip: Any, path: Path) -> None:
 
 
 class _Bars:
-    """One progress bar per stage, with time left; plain lines where the output is not a terminal."""
+    """One progress bar per stage, with time left; where the output is not a terminal, a line and then one a minute."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage = ""
+        self._said = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody can read it: no reason to stop
+            self._show(stage, done, total)
+
+    def _show(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             from tqdm import tqdm
 
             self._close()
-            self._stage = stage
+            self._stage, self._said = stage, time.monotonic()
             self._bar = tqdm(total=total, desc=f"{stage:6}", unit="step", disable=None, dynamic_ncols=True)
             if self._bar.disable:
                 print(f"{stage}: {total} steps", file=sys.stderr, flush=True)
+        elif self._bar.disable and time.monotonic() - self._said >= 60:
+            self._said = time.monotonic()
+            print(f"{stage}: {done} of {total} steps", file=sys.stderr, flush=True)
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:
@@ -255,6 +314,9 @@ def run_command(
 
     `extras` are those of this project that bring what the commands import.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or of a program without a console
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     arguments = parser.parse_args(argv)
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
@@ -263,7 +325,14 @@ def run_command(
     try:
         with _orderly_termination():
             arguments.run(arguments)
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _drop_output()
+            print(f"error: done, but the output cannot be written ({error.strerror}).", file=sys.stderr)
+            return 1
     except BrokenPipeError:  # who reads the output has gone: `| head`
         _drop_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1

@@ -68,6 +68,12 @@ class Settings:
     fps: int = 8
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except (TypeError, ValueError, AttributeError) as error:  # values of other types
+            raise SettingsError(f"settings that cannot be read ({error}): {self!r}.") from None
+
+    def _check(self) -> None:
         for name in DIFFUSION_STAGES:
             stage = getattr(self, name)
             if not _whole(stage.num_inference_steps, 1):
@@ -85,6 +91,9 @@ class Settings:
                 )
         if not _whole(self.keyframes, 2):
             raise SettingsError(f"keyframes: {self.keyframes}; allowed: 2 or more (N keyframes give 4(N-1)+1 frames).")
+        for name in ("if2_noise_level", "sr1_noise_level"):
+            if not _whole(level := getattr(self, name), 0):
+                raise SettingsError(f"{name}: {level!r}; allowed: a timestep of the training, 0 or more.")
         if not 0 < self.strength <= 1:
             raise SettingsError(f"strength: {self.strength}; allowed: above 0, up to 1.")
         if not _whole(self.sr1_window, 2):
@@ -200,7 +209,7 @@ PRESETS = tuple(_PRESETS)
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and int(value) >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -243,8 +252,8 @@ def _stage_values(what: str, text: str, kind: Callable[[str], Any], wanted: str,
 def stage_sizes(size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """(width, height) in pixels that each UNet's stage works at, for a finished video of `size`.
 
-    Keeps the reference's ratios: 64 x 40 becomes 256 x 160, then 576 x 320. The key frames' sides are rounded to
-    multiples of 8, which every published network takes.
+    Keeps the reference's ratios, 64 x 40 becomes 256 x 160, then 576 x 320, but for the rounding of the key frames'
+    sides to multiples of 8, which every published network takes.
     """
     width, height = size
     if width % 8 or height % 8 or not (64 <= width <= _LARGEST and 64 <= height <= _LARGEST):

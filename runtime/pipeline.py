@@ -1,6 +1,7 @@
 """A prompt in, a video out: the cascade from text to frames."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,7 +27,7 @@ from runtime.stages.text import OnCut, run_clip_text, run_text
 OnClip = Callable[[str, FloatArray], None]  # (stage, its clip)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Video:
     """A finished video. `clip` is what `frames` shows before it was cut to 8 bits: float32 [1, 3, F, H, W]."""
 
@@ -43,7 +44,7 @@ class Video:
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "seed": self.seed,
+            "seed": int(self.seed),
             "settings": self.settings.to_dict(),
         }
 
@@ -56,11 +57,13 @@ class Show1Pipeline:
     >>> video.frames.shape
     (29, 320, 576, 3)
 
-    The stages are functions of their own (`runtime.stages`) over `pipeline.engines`.
+    The stages are functions of their own (`runtime.stages`) over `pipeline.engines`. Threads that call one pipeline
+    wait for each other.
     """
 
     def __init__(self, engines: EnginePool):
         self.engines, self.settings = engines, settings_of(engines.bundle)
+        self._at_work = threading.RLock()  # engines are loaded and dropped as one video needs them
 
     @classmethod
     def from_bundle(cls, path: str | os.PathLike[str], keep_loaded: bool = False) -> Self:
@@ -85,7 +88,9 @@ class Show1Pipeline:
         step, `on_cut(encoder, text)` when a prompt is too long for a text encoder, `on_clip(stage, clip)` with every
         stage's result. Raises SettingsError for an empty prompt or impossible settings.
         """
-        settings = settings or self.settings
+        settings = self.settings if settings is None else settings
+        if not isinstance(settings, Settings):
+            raise SettingsError(f"settings {settings!r}; allowed: runtime.config.Settings, e.g. pipeline.settings.")
         check_prompt(prompt, negative_prompt)
         NoiseStream(seed)  # raises for a seed out of range
         cut: dict[str, str] = {}
@@ -102,17 +107,18 @@ class Show1Pipeline:
             return clip
 
         engines = self.engines
-        check_run(engines.bundle, settings)
-        text = run_text(engines, prompt, note_cut)
-        check_finite(engines.bundle, "t5", text.negative, text.prompt)
-        keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
-        clip = done("interp", run_interp(engines, text, keyframes, settings, seed, progress))
-        first_frame = done("if2", run_if2(engines, text, clip[:, :, :1], settings, seed, progress))
-        clip = done("sr1", run_sr1(engines, text, clip, first_frame, settings, seed, progress))
-        latent_text = run_clip_text(engines, prompt, negative_prompt, note_cut)
-        check_finite(engines.bundle, "clip", latent_text.negative, latent_text.prompt)
-        clip = done("sr2", run_sr2(engines, latent_text, clip_to_frames(clip), settings, seed, progress))
-        return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
+        with self._at_work:
+            check_run(engines.bundle, settings)
+            text = run_text(engines, prompt, note_cut)
+            check_finite(engines.bundle, "t5", text.negative, text.prompt)
+            keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
+            clip = done("interp", run_interp(engines, text, keyframes, settings, seed, progress))
+            first_frame = done("if2", run_if2(engines, text, clip[:, :, :1], settings, seed, progress))
+            clip = done("sr1", run_sr1(engines, text, clip, first_frame, settings, seed, progress))
+            latent_text = run_clip_text(engines, prompt, negative_prompt, note_cut)
+            check_finite(engines.bundle, "clip", latent_text.negative, latent_text.prompt)
+            clip = done("sr2", run_sr2(engines, latent_text, clip_to_frames(clip), settings, seed, progress))
+            return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
 
     def close(self) -> None:
         self.engines.close()

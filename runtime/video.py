@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -28,11 +29,20 @@ Frames = npt.NDArray[np.uint8]  # [F, H, W, 3], RGB
 StrPath = str | os.PathLike[str]
 
 _ALLOWED = ".mp4, .gif, .webp, or a folder of PNG frames (a name without suffix, or one that ends in /)"
+_LEAST_FREE = 2**20  # bytes: a short small video takes some hundred thousand
 _BT709 = 1  # matrix, primaries and transfer have the same number in H.264
 _SOFTWARE = "show1-rt"  # marks the PNG frames that `save_video` may replace
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
 _EXIF_DESCRIPTION = 0x010E
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+class Kept(OutputError):
+    """A finished video could not take its place; the message says where it is."""
+
+
+class Taken(OutputError):
+    """There is a file of that name already."""
 
 
 def check_output(path: StrPath) -> None:
@@ -53,6 +63,10 @@ def check_output(path: StrPath) -> None:
             _check_replaceable(target)
         elif target.is_dir():
             raise OutputError(f"{target}: is a folder. Choose another name, or end it in / for PNG frames.")
+        elif target.exists() and not target.is_file():
+            raise OutputError(f"{target}: is no regular file. Choose another name.")
+        if shutil.disk_usage(target.parent).free < _LEAST_FREE:
+            raise OSError(errno.ENOSPC, "no space left")
         try:
             probe.touch(exist_ok=False)
             if target.is_file():
@@ -61,10 +75,17 @@ def check_output(path: StrPath) -> None:
             _remove(probe)
 
 
-def save_video(frames: Frames, path: StrPath, fps: float = 8, metadata: Mapping[str, str] | None = None) -> None:
+def save_video(
+    frames: Frames,
+    path: StrPath,
+    fps: float = 8,
+    metadata: Mapping[str, Any] | None = None,
+    replace: bool = True,
+) -> None:
     """Write frames (uint8 RGB, [F, H, W, 3]) in the format that the suffix of `path` names.
 
-    `read_metadata` gives `metadata` back. On any failure what was there before stays and nothing is left behind, but a
+    `metadata` is kept inside, as JSON; `read_metadata` gives it back. Without `replace` an existing file stays, and
+    Taken is raised. On any failure what was there before stays and nothing is left behind, but a
     finished video that could not take its place: it is kept under another name.
     Only PNG keeps every pixel; GIF keeps 256 colours per frame, and H.264 shares colour between two rows and columns:
     in an .mp4 an odd height or width gains a copy of its last row or column.
@@ -80,12 +101,15 @@ def save_video(frames: Frames, path: StrPath, fps: float = 8, metadata: Mapping[
     with _explain_os_errors(target):
         try:
             write(frames, temporary, Fraction(fps).limit_denominator(1001), dict(metadata or {}))
-            _move_or_keep(temporary, target)
+            if replace:
+                _move_or_keep(temporary, target)
+            else:
+                _move_to_new(temporary, target)
         finally:
             _remove(temporary)
 
 
-def read_metadata(path: StrPath) -> dict[str, str]:
+def read_metadata(path: StrPath) -> dict[str, Any]:
     """The metadata that `save_video` was given for this file or folder; empty if another program made it."""
     target = Path(path)
     try:
@@ -105,14 +129,14 @@ def read_metadata(path: StrPath) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _write_mp4(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, str]) -> None:
+def _write_mp4(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, Any]) -> None:
     _, height, width, _ = frames.shape
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     # faststart: the index goes to the front, so that a browser can play while it loads.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = _pack(metadata)
         if "prompt" in metadata:
-            container.metadata["title"] = _utf8(metadata["prompt"])
+            container.metadata["title"] = _utf8(str(metadata["prompt"]))
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -125,14 +149,14 @@ def _write_mp4(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, st
         container.mux(stream.encode())
 
 
-def _write_gif(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, str]) -> None:
+def _write_gif(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, Any]) -> None:
     first, *rest = map(Image.fromarray, frames)
     durations = _durations(len(frames), fps, tick=10)
     comment = _pack(metadata, ascii_only=True).encode()
     first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, comment=comment)
 
 
-def _write_webp(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, str]) -> None:
+def _write_webp(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, Any]) -> None:
     first, *rest = map(Image.fromarray, frames)
     durations = _durations(len(frames), fps, tick=1)
     exif = Image.Exif()
@@ -140,7 +164,7 @@ def _write_webp(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, s
     first.save(path, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90, exif=exif)
 
 
-def _write_pngs(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, str]) -> None:
+def _write_pngs(frames: Frames, path: Path, fps: Fraction, metadata: dict[str, Any]) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("Software", _SOFTWARE)
     chunks.add_itxt("Description", _pack(metadata))
@@ -158,7 +182,7 @@ def _durations(count: int, fps: Fraction, tick: int) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _pack(metadata: dict[str, str], ascii_only: bool = False) -> str:
+def _pack(metadata: dict[str, Any], ascii_only: bool = False) -> str:
     """JSON: survives any character and line end in fields that are made for one line of text."""
     return _utf8(json.dumps(metadata, ensure_ascii=ascii_only))
 
@@ -169,10 +193,11 @@ def _utf8(text: str) -> str:
 
 
 def _parse(path: StrPath) -> tuple[Path, bool]:
-    """The absolute path, and whether it asks for a folder of PNGs."""
+    """The absolute path, and whether it asks for a folder of PNGs. Files are written where links to them lead."""
     text = os.fspath(path)
     target = Path(os.path.abspath(text))
-    return target, not target.suffix or text[-1:] in (os.sep, os.altsep)
+    is_folder = not target.suffix or text[-1:] in (os.sep, os.altsep)
+    return (target if is_folder else Path(os.path.realpath(target))), is_folder
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -215,9 +240,19 @@ def _move_or_keep(temporary: Path, target: Path) -> None:
     except OSError as error:
         kept = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
         move(temporary, kept)
-        raise OutputError(
-            f"{target} cannot be replaced ({error.strerror or error}). The finished video is {kept}."
-        ) from error
+        raise Kept(f"{target} cannot be replaced ({error.strerror or error}). The finished video is {kept}.") from error
+
+
+def _move_to_new(temporary: Path, target: Path) -> None:
+    """Put a finished file in its place, if nothing has that name."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise Taken(f"{target}: exists.") from None
+    except OSError:  # a file system without links
+        if target.exists():
+            raise Taken(f"{target}: exists.") from None
+        move(temporary, target)
 
 
 def _move(temporary: Path, target: Path) -> None:

@@ -22,11 +22,11 @@ from conftest import ROOT
 from PIL import Image
 
 from engines.store import Bundle
-from runtime.cli import _free_name, main, run_command
+from runtime.cli import _Bars, _free_name, main, run_command
 from runtime.config import Settings
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
-from runtime.video import read_metadata
+from runtime.video import read_metadata, save_video
 
 PROMPT = "A panda, taking a selfie!"
 Spoil = Callable[[Path, bytes], None]
@@ -107,11 +107,11 @@ def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[
 
     metadata = read_metadata(Path("x.mp4"))
     assert metadata["prompt"] == about["prompt"] == PROMPT
-    assert metadata["seed"] == "7"
+    assert metadata["seed"] == 7
     assert metadata["negative_prompt"] == "low resolution, blur"
     assert metadata["software"].startswith("show1-rt ")
     assert metadata["bundle"] == f"{bundle.name} {Bundle.open(bundle).id}"
-    settings = Settings.from_dict(json.loads(metadata["settings"]))
+    settings = Settings.from_dict(metadata["settings"])
     expected = Settings(size=(112, 64), keyframes=2).with_steps(dict.fromkeys(STAGES, 2)).with_guidance({"sr1": 3.5})
     assert settings == expected.with_guided({"base": (0.0, 0.5), "sr1": (0.1, 0.6)})
     with av.open("x.mp4") as container:
@@ -148,6 +148,9 @@ def test_a_name_that_is_not_asked_for_replaces_no_video(tmp_path: Path, monkeypa
         Path(expected).touch()
     assert _free_name("熊猫在自拍", 345) == "熊猫在自拍-345.mp4"
     assert _free_name("?!", 1) == "video-1.mp4"
+    long = _free_name("\U00020000" * 60, 1)  # four bytes each
+    Path(long).touch()
+    assert long == "\U00020000" * 50 + "-1.mp4"
 
 
 def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
@@ -386,12 +389,24 @@ def test_stages_of_an_earlier_run_do_not_stay_beside_those_of_an_interrupted_one
     generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("stages").mkdir()
-    for name in ("base.npy", "sr2.npy", "sr2.mp4", "mine.txt"):
-        Path("stages", name).write_text("earlier")
+    frames = np.zeros((2, 8, 16, 3), np.uint8)
+    for name in ("base", "sr2"):
+        save_video(frames, f"stages/{name}.mp4", metadata={"software": "show1-rt 0.0"})
+        Path("stages", f"{name}.npy").write_text("earlier")
+    Path("stages/mine.txt").write_text("mine")
     monkeypatch.setattr("runtime.pipeline.run_interp", interrupt)
     assert generate("--save-stages", "stages").code == 130
     assert sorted(os.listdir("stages")) == ["base.mp4", "base.npy", "mine.txt"]
     assert np.load("stages/base.npy").shape == (1, 3, 2, 8, 16)
+
+
+@pytest.mark.parametrize("name", ["base.npy", "sr2.mp4"])
+def test_files_that_are_not_stages_of_an_earlier_run_are_not_replaced(
+    generate: Callable[..., Result], name: str
+) -> None:
+    Path(name).write_text("mine")
+    generate("--save-stages", ".").assert_one_line(f"{name}: show1-rt did not write it. Choose another --save-stages")
+    assert os.listdir() == [name] and Path(name).read_text() == "mine"
 
 
 def interrupt(*_: Any) -> None:
@@ -424,6 +439,79 @@ def test_a_failure_of_the_last_rename_is_one_line_and_leaves_the_video_of_before
     generate("--out", "x.mp4").assert_one_line("x.mp4")
     (new,) = {*os.listdir()} - {"x.mp4"}
     assert Path("x.mp4").read_bytes() == b"before" and new.endswith(".mp4") and len(Path(new).read_bytes()) > 6
+
+
+def test_a_video_whose_place_has_gone_is_kept_in_another(
+    generate: Callable[..., Result], made_already: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("gone").mkdir()
+    Path("temporary").mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "temporary")
+    made_already(lambda: Path("gone").rmdir())
+    generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
+    (kept,) = os.listdir("temporary")
+    assert read_metadata(Path("temporary", kept))["prompt"] == PROMPT
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "gone")
+    generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
+
+
+def test_paths_are_read_as_the_shell_would(
+    generate: Callable[..., Result], made_already: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    Path("home").mkdir()
+    made_already()
+    assert generate("--out=~/x.mp4", "--save-stages=~/stages").code == 0
+    assert Path("home/x.mp4").is_file() and Path("home/stages/sr2.npy").is_file() and not Path("~").exists()
+    for option in ("--out", "--save-stages", "--bundle"):
+        result = generate(option, " ")
+        assert result.code == 2 and f"argument {option}: is empty" in result.err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_program_without_a_console_makes_its_video(
+    bundle: Path, made_already: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    made_already()
+    monkeypatch.setattr(f"sys.{stream}", None)
+    assert main(["generate", PROMPT, "--bundle", str(bundle), *DRAFT, "--out", str(tmp_path / "x.mp4")]) == 0
+    assert (tmp_path / "x.mp4").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    code = (
+        "import argparse, sys; from runtime.cli import run_command; parser = argparse.ArgumentParser(); "
+        "parser.set_defaults(run=lambda _: print('x.mp4')); sys.exit(run_command(parser, [], ''))"
+    )
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # else it is `print` that fails
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 1
+    assert process.stderr == "error: done, but the output cannot be written (No space left on device).\n"
+
+
+def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr("runtime.cli.time.monotonic", lambda: next(now))
+    with _Bars() as bars:
+        for done in range(1, 9):
+            bars("base", done, 8)
+    assert capsys.readouterr().err.splitlines() == ["base: 8 steps", "base: 4 of 8 steps", "base: 7 of 8 steps"]
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    with _Bars() as bars:
+        bars("base", 1, 8)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])

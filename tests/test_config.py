@@ -76,6 +76,15 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
     [
         ({"base": StageSettings(7.5, 9.0)}, r"steps of base: 7\.5; allowed"),  # type: ignore[arg-type]
         ({"base": StageSettings(7.0, 9.0)}, r"steps of base: 7\.0; allowed"),  # type: ignore[arg-type]
+        ({"if2_noise_level": 1.5}, r"if2_noise_level: 1\.5; allowed"),
+        ({"sr1_noise_level": -1}, r"sr1_noise_level: -1; allowed: a timestep of the training, 0 or more"),
+        ({"sr1_noise_level": True}, r"sr1_noise_level: True; allowed"),
+        ({"base": StageSettings(7, "9")}, r"settings that cannot be read \("),  # type: ignore[arg-type]
+        ({"base": StageSettings(7, 9.0, (0, 1, 2))}, r"settings that cannot be read \("),  # type: ignore[arg-type]
+        ({"size": 576}, r"settings that cannot be read \("),
+        ({"strength": "x"}, r"settings that cannot be read \("),
+        ({"fps": None}, r"settings that cannot be read \("),
+        ({"base": None}, r"settings that cannot be read \("),
         ({"base": StageSettings(7, 1e308)}, r"guidance of base: 1e\+308; allowed: 0 to 1000"),
         ({"keyframes": 5.0}, r"keyframes: 5\.0; allowed"),
         ({"size": "big"}, r"size: 'big'; allowed: \(width, height\) in pixels"),

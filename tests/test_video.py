@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from engines.errors import OutputError
 from runtime import video
-from runtime.video import check_output, read_metadata, save_video
+from runtime.video import Taken, check_output, read_metadata, save_video
 
 FORMATS = ["clip.mp4", "clip.gif", "clip.webp", "clip"]
 METADATA = {
@@ -156,6 +157,42 @@ def test_a_new_video_replaces_the_old_one_completely(name: str, frames: np.ndarr
     assert os.listdir(tmp_path) == [name]
     assert len(read_frames(tmp_path / name)) == 3
     assert read_metadata(tmp_path / name) == {"take": "2"}
+
+
+def test_a_video_that_shall_replace_none_does_not(
+    frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_video(frames, tmp_path / "new.mp4", replace=False)
+    for link in (os.link, no_links):
+        monkeypatch.setattr("os.link", link)
+        with pytest.raises(Taken):
+            save_video(frames[:3], tmp_path / "new.mp4", replace=False)
+    save_video(frames, tmp_path / "other.mp4", replace=False)
+    assert [len(read_frames(tmp_path / name)) for name in sorted(os.listdir(tmp_path))] == [7, 7]
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def test_a_video_is_written_where_a_link_leads(frames: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "disk" / "real.mp4")
+    save_video(frames, tmp_path / "link.mp4")
+    assert (tmp_path / "link.mp4").is_symlink() and (tmp_path / "disk" / "real.mp4").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.mp4")
+    with pytest.raises(OutputError, match=r"x\.mp4: is no regular file"):
+        check_output(tmp_path / "x.mp4")
+
+
+def test_a_full_disk_is_told_before_the_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
+    with pytest.raises(OutputError, match=r"disk full: more is needed than the 5000 bytes free"):
+        check_output(tmp_path / "x.mp4")
 
 
 def test_an_empty_folder_is_filled(frames: np.ndarray, tmp_path: Path) -> None:
