@@ -147,8 +147,8 @@ class Job:
         """Bytes that its process will need, libraries included; pages of the checkpoint that can be dropped are not."""
         # Module, graph, file, session; builder and plan; of inductor an estimate: module, constants, library, package.
         copies = {compile_ort.BACKEND: 4, INDUCTOR: 4}.get(self.backend.name, 2)
-        if self.backend.name == compile_ort.BACKEND and self.name in TEXT_ENCODERS and self.precision != "fp32":
-            copies = 1  # the module's, of a checkpoint in float32: the session reads the file
+        if self.backend.name == compile_ort.BACKEND and self.name in TEXT_ENCODERS:
+            copies = 1  # the module's, of a checkpoint in another precision: the session reads the file
         return 1.5 * _GIB + copies * self.weight_bytes
 
     @property

@@ -47,7 +47,7 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
             [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
             [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
             printed = done.stdout + done.stderr
             if done.returncode:
                 raise EngineError(f"`{' '.join(command)}` failed:\n{printed[-4000:]}")

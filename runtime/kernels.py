@@ -136,7 +136,7 @@ def find_nvcc() -> tuple[str, int] | None:
     found = []
     for nvcc in dict.fromkeys(filter(None, (shutil.which("nvcc", path=folder) for folder in folders))):
         try:
-            printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
         except OSError:  # another machine's
             continue
         if release := re.search(r"release (\d+)\.", printed):

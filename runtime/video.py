@@ -32,6 +32,7 @@ _ALLOWED = ".mp4, .gif, .webp, or a folder of PNG frames (a name without suffix,
 _LEAST_FREE = 2**20  # bytes: a short small video takes some hundred thousand
 _BT709 = 1  # matrix, primaries and transfer have the same number in H.264
 _SOFTWARE = "show1-rt"  # marks the PNG frames that `save_video` may replace
+_VIEWERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in folders that they have shown
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
 _EXIF_DESCRIPTION = 0x010E
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
@@ -211,7 +212,7 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder}: is a link, a mount point or the current folder, which cannot be replaced. "
             f"Name a new folder below it, e.g. {folder / 'frames'}."
         )
-    foreign = [entry.name for entry in folder.iterdir() if not _is_own_frame(entry)]
+    foreign = [entry.name for entry in folder.iterdir() if entry.name not in _VIEWERS and not _is_own_frame(entry)]
     if foreign:
         raise OutputError(
             f"{folder}: holds files that {_SOFTWARE} did not write, such as {min(foreign)}. "

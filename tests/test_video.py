@@ -211,6 +211,13 @@ def test_a_folder_with_foreign_files_is_never_replaced(foreign: str, frames: np.
     assert content(tmp_path) == before
 
 
+def test_what_a_file_manager_left_there_is_no_reason_to_refuse_a_folder(frames: np.ndarray, tmp_path: Path) -> None:
+    save_video(frames, tmp_path / "clip")
+    (tmp_path / "clip" / ".DS_Store").write_bytes(b"Bud1")
+    save_video(frames[:2], tmp_path / "clip")
+    assert len(os.listdir(tmp_path / "clip")) == 2
+
+
 def test_a_file_that_appears_in_the_folder_meanwhile_is_kept(
     frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

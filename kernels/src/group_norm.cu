@@ -353,7 +353,8 @@ inline int slice_channels(const Args& a, int multiprocessors) {
         const Tiling tiling = Tiling::of<8>(groups * size);
         if (tiling.runs > kThreads) return 0;
         const int64_t bytes = 2LL * a.rows * tiling.channels + sizeof(float) * (2LL * groups + tiling.scratch());
-        return bytes <= kSmallBytes && int64_t{a.batch} * (a.groups / groups) >= multiprocessors / 4 ? tiling.channels : 0;
+        const int64_t blocks = int64_t{a.batch} * (a.groups / groups);
+        return bytes <= kSmallBytes && blocks >= multiprocessors / 4 ? tiling.channels : 0;
     }
     return 0;
 }
