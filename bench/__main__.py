@@ -444,7 +444,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     interrupted = "no result was written; clips that quality has finished are kept"
-    return run_command(_parser(), argv, interrupted, extras="export,bench")
+    return run_command(_parser(), argv, interrupted, extras="[export,bench]")
 
 
 if __name__ == "__main__":

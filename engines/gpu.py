@@ -59,9 +59,9 @@ def wheel_folders(name: str) -> list[str]:
     return [f"{home}/cu{CUDA[0]}/{name}" for home in (spec.submodule_search_locations if spec else None) or ()]
 
 
-def old_driver(gpu: Gpu, library: str) -> str | None:
-    """Why a library built with CUDA 13 does not run by a card's driver, or None."""
-    if gpu.driver >= CUDA:
+def old_driver(gpu: Gpu, library: str, built_with: tuple[int, int] = CUDA) -> str | None:
+    """Why a library built with a version of CUDA does not run by a card's driver, or None."""
+    if gpu.driver >= (built_with[0], 0):  # minor versions run each other's
         return None
-    needs, has = ("{}.{}".format(*version) for version in (CUDA, gpu.driver))
+    needs, has = ("{}.{}".format(*version) for version in (built_with, gpu.driver))
     return f"the driver is for CUDA {has}, {library} needs {needs}: install a newer NVIDIA driver"

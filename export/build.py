@@ -88,7 +88,7 @@ class Backend:
                 print(f"warning: {reason}. Building for the CPU, {here}", file=sys.stderr)
             if here == TURING and precision == "bf16":
                 raise SettingsError(NO_BF16)
-            # On a CPU nothing is timed. Triton, whose kernels are the candidates, has none for Turing's matrix units.
+            # On a CPU nothing is timed. On Turing, Triton's kernels, the candidates, leave matrix units alone (3.7.1).
             return cls(name, (here,), autotune=here.startswith("cpu") or (autotune and here != TURING))
         if name != compile_ort.BACKEND:
             allowed = ("auto", compile_ort.BACKEND, *tensorrt.FLAVOURS, INDUCTOR)
@@ -462,7 +462,7 @@ def build(
             bundle.adopt()
         if backend.name == INDUCTOR and backend.targets[0].startswith("sm"):
             # Where kernels are chosen by timing, one engine at a time has the GPU.
-            jobs = 1 if backend.autotune else jobs or max(1, find_gpus()[0].memory // _ON_CARD)
+            jobs = 1 if backend.autotune else jobs or max(1, round(find_gpus()[0].memory / _ON_CARD))
         elif pending and backend.name == compile_ort.BACKEND:
             from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
 

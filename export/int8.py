@@ -56,7 +56,8 @@ _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness",
 _CODE += ("runtime/runner_ort.py",)
 _CODE += tuple(f"runtime/{name}.py" for name in ("noise", "ops", "sampler", "schedulers", "tokenizer", "stages/*"))
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
-_FIRST_JUDGED = 4  # videos, which are enough to see that a checkpoint does not know the demo's world
+_FIRST_JUDGED = 4  # videos; where they are less than these points above chance, the others are not made
+_LEAST_HOPE = 5.0
 JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for
 
 LEAST_LAYER_SQNR = 25.0  # dB, of a layer's output: below, the layer keeps half or full precision
@@ -112,7 +113,7 @@ def _few_steps(settings: Settings) -> Settings:
 
 
 class _Pool(EnginePool):
-    """Engines of a bundle, some of them swapped for candidates; otherwise it notes what they are given."""
+    """Engines of a bundle, some of them swapped for candidates. Without `swapped` it notes what they are given."""
 
     def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
         super().__init__(bundle, keep_loaded=True)
@@ -186,19 +187,19 @@ class _Judge:
         if not self.prompts:
             return None
         takes = self._takes
-        assert self.before is not None
-        if not self._follows:
+        if not self._above_chance >= LEAST_ABOVE_CHANCE:  # nor where it is no number
             return None
+        assert self.before is not None
         change = self._faithfulness(make_videos(engines, takes, first)).score - self.before.score
         return round(100 * change, 6)  # sums of shares are not exact, and two points are to be two
 
     @cached_property
     def _takes(self) -> list[Take]:
-        """Float32's videos, made when the first engine comes so far; only a few where these do not follow prompts."""
+        """Float32's videos, made when the first engine comes so far; only a few where these know nothing of prompts."""
         _say("judging by {} prompts at {}x{}".format(len(self.prompts), *self.settings.size))
         takes: list[Take] = []
         for prompts in (self.prompts[:_FIRST_JUDGED], self.prompts[_FIRST_JUDGED:]):
-            if prompts and (not takes or self._follows):
+            if prompts and (not takes or self._above_chance >= _LEAST_HOPE):
                 more = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in prompts]
                 takes += make_videos(_Pool(self.floats, {}), more)
                 self.before = self._faithfulness(takes)
@@ -208,8 +209,10 @@ class _Judge:
         return takes
 
     @property
-    def _follows(self) -> bool:
-        return bool(self.before) and 100 * (self.before.score - self.before.chance_score) >= LEAST_ABOVE_CHANCE
+    def _above_chance(self) -> float:
+        """Points of float32's faithfulness."""
+        assert self.before is not None
+        return 100 * (self.before.score - self.before.chance_score)
 
     def _faithfulness(self, takes: Sequence[Take]) -> Faithfulness:
         asked = self.prompts[: len(takes)]
@@ -444,7 +447,7 @@ def _scalars(model: ir.Model, feeds: list[Feeds], path: Path, engine: str) -> ND
     ir.save(model, path, external_data=weights.name)
     runner = open_runner(BACKEND, path, "fp32", engine)
     try:
-        return np.stack([runner.infer(row)["scalars"] for row in feeds]).astype(np.float64)
+        return np.stack([runner.infer(row)["scalars"][::-1] for row in feeds]).astype(np.float64)
     finally:
         runner.close()
         for file in (path, weights):

@@ -33,7 +33,7 @@ def path(text: str) -> Path:
     """An option's file or folder; shells leave the ~ of `--option=~/x` as it is, and unset variables are empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give the name of a file or folder")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text) if re.match(r"~([/\\]|$)", text) else text)  # ~draft is a name
 
 
 def _output(text: str) -> str:
@@ -140,7 +140,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     def say_cut(reader: str, text: str) -> None:
         end = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-        print(f"warning: {reader}: 77 tokens are read at most; this end was cut off: {end!r}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it: no reason to stop
+            print(f"warning: {reader}: 77 tokens are read at most; this end was cut off: {end!r}", file=sys.stderr)
 
     with pipeline, _Bars() as bars:
         video = pipeline(
@@ -180,10 +181,10 @@ def _save(frames: Any, asked: str | None, free_name: Callable[[], str], fps: flo
     except Kept:
         raise
     except OutputError as error:
-        place = Path(tempfile.gettempdir()) / f"show1-rt-{os.getpid()}.mp4"
         try:
+            place = Path(tempfile.mkdtemp(prefix="show1-rt-")) / Path(out).name
             save_video(frames, place, fps, about)
-        except OutputError:
+        except (OutputError, OSError):
             raise error from None
         raise OutputError(f"{error} The finished video is {place}.") from None
     return out
@@ -225,7 +226,7 @@ def _prepare_stages(folder: Path) -> None:
         ours = video.is_file() and software(video).startswith("show1-rt")
         for file in (video, array):
             if file.exists() and not ours:
-                raise OutputError(f"{file}: show1-rt did not write it. Choose another --save-stages, or move it away.")
+                raise OutputError(f"{file}: may be yours, not show1-rt's. Choose another --save-stages, or move it.")
 
 
 def _remove_stages(folder: Path) -> None:
@@ -269,11 +270,13 @@ class _Bars:
             from tqdm import tqdm
 
             self._close()
-            self._stage, self._said = stage, time.monotonic()
+            self._stage, self._said, self._bar = stage, time.monotonic(), None
             self._bar = tqdm(total=total, desc=f"{stage:6}", unit="step", disable=None, dynamic_ncols=True)
             if self._bar.disable:
                 print(f"{stage}: {total} steps", file=sys.stderr, flush=True)
-        elif self._bar.disable and time.monotonic() - self._said >= 60:
+        if self._bar is None:  # its output is closed
+            return
+        if self._bar.disable and time.monotonic() - self._said >= 60:
             self._said = time.monotonic()
             print(f"{stage}: {done} of {total} steps", file=sys.stderr, flush=True)
         self._bar.update(done - self._bar.n)
@@ -307,16 +310,14 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_command(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "cpu"
-) -> int:
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "") -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line.
 
-    `extras` are those of this project that bring what the commands import.
+    `extras` ("[export]") are those of this project that bring what the commands import.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, or of a program without a console
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     arguments = parser.parse_args(argv)
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
@@ -325,22 +326,21 @@ def run_command(
     try:
         with _orderly_termination():
             arguments.run(arguments)
-        try:
             sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _drop_output()
-            print(f"error: done, but the output cannot be written ({error.strerror}).", file=sys.stderr)
-            return 1
     except BrokenPipeError:  # who reads the output has gone: `| head`
         _drop_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop_output()  # it is what cannot be written: files have names
+        print(f"error: what was to be printed cannot be written ({error.strerror}).", file=sys.stderr)
+        return 1
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what this command needs: `pip install -e '.[{extras}]'`.", file=sys.stderr)
+        print(f"error: {error}. Install what this command needs: `pip install -e '.{extras}'`.", file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)

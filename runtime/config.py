@@ -1,5 +1,6 @@
 """Settings of a run. The reference's values stand here once, with their source; presets change what they name."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -111,6 +112,8 @@ class Settings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Settings":
         """Inverse of `to_dict`, as stored in a bundle's manifest."""
+        if not isinstance(data, Mapping):
+            raise SettingsError(f"settings {data!r}; allowed: what `to_dict` gave.")
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise SettingsError(f"unknown settings: {', '.join(sorted(unknown))}.")
@@ -118,12 +121,13 @@ class Settings:
         for name in DIFFUSION_STAGES:
             if name in values:
                 values[name] = StageSettings.from_dict(values[name])
-        if "size" in values:
+        if isinstance(values.get("size"), list):
             values["size"] = tuple(values["size"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON's types, NumPy's numbers among them."""
+        return json.loads(json.dumps(asdict(self), default=lambda number: number.item()))
 
     def with_preset(self, preset: str) -> "Settings":
         if preset not in PRESETS:

@@ -107,8 +107,8 @@ class Show1Pipeline:
             return clip
 
         engines = self.engines
+        check_run(engines.bundle, settings)
         with self._at_work:
-            check_run(engines.bundle, settings)
             text = run_text(engines, prompt, note_cut)
             check_finite(engines.bundle, "t5", text.negative, text.prompt)
             keyframes = done("base", run_base(engines, text, settings, seed, progress=progress))
@@ -121,7 +121,8 @@ class Show1Pipeline:
             return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
 
     def close(self) -> None:
-        self.engines.close()
+        with self._at_work:
+            self.engines.close()
 
     def __enter__(self) -> Self:
         return self

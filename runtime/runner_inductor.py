@@ -78,7 +78,8 @@ def why_idle(gpu: Gpu) -> str | None:
         return None
     if torch.version.cuda is None:
         return "torch here leaves the GPU idle: install its CUDA build, as pytorch.org says"
-    return old_driver(gpu, "torch's CUDA build") or "torch does not find the GPU"
+    major, minor = map(int, torch.version.cuda.split(".")[:2])
+    return old_driver(gpu, "torch's CUDA build", (major, minor)) or "torch does not find the GPU"
 
 
 def cpu_level() -> str:

@@ -46,10 +46,12 @@ class Taken(OutputError):
     """There is a file of that name already."""
 
 
-def check_output(path: StrPath) -> None:
-    """Raise OutputError if `save_video` could not write there; to be called before the long computation."""
-    target, is_folder = _parse(path)
-    suffix = "" if is_folder else target.suffix.lower()
+def check_output(path: StrPath, for_later: bool = True) -> None:
+    """Raise OutputError if `save_video` could not write there; to be called before the long computation.
+
+    `for_later`: nor where hardly any room is left.
+    """
+    target, suffix = _parse(path)
     if suffix and suffix not in _WRITERS:
         raise OutputError(f"{target}: cannot write {suffix} files. Allowed are {_ALLOWED}.")
     if suffix == ".mp4" and "libx264" not in av.codecs_available:
@@ -60,13 +62,14 @@ def check_output(path: StrPath) -> None:
     with _explain_os_errors(target):
         if not target.parent.is_dir():
             raise OutputError(f"{target}: there is no folder {target.parent}. Create it, or choose another.")
-        if is_folder:
+        if not suffix:
             _check_replaceable(target)
         elif target.is_dir():
             raise OutputError(f"{target}: is a folder. Choose another name, or end it in / for PNG frames.")
         elif target.exists() and not target.is_file():
             raise OutputError(f"{target}: is no regular file. Choose another name.")
-        if shutil.disk_usage(target.parent).free < _LEAST_FREE:
+        usage = shutil.disk_usage(target.parent)
+        if for_later and usage.total and usage.free < _LEAST_FREE:  # some file systems say 0 of 0
             raise OSError(errno.ENOSPC, "no space left")
         try:
             probe.touch(exist_ok=False)
@@ -95,9 +98,9 @@ def save_video(
         raise OutputError(f"{path}: got {frames.dtype} frames of shape {frames.shape}, need uint8 [F, H, W, 3].")
     if not 0.01 <= fps <= 1000:
         raise OutputError(f"{path}: got {fps} frames per second, need 0.01 to 1000.")
-    check_output(path)
-    target, is_folder = _parse(path)
-    write = _write_pngs if is_folder else _WRITERS[target.suffix.lower()]
+    check_output(path, for_later=False)
+    target, suffix = _parse(path)
+    write = _WRITERS[suffix] if suffix else _write_pngs
     temporary = _temporary(target)
     with _explain_os_errors(target):
         try:
@@ -121,7 +124,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
             with Image.open(target / "0000.png" if target.is_dir() else target) as image:
                 info = image.info
                 text = info.get("Description") or info.get("comment") or image.getexif().get(_EXIF_DESCRIPTION)
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, UnicodeDecodeError, av.FFmpegError) as error:
         raise OutputError(f"{target}: cannot read it as a video ({error}).") from error
     try:
         metadata = json.loads(text or "{}")
@@ -193,16 +196,20 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _parse(path: StrPath) -> tuple[Path, bool]:
-    """The absolute path, and whether it asks for a folder of PNGs. Files are written where links to them lead."""
+def _parse(path: StrPath) -> tuple[Path, str]:
+    """The absolute path, and the suffix that names the format, "" for a folder of PNGs.
+
+    Files are written where links to them lead.
+    """
     text = os.fspath(path)
     target = Path(os.path.abspath(text))
-    is_folder = not target.suffix or text[-1:] in (os.sep, os.altsep)
-    return (target if is_folder else Path(os.path.realpath(target))), is_folder
+    if not target.suffix or text[-1:] in (os.sep, os.altsep):
+        return target, ""
+    return Path(os.path.realpath(target)), target.suffix.lower()
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise unless there is nothing of that name, or a folder with nothing but frames made here."""
+    """Raise unless there is nothing of that name, or a folder with nothing but frames made here and what shows them."""
     if not folder.exists():
         return
     if not folder.is_dir():

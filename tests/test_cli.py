@@ -405,7 +405,7 @@ def test_files_that_are_not_stages_of_an_earlier_run_are_not_replaced(
     generate: Callable[..., Result], name: str
 ) -> None:
     Path(name).write_text("mine")
-    generate("--save-stages", ".").assert_one_line(f"{name}: show1-rt did not write it. Choose another --save-stages")
+    generate("--save-stages", ".").assert_one_line(f"{name}: may be yours, not show1-rt's. Choose another")
     assert os.listdir() == [name] and Path(name).read_text() == "mine"
 
 
@@ -444,15 +444,19 @@ def test_a_failure_of_the_last_rename_is_one_line_and_leaves_the_video_of_before
 def test_a_video_whose_place_has_gone_is_kept_in_another(
     generate: Callable[..., Result], made_already: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("gone").mkdir()
     Path("temporary").mkdir()
-    monkeypatch.setattr("tempfile.gettempdir", lambda: "temporary")
+    monkeypatch.setattr("tempfile.tempdir", "temporary")
     made_already(lambda: Path("gone").rmdir())
-    generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
-    (kept,) = os.listdir("temporary")
-    assert read_metadata(Path("temporary", kept))["prompt"] == PROMPT
-    monkeypatch.setattr("tempfile.gettempdir", lambda: "gone")
-    generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
+    for name in ("x.gif", "frames/"):
+        Path("gone").mkdir(exist_ok=True)
+        generate("--out", f"gone/{name}").assert_one_line("there is no folder")
+        (kept,) = Path("temporary").glob(f"*/{name.strip('/')}")
+        assert read_metadata(kept)["prompt"] == PROMPT
+    for place in ("gone", None):  # nor is there another
+        monkeypatch.setattr("tempfile.tempdir", place)
+        monkeypatch.setattr("tempfile._get_default_tempdir", disk_full)
+        Path("gone").mkdir(exist_ok=True)
+        generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
 
 
 def test_paths_are_read_as_the_shell_would(
@@ -462,6 +466,7 @@ def test_paths_are_read_as_the_shell_would(
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     Path("home").mkdir()
     made_already()
+    assert generate("--out", "~draft.mp4").out == "~draft.mp4\n"  # a name
     assert generate("--out=~/x.mp4", "--save-stages=~/stages").code == 0
     assert Path("home/x.mp4").is_file() and Path("home/stages/sr2.npy").is_file() and not Path("~").exists()
     for option in ("--out", "--save-stages", "--bundle"):
@@ -480,38 +485,37 @@ def test_a_program_without_a_console_makes_its_video(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_output_that_cannot_be_written_is_one_line() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
     code = (
         "import argparse, sys; from runtime.cli import run_command; parser = argparse.ArgumentParser(); "
         "parser.set_defaults(run=lambda _: print('x.mp4')); sys.exit(run_command(parser, [], ''))"
     )
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # it is `print` that fails, or the end
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": ""},  # else it is `print` that fails
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert process.returncode == 1
-    assert process.stderr == "error: done, but the output cannot be written (No space left on device).\n"
+    assert process.stderr == "error: what was to be printed cannot be written (No space left on device).\n"
 
 
 def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = iter(range(0, 1000, 25))
-    monkeypatch.setattr("runtime.cli.time.monotonic", lambda: next(now))
+    now = 0.0
+    monkeypatch.setattr("runtime.cli.time.monotonic", lambda: now)
     with _Bars() as bars:
         for done in range(1, 9):
             bars("base", done, 8)
+            now += 25
     assert capsys.readouterr().err.splitlines() == ["base: 8 steps", "base: 4 of 8 steps", "base: 7 of 8 steps"]
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr("sys.stderr", closed)
     with _Bars() as bars:
-        bars("base", 1, 8)
+        for done in (1, 2, 3):
+            bars("base", done, 8)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])

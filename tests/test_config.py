@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engines.errors import SettingsError
@@ -97,6 +98,17 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
 def test_what_cannot_work_is_refused_when_it_is_said(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "{}", {"size": 576}])
+def test_what_are_no_settings_are_refused(wrong: Any) -> None:
+    with pytest.raises(SettingsError):
+        Settings.from_dict(wrong)
+
+
+def test_numbers_of_numpy_are_written_as_plain_ones() -> None:
+    settings = Settings(keyframes=np.int64(5), strength=np.float32(0.5))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(settings.to_dict())) == Settings(keyframes=5, strength=0.5).to_dict()
 
 
 def test_an_unknown_preset_is_refused() -> None:

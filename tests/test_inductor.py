@@ -382,14 +382,20 @@ def test_a_card_that_torch_leaves_idle_is_told_before_a_build_and_a_run(
 
 
 @pytest.mark.parametrize(
-    ("gib", "autotune", "asked", "built"),
-    [(12, False, None, 1), (24, False, None, 2), (12, False, 3, 3), (80, True, 3, 1)],
+    ("mib", "autotune", "asked", "built"),  # as 8, 12, 24 and 80 GB cards have them
+    [
+        (8188, False, None, 1),
+        (12282, False, None, 1),
+        (24564, False, None, 2),
+        (12282, False, 3, 3),
+        (81559, True, 3, 1),
+    ],
 )
 def test_engines_are_built_side_by_side_as_the_card_has_room(
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    gib: int,
+    mib: int,
     autotune: bool,
     asked: int | None,
     built: int,
@@ -397,7 +403,7 @@ def test_engines_are_built_side_by_side_as_the_card_has_room(
     noted: list[int | None] = []
     monkeypatch.setattr("export.build._build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
     monkeypatch.setattr("export.build.kernels.build_for", lambda _: None)
-    monkeypatch.setattr("export.build.find_gpus", lambda: [Gpu("a card", (8, 9), gib * 2**30, (13, 0))])
+    monkeypatch.setattr("export.build.find_gpus", lambda: [Gpu("a card", (8, 9), mib * 2**20, (13, 0))])
     backend = Backend(INDUCTOR, ("sm89",), autotune=autotune)
     build(checkpoint, tmp_path / "out", ["interp"], "fp16", SIZE, jobs=asked, backend=backend)
     assert noted == [built]

@@ -151,8 +151,19 @@ def test_small_weights_of_half_precision_keep_their_levels() -> None:
 
 def test_calibration_sees_the_largest_magnitudes(tmp_path: Path) -> None:
     model = tiny()
-    scalars = run(quantize.observe(model), tmp_path, feeds())
+    observed = quantize.observe(model)
+    scalars = run(observed, tmp_path, feeds())[::-1]
     np.testing.assert_allclose(scalars, [np.abs(value).max() for value in inside(tmp_path)], rtol=1e-6)
+
+
+def test_activations_do_not_wait_for_a_later_layers_scalar() -> None:
+    """ONNX Runtime turns first to what the last input needs: that must be what the network comes to first."""
+    model = quantize.observe(tiny())
+    joined = model.graph.outputs[0].producer()
+    node = joined.inputs[-1].producer()
+    while node.op_type != "Abs":
+        node = node.inputs[0].producer()
+    assert joined.op_type == "Concat" and node.inputs[0] is next(iter(layers(model.graph).values())).inputs[0]
 
 
 def test_a_quantised_graph_computes_what_integers_leave(tmp_path: Path) -> None:
@@ -587,7 +598,7 @@ def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
     assert made == ["t5", "t5", "sr1"]  # no video is made again where nothing can be told
 
 
-@pytest.mark.parametrize(("chance", "judged", "videos"), [(0.3, False, 4), (0.1, True, 6)])
+@pytest.mark.parametrize(("chance", "judged", "videos"), [(0.36, False, 4), (0.1, True, 6)])
 def test_a_few_videos_are_enough_to_see_that_prompts_are_not_followed(
     bundle: Path,
     monkeypatch: pytest.MonkeyPatch,

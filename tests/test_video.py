@@ -176,10 +176,14 @@ def no_links(*_: object) -> None:
 
 
 def test_a_video_is_written_where_a_link_leads(frames: np.ndarray, tmp_path: Path) -> None:
+    """The format is the one that the link's own name says."""
     (tmp_path / "disk").mkdir()
-    (tmp_path / "link.mp4").symlink_to(tmp_path / "disk" / "real.mp4")
-    save_video(frames, tmp_path / "link.mp4")
-    assert (tmp_path / "link.mp4").is_symlink() and (tmp_path / "disk" / "real.mp4").is_file()
+    for name in ("real.mp4", "blob", "other.gif"):
+        link, real = tmp_path / f"{name}-link.mp4", tmp_path / "disk" / name
+        link.symlink_to(real)
+        check_output(link)
+        save_video(frames, link, metadata=METADATA)
+        assert link.is_symlink() and real.is_file() and read_metadata(link) == METADATA
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
@@ -189,10 +193,15 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
         check_output(tmp_path / "x.mp4")
 
 
-def test_a_full_disk_is_told_before_the_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
+def test_a_full_disk_is_told_before_the_computation(
+    frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000, total=2**40))
     with pytest.raises(OutputError, match=r"disk full: more is needed than the 5000 bytes free"):
         check_output(tmp_path / "x.mp4")
+    save_video(frames[:1], tmp_path / "x.mp4")  # tried, once it is there
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    check_output(tmp_path / "x.mp4")  # a file system that does not say
 
 
 def test_an_empty_folder_is_filled(frames: np.ndarray, tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ cudaError_t run_as(const Args& a, cudaStream_t stream) {
     const int bytes = static_cast<int>(sizeof(float)) * tiling.scratch();
     error = launch(parts_kernel<T, W>, a.batch * parts, kThreads, bytes, stream, a, tiling, parts, per_part);
     if (error != cudaSuccess) return error;
-    const int64_t by_size = 2LL * a.batch * a.rows * a.channels / kBlockBytes, most = kMostWaves * wave;
+    const int64_t by_size = 2LL * a.batch * a.rows * a.channels / kBlockBytes / wave * wave, most = kMostWaves * wave;
     const int per_block = split(std::min(std::max(by_size, wave), most), most), blocks = pieces(a.rows, per_block);
     const int joined = static_cast<int>(sizeof(float)) * (2 + 2 * kWarps) * a.groups;
     return launch(out_kernel<T, W, kActivation>, a.batch * blocks, kThreads, joined, stream, a, tiling, parts, per_part,
