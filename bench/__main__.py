@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from engines.catalog import CATALOG
-from engines.errors import OutputError, SettingsError
+from engines.errors import EngineError, OutputError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import path, run_command
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
@@ -49,7 +50,10 @@ def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided
 
 
 def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
-    return arguments.out or RESULTS / "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}.json"])
+    """As asked for, else a name that no result of the day has yet."""
+    name = "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}"])
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return arguments.out or next(out for n in names if not (out := RESULTS / f"{n}.json").exists())
 
 
 def _size(settings: Settings) -> str:
@@ -107,8 +111,10 @@ def _e2e(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     stages, kinds = _stages_and_baselines(arguments)
     from bench import e2e  # says what to install where the baselines' libraries are missing
+    from bench.kernels import card_name, describe_gpu, torch_with_gpu
 
     bundles = _opened(arguments.bundle or [_network_bundle(arguments.size)])
+    _check_card_is_used(bundles)
     checkpoint = arguments.checkpoint
     if checkpoint is None and arguments.size == "golden":
         checkpoint = _network_checkpoint("golden")
@@ -117,7 +123,8 @@ def _e2e(arguments: argparse.Namespace) -> None:
     asked = {"networks": arguments.size, "preset": arguments.preset, "repeats": arguments.repeats, "stages": stages}
     asked |= {"baselines": kinds, "baselines_in": setup.place.dtype, **settings.to_dict()}
     conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(bundles), "run": asked}
-    out = _out(arguments, "e2e", setup.place.device, arguments.size, _size(settings), arguments.preset)
+    device = card_name(describe_gpu(torch_with_gpu())) if setup.place.device == "cuda" else "cpu"
+    out = _out(arguments, "e2e", device, arguments.size, _size(settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
     def said(what: str, result: e2e.Result) -> None:
@@ -156,13 +163,15 @@ def _gpu(arguments: argparse.Namespace) -> None:
     clock = gpu.Clock(arguments.minutes)
     stages, kinds = _stages_and_baselines(arguments)
     bundles = _opened(arguments.bundle or [])
+    _check_card_is_used(bundles)
     settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
     plan = gpu.Plan(parts, arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed)
     asked = {"minutes": arguments.minutes, "parts": parts, "networks": arguments.size, "preset": arguments.preset}
     asked |= {"stages": stages, "baselines": kinds, **settings.to_dict()}
     conditions = {"machine": describe_host(), "gpu": card, **_described(bundles), "run": asked}
     report = Report("gpu", _out(arguments, "gpu", kernels.card_name(card)), conditions, arguments.markdown)
-    gpu.run_parts(gpu.make_parts(plan), clock, report)
+    if bad := gpu.run_parts(gpu.make_parts(plan), clock, report):
+        raise EngineError(f"not all is well: {'; '.join(bad)} {report.out} has the rest.")
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
@@ -346,6 +355,19 @@ def _opened(paths: Sequence[Path]) -> list[Any]:
     return [Bundle.open(folder) for folder in paths if str(folder) != "none"]
 
 
+def _check_card_is_used(bundles: Sequence[Any]) -> None:
+    """What is measured beside torch on a card shall be on it, too."""
+    engines = {name: entry for bundle in bundles for name, entry in bundle.manifest.engines.items()}
+    if find_gpus() and any(engines[name].backend == "onnxruntime" for name in DIFFUSION_STAGES if name in engines):
+        from runtime.runner_ort import tries_cuda
+
+        if not tries_cuda():
+            raise EngineError(
+                "ONNX Runtime here leaves the GPU idle, and the baselines would not: `pip uninstall -y onnxruntime`, "
+                "then `pip install -e '.[cuda]'`; or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
+            )
+
+
 def _run_export(*words: str | Path) -> None:
     """In a process of its own: what measures shall not hold the exporter's libraries and memory."""
     command = [sys.executable, "-m", "export", *map(str, words)]
@@ -415,7 +437,9 @@ def _parser() -> argparse.ArgumentParser:
     add_video(add, "reference", several_bundles=True)
     add_baselines(add)
     add("--parts", default="all", metavar="PART,...", help="of rates, kernels, engines, e2e, memory (default: all)")
-    add("--minutes", type=float, default=9, metavar="N", help="after them nothing more is begun (default: %(default)g)")
+    add(
+        "--minutes", type=float, default=60, metavar="N", help="after them nothing more is begun (default: %(default)g)"
+    )
 
     quality = commands.add_parser("quality", help="do videos show what held-out prompts ask for? (the demo checkpoint)")
     quality.set_defaults(run=_quality)
@@ -443,7 +467,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    interrupted = "no result was written; clips that quality has finished are kept"
+    interrupted = "what was finished is kept where it was being written"
     return run_command(_parser(), argv, interrupted, extras="[export,bench]")
 
 

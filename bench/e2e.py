@@ -20,7 +20,7 @@ from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
 from bench.work import STAGE_OF, Calls, matrix_rate, reference_calls, step_counts
 from engines.catalog import CATALOG, UNETS, predictions
-from engines.errors import SettingsError
+from engines.errors import EngineError, SettingsError
 from engines.store import Bundle
 from export import networks
 from export.checkpoint import file_hash
@@ -259,9 +259,18 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
         same = sum(contender.name.partition(" ")[0] == backends for contender in contenders)
         name = f"{backends} {same + 1}" if same else backends
         contenders.append(Contender(name))
-        run_bundle(
-            bundle, setup, lengths, work, contenders[-1], lambda stage, name=name: said(f"{name}: {stage}", result())
-        )
+        try:
+            run_bundle(
+                bundle,
+                setup,
+                lengths,
+                work,
+                contenders[-1],
+                lambda stage, name=name: said(f"{name}: {stage}", result()),
+            )
+        except EngineError as error:  # as where the card is too small: the others go on
+            contenders[-1].details["failure"] = str(error)
+            said(f"{name}: {error}", result())
     schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: published_scheduler(s) for s in UNETS}
 
     def compare(name: str, unet: Any) -> None:

@@ -4,8 +4,11 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
+import gc
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +22,7 @@ from bench.machine import ROOT, describe_bundle
 from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Summary, measure, summarize
 from engines import tensorrt
-from engines.errors import EngineError, Show1Error
+from engines.errors import EngineError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
@@ -85,8 +88,8 @@ class Plan:
         return [Bundle.open(folder) for folder in before if folder.is_dir()]
 
 
-def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
-    """One after the other, as long as there is time; prints and writes the report."""
+def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> list[str]:
+    """One after the other, as long as there is time; prints and writes the report. What was wrong or not done."""
     done: dict[str, Content] = {}
     state: dict[str, str] = {}
 
@@ -110,12 +113,32 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> None:
             print(f"{part.name} ...", file=sys.stderr, flush=True)
             report.save(*content())  # a crash of the process shows where it was
             done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
+            wrong = [check["what"] for check in done[part.name][0].get("checks", ()) if not check["passed"]]
             state[part.name] = f"done in {number(time.monotonic() - start)} s"
-        except (Show1Error, RuntimeError) as error:  # torch's, as where memory does not suffice
+            state[part.name] += f"; WRONG: {', '.join(wrong)}" if wrong else ""
+        except Exception as error:  # of whatever library
             state[part.name] = f"not done: {first_line(error)}"
             print(f"{part.name}: {error}", file=sys.stderr, flush=True)
         report.save(*content())
+        if lost := _empty_card():
+            state |= {later.name: lost for later in parts if later.name not in state}
+            break
     report.finish(*content())
+    return [f"{name} {what}" for name, what in state.items() if not what.startswith("done") or "WRONG" in what]
+
+
+def _empty_card() -> str | None:
+    """Give back what a part has left on the card; why there is nothing more to be had of it in this process, if so."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # after an access outside of its memory, for instance
+        return f"not done: the card is lost to this process ({first_line(error)}); ask for these --parts by themselves"
+    return None
 
 
 def make_parts(plan: Plan) -> list[Part]:
@@ -170,16 +193,15 @@ def engines(clock: Clock, save: Callable[[Content], None], built: list[Bundle]) 
     _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT), "--renew")
     reference = _golden_bundle(clock, "onnxruntime", "fp32")
     checks: list[Check] = []
-    missing: dict[str, str] = {}
-    for backend in backends():
+    found = backends()
+    missing = {name: "not installed for a GPU" for name in ("onnxruntime", *tensorrt.FLAVOURS) if name not in found}
+    for backend in found:
         try:
             bundle = _golden_bundle(clock, backend, "fp16")
             built.append(bundle)
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
             checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
-        except TimeIsUp:
-            raise
-        except Show1Error as error:
+        except Exception as error:  # of whatever library
             missing[backend] = str(error)
         save(_engines_content(checks, missing))
     return _engines_content(checks, missing)
@@ -200,15 +222,16 @@ def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Con
 
 
 def backends() -> list[str]:
-    """That may run on the card here; building says why one does not."""
-    found = [INDUCTOR] if tensorrt.installed_version("torch") else []
+    """That may run on the card here, the slowest to build last; building says why one does not."""
+    found = []
     try:
         import onnxruntime
 
         found += ["onnxruntime"] if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
     except ImportError:
         pass
-    return found + [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
+    found += [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
+    return found + ([INDUCTOR] if tensorrt.installed_version("torch") else [])
 
 
 def _golden_folder(backend: str, precision: str) -> Path:
@@ -218,22 +241,38 @@ def _golden_folder(backend: str, precision: str) -> Path:
 def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
     out = _golden_folder(backend, precision)
     options = ["--engine", backend, "--precision", precision, "--out", str(out)]
-    options += ["--no-autotune"] if backend == INDUCTOR else []  # timing candidates takes too long here
-    _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options)
+    if backend == INDUCTOR:  # timing candidates takes too long here; networks this small fit on any card together
+        options += ["--no-autotune", "--jobs", str(os.cpu_count() or 1)]
+    # The reference is compared with torch as it is built: on the CPU, too.
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if precision == "fp32" else {}
+    _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options, environment=hidden)
     return Bundle.open(out)
 
 
-def _export(clock: Clock, *options: str) -> None:
-    """In a process of its own, which takes its memory on the card along."""
+def _export(clock: Clock, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    """In a process of its own, which takes its memory on the card along; what it says is passed on."""
     clock.check()
-    command = [sys.executable, "-m", "export", *options]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left())
-    except subprocess.TimeoutExpired:
+    said: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "export", *options],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        end = threading.Timer(clock.left(), process.terminate)  # its workers end with it
+        end.start()
+        assert process.stderr
+        for line in process.stderr:
+            said.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
+        end.cancel()
+    if process.returncode:
         clock.check()
-        raise
-    if done.returncode:
-        raise EngineError(done.stderr.strip().rpartition("\n")[2] or f"`python -m export {options[0]}` failed.")
+        error = "".join(said).rpartition("error: ")[2].strip()
+        raise EngineError(error or f"`python -m export {options[0]}` failed.")
 
 
 def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list[Check]:

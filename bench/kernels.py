@@ -17,6 +17,7 @@ from bench.plots import Axis, Chart
 from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
+from engines.gpu import find_gpus
 from engines.tensorrt import installed_version
 from export.configs import published_scheduler
 from export.kernels import build_library, native
@@ -152,6 +153,10 @@ def torch_with_gpu() -> Any:
     except ImportError:
         raise EngineError("torch is not installed. The kernels' benchmark needs it, with CUDA.") from None
     if not torch.cuda.is_available():
+        if gpus := find_gpus():
+            from runtime.runner_inductor import why_idle
+
+            raise EngineError(f"{why_idle(gpus[0])}.")
         raise EngineError("no GPU: torch finds no usable NVIDIA card here, and only there the kernels can be measured.")
     return torch
 

@@ -16,6 +16,7 @@ from bench.latency import PROMPT
 from bench.machine import GIB
 from bench.plots import Axis, Chart
 from bench.report import NOTHING, Table, number
+from engines.gpu import first_bus_id
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, Settings
@@ -47,7 +48,10 @@ def device_memory() -> Callable[[], int] | None:
     except OSError:
         return None
     card, info = ctypes.c_void_p(), _MemoryInfo()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(card)):
+    if nvml.nvmlInit_v2():
+        return None
+    place = first_bus_id()  # CUDA has another order, and may hide some
+    if place is None or nvml.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(card)):
         return None
 
     def used() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.machine import ROOT
 from bench.timing import Summary
 from engines.errors import OutputError
 from engines.store import write_atomically
@@ -160,6 +161,10 @@ def _finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Without paths of this machine: results are for others to read."""
+    for folder, name in ((ROOT, "."), (Path.home(), "~")):
+        if len(folder.parts) > 1:
+            text = text.replace(str(folder), name)
     write_bytes(path, text.encode())
 
 

@@ -53,6 +53,18 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
+def first_bus_id() -> bytes | None:
+    """Where the first of `find_gpus` sits, as NVML reads it; None where there is none."""
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(32)
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    return None if cuda.cuDeviceGetPCIBusId(name, len(name), device) else name.value
+
+
 def wheel_folders(name: str) -> list[str]:
     """Where NVIDIA's wheels of CUDA 13 have a folder ("lib", "bin"), whether or not they are installed."""
     spec = find_spec("nvidia")

@@ -449,7 +449,7 @@ def build(
                     foreign.add(job.name)
         _check_disk(bundle.root, pending)
         if backend.name == INDUCTOR:  # what its engines run with
-            kernels.build_for("cpu" if backend.targets[0].startswith("cpu") else "cuda")
+            kernels.prepare_inductor("cpu" if backend.targets[0].startswith("cpu") else "cuda")
         bundle.announce(
             foreign,
             tokenizers,

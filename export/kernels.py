@@ -1,6 +1,7 @@
 """Building the libraries of kernels (kernels/README.md) with CMake."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -38,20 +39,33 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     except OSError as error:
         raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
     cmake, printed, environment = str(find_program("cmake")), "", dict(os.environ)
-    if target == CUDA and (nvcc := find_nvcc()):
+    nvcc = find_nvcc() if target == CUDA else None
+    if nvcc:
         # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
         environment.setdefault("CUDACXX", nvcc[0])
     parallel = str(min(4, os.cpu_count() or 1))
     with FileLock(f"{folder}.lock"):
+        if nvcc and _has_no_compiler(folder):
+            (folder / "CMakeCache.txt").unlink()  # it would never look for one again
         for command in (
             [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
             [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel],
         ):
+            if nvcc and "--build" in command and _has_no_compiler(folder):
+                log = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
+                raise EngineError(f"{target} cannot be built: CMake could not compile with {nvcc[0]}. {log} says why.")
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
             printed = done.stdout + done.stderr
             if done.returncode:
                 raise EngineError(f"`{' '.join(command)}` failed:\n{printed[-4000:]}")
     return libraries(folder, target)[0], printed
+
+
+def _has_no_compiler(folder: Path) -> bool:
+    """Whether CMake has configured a folder without a CUDA compiler, and keeps that in mind."""
+    cache = folder / "CMakeCache.txt"
+    text = cache.read_text(errors="replace") if cache.is_file() else ""
+    return re.search(r"^CMAKE_CUDA_COMPILER:\w+=.*NOTFOUND$", text, re.MULTILINE) is not None
 
 
 def native() -> str:
@@ -64,12 +78,8 @@ def native() -> str:
 def build_for(device: str) -> Path:
     """The library that runs on "cuda" or "cpu": built where `find_library` looks for it, or what SHOW1_KERNELS has.
 
-    Raises EngineError where it, or inductor's engines with it, cannot be built.
+    Raises EngineError where it cannot be built.
     """
-    if missing := missing_headers(device):
-        raise EngineError(f"inductor cannot compile for {device} here. Install {' and '.join(missing)}.")
-    if device == "cuda":
-        _show_torch_the_toolkit()
     if os.environ.get("SHOW1_KERNELS"):
         return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":
@@ -77,9 +87,17 @@ def build_for(device: str) -> Path:
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]
 
 
+def prepare_inductor(device: str) -> Path:
+    """`build_for`, and what inductor needs besides for "cuda": torch compiles and links against CUDA, and is told, here
+    and in the processes begun from here, where it is, for it looks in fewer places. Raises EngineError."""
+    if missing := missing_headers(device):
+        raise EngineError(f"inductor cannot compile for {device} here. Install {' and '.join(missing)}.")
+    if device == "cuda":
+        _show_torch_the_toolkit()
+    return build_for(device)
+
+
 def _show_torch_the_toolkit() -> None:
-    """Tell torch, which compiles and links against CUDA and looks for it in fewer places, and the processes begun from
-    here, where it is."""
     if nvcc := find_nvcc():
         home = Path(nvcc[0]).resolve().parent.parent
         if (home / "include" / "cuda_runtime.h").is_file():

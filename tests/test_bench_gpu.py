@@ -28,7 +28,7 @@ def saved(report: Report) -> dict[str, Any]:
     return json.loads(report.out.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("kind", [EngineError, RuntimeError])  # the latter: torch's, out of memory
+@pytest.mark.parametrize("kind", [EngineError, RuntimeError, OSError])  # as libraries have them
 def test_a_part_that_fails_does_not_stop_the_next(report: Report, kind: type[Exception]) -> None:
     def fails(clock: gpu.Clock, save: Any) -> gpu.Content:
         save(({"half": 1}, [], {}))
@@ -39,12 +39,33 @@ def test_a_part_that_fails_does_not_stop_the_next(report: Report, kind: type[Exc
         assert saved(report)["second"] == {"state": "begun"}
         return {"whole": 2}, [Table("Numbers", ["a", "b"], [["x", "1"]])], {}
 
-    gpu.run_parts([gpu.Part("first", fails), gpu.Part("second", works)], gpu.Clock(1), report)
+    parts = [gpu.Part("first", fails), gpu.Part("second", works)]
+    assert gpu.run_parts(parts, gpu.Clock(1), report) == ["first not done: no nvcc here"]
     result = saved(report)
     assert result["first"]["half"] == 1 and result["second"]["whole"] == 2
     assert result["second"]["state"].startswith("done in ")
     page = report.out.with_suffix(".md").read_text(encoding="utf-8")
     assert "| first | not done: no nvcc here |" in page and "**Numbers**" in page
+
+
+def test_a_wrong_result_is_no_success(report: Report) -> None:
+    checks = [{"what": what, "passed": what == "base"} for what in ("base", "sr1")]
+    (bad,) = gpu.run_parts([gpu.Part("engines", lambda *_: ({"checks": checks}, [], {}))], gpu.Clock(1), report)
+    assert bad.startswith("engines done in ") and bad.endswith("; WRONG: sr1")
+
+
+def test_a_card_that_is_lost_ends_the_run(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_empty_card", lambda: "not done: the card is lost")
+    parts = [gpu.Part("kernels", lambda *_: ({}, [], {})), gpu.Part("engines", lambda *_: pytest.fail("begun"))]
+    assert gpu.run_parts(parts, gpu.Clock(1), report) == ["engines not done: the card is lost"]
+
+
+def test_what_an_export_says_is_passed_on_and_its_error_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineError, match=r"^--jobs 0; allowed: 1 or more\.$"):
+        gpu._export(gpu.Clock(1), "build", "--checkpoint", "demo", "--jobs", "0")
+    assert "error: --jobs 0" in capsys.readouterr().err
+    with pytest.raises(gpu.TimeIsUp):
+        gpu._export(gpu.Clock(0.01), "build", "--checkpoint", "demo", "--out", "/nowhere/bundle")
 
 
 def test_what_does_not_fit_the_time_is_not_begun(report: Report) -> None:

@@ -1,6 +1,7 @@
 """`show1-rt doctor` on machines of every kind, as their packages and drivers would describe them."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engines import gpu, tensorrt
 from engines.errors import EngineError, Show1Error
 from engines.gpu import Gpu, find_gpus
-from export.kernels import build_for, native
+from export.kernels import build_library, native, prepare_inductor
 from runtime import doctor, kernels
 from runtime.cli import main
 
@@ -227,9 +228,33 @@ def test_torch_is_shown_the_toolkit_that_nvcc_is_of(
             made.parent.mkdir()
             made.touch()
         with pytest.raises(EngineError, match="holds no show1_kernels"):
-            build_for("cuda")
+            prepare_inductor("cuda")
         assert os.environ.get("CUDA_HOME") == (str(home) if made else None)
         assert os.environ["LIBRARY_PATH"] == f"{tmp_path}{os.pathsep}/opt/lib"
+
+
+@pytest.mark.skipif(kernels.find_program("cmake") is None, reason="no cmake")
+def test_a_compiler_that_cmake_cannot_use_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CMake alone would remember that there is none."""
+    broken, folder, seen = tmp_path / "nvcc", tmp_path / "build" / "kernels", []
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr("export.kernels.find_nvcc", lambda: (str(broken), 13))
+    monkeypatch.setattr("export.kernels.missing_programs", lambda _: [])
+    run = subprocess.run
+
+    def configure(*arguments: Any, **options: Any) -> Any:
+        seen.append((folder / "CMakeCache.txt").exists())
+        return run(*arguments, **options)
+
+    monkeypatch.setattr("export.kernels.subprocess.run", configure)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"could not compile with .*nvcc\. .*CMakeConfigureLog\.yaml says why"):
+            build_library(kernels.CUDA, folder)
+    assert seen == [False, False]
 
 
 def test_kernels_are_built_for_the_cards_that_nvcc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,4 +276,4 @@ def test_pythons_headers_are_asked_for_where_triton_compiles(machine, monkeypatc
     assert any("apt install python3-dev" in hint for hint in found.hints)
     assert not any("headers" in hint for hint in machine([], packages).hints)
     with pytest.raises(EngineError, match=r"inductor cannot compile for cuda here\. Install Python's headers"):
-        build_for("cuda")
+        prepare_inductor("cuda")

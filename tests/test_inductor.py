@@ -35,7 +35,7 @@ from engines.store import Bundle
 from export import networks
 from export.__main__ import main
 from export.build import Backend, Job, build, build_engine, why_stale
-from export.kernels import build_for
+from export.kernels import build_for, prepare_inductor
 from export.modules.layers import GroupNorm
 from export.modules.unet import UNetConfig, VideoUNet
 from export.networks import Source
@@ -91,7 +91,7 @@ def job(checkpoint: Path, precision: str, keep_variance: bool = False, name: str
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The kernels, for operator and loop."""
-    return build_for(DEVICE)
+    return prepare_inductor(DEVICE)
 
 
 def built(checkpoint: Path, out: Path, precision: str) -> None:
@@ -402,7 +402,7 @@ def test_engines_are_built_side_by_side_as_the_card_has_room(
 ) -> None:
     noted: list[int | None] = []
     monkeypatch.setattr("export.build._build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
-    monkeypatch.setattr("export.build.kernels.build_for", lambda _: None)
+    monkeypatch.setattr("export.build.kernels.prepare_inductor", lambda _: None)
     monkeypatch.setattr("export.build.find_gpus", lambda: [Gpu("a card", (8, 9), mib * 2**20, (13, 0))])
     backend = Backend(INDUCTOR, ("sm89",), autotune=autotune)
     build(checkpoint, tmp_path / "out", ["interp"], "fp16", SIZE, jobs=asked, backend=backend)
