@@ -7,9 +7,10 @@
 #               TORCH_ARGS='--index-url URL'
 #   MINUTES     of `make train-demo`
 #
-# The first three matter when .venv is made: remove .venv to set it up with other values.
+# The first three matter when .venv is made, which remembers the last two: remove .venv to set it up with other values.
 
 PYTHON ?= python3
+-include .venv/.settings
 EXTRAS ?= cpu,export,tensorrt-rtx,dev,bench
 TORCH_ARGS ?=
 MINUTES ?= 20
@@ -29,7 +30,7 @@ help:  ## this list
 demo: $(INSTALLED)  ## demo checkpoint -> engines in build/demo-bundle -> out/demo.mp4 (a small cascade of our own)
 	$(RUN) export build --stage all --checkpoint demo --out build/demo-bundle
 	mkdir -p out
-	$(VENV)/bin/show1-rt generate "a large red circle moving right over a white background" --bundle build/demo-bundle \
+	$(RUN) runtime.cli generate "a large red circle moving right over a white background" --bundle build/demo-bundle \
 		--preset draft --steps base=40,interp=8,sr1=4,sr2=20 --size 576x320 --out out/demo.mp4
 
 train-demo: $(INSTALLED)  ## train the demo checkpoint anew, MINUTES=20 on a data-centre GPU; run again to continue
@@ -59,4 +60,5 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install $(TORCH_ARGS) "$(TORCH)"
 	$(RUN) pip install -e '.[$(EXTRAS)]'
+	@printf 'EXTRAS ?= %s\nTORCH_ARGS ?= %s\n' '$(EXTRAS)' '$(TORCH_ARGS)' > $(VENV)/.settings
 	@touch $@

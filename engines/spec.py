@@ -1,5 +1,6 @@
 """What a compiled network looks like from outside: bindings, axes, profiles, graphs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -79,6 +80,12 @@ class GraphSpec:
                     f"{engine}/{self.name}: {binding.name} has shape {shape}, wanted [{want}] ({known})."
                 )
         self.check_sizes(engine, sizes)
+
+    def samples_at_once(self, **sizes: int) -> int:
+        """How many samples of these sizes take no more memory than the batch that is tuned for; one at least."""
+        profile = next(iter(self.profiles.values()))
+        tuned = math.prod(profile[axis].opt for axis in ("batch", *sizes))
+        return max(1, tuned // math.prod(sizes.values()))
 
     def check_sizes(self, engine: str, sizes: Mapping[str, int]) -> None:
         """Raises ProfileError unless one profile takes these sizes of its axes, some or all of them."""

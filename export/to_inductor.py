@@ -88,8 +88,11 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         # locales the other's parts get into: it crashes when it is loaded, at its first regular expression.
         options["aot_inductor.custom_op_libs"] = [":libstdc++.so.6"]
     inputs = graph.example(tuned_sizes(spec), torch.Generator().manual_seed(0))
+    # The weights pass through here, on the bundle's disk unless the compiler would take its name for two. torch puts
+    # what has a relative name among its caches, and leaves it there; kernels are cached there in any case.
+    beside = package.parent.resolve()
     with (
-        tempfile.TemporaryDirectory(dir=package.parent) as scratch,
+        tempfile.TemporaryDirectory(dir=None if " " in str(beside) else beside) as scratch,
         torch.no_grad(),
         _quiet(),
     ):
@@ -102,7 +105,6 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
                     dynamic_shapes=dynamic_shapes(spec),
                     strict=False,
                 )
-                # The weights pass through here, on the bundle's disk; kernels are cached where torch keeps its caches.
                 options["aot_inductor.output_path"] = f"{scratch}/{spec.name}"
                 files = torch._inductor.aot_compile(
                     program.module(check_guards=False), *program.example_inputs, options=options

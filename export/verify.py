@@ -31,7 +31,7 @@ from export.checkpoint import read_config
 from export.configs import NOISING, SCHEDULERS
 from runtime.config import Settings, StageSettings
 from runtime.noise import NoiseStream
-from runtime.ops import clip_to_frames, frames_to_clip, resize_frames
+from runtime.ops import clip_to_frames, resize_frames
 from runtime.runner import Engine, EnginePool
 from runtime.sampler import denoise
 from runtime.schedulers import SchedulerConfig, add_noise, alphas_cumprod, log_snr, make_schedule
@@ -522,7 +522,7 @@ def _refined(
 
 
 def _sr2(reference: Reference, data: Arrays, engines: EnginePool) -> Iterator[Row]:
-    mean, logvar = encode(engines, frames_to_clip(data["frames_resized"]))
+    mean, logvar = encode(engines, data["frames_resized"])
     yield from _compare("vae mean", mean, data.get("vae_mean"), 1e-4)
     yield from _compare("vae logvar", logvar, data.get("vae_logvar"), 1e-4)
     text, visited = run_clip_text(engines, *reference.prompts), list[Array]()
@@ -590,7 +590,7 @@ def _cascade_sr2(reference: Reference, data: Arrays, engines: EnginePool) -> Ite
         resized = resize_frames(clip_to_frames(upscaled), (frames.shape[2], frames.shape[1]))
         yield from _compare("cascade sr2 input", resized, frames, 0)
     settings = reference.settings("sr2", cascade=True)
-    text, encoded = run_clip_text(engines, *reference.prompts), encode(engines, frames_to_clip(frames))
+    text, encoded = run_clip_text(engines, *reference.prompts), encode(engines, frames)
     video = _refined(engines, text, *encoded, settings, reference.seed)
     yield from _compare("cascade sr2", video[:, :, [0, 1, -1]], data.get("sr2_first2_last1"), 1e-3)
     yield from _compare("cascade sr2 uint8", clip_to_frames(video), data.get("sr2_uint8"), _uint8_tolerance(1e-3))

@@ -147,6 +147,8 @@ def find_nvcc() -> tuple[str, int] | None:
 def missing_programs(library: str) -> list[str]:
     """What has to be installed before a library can be built."""
     missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
+    if not (BUILD.parents[1] / "CMakeLists.txt").is_file():  # a wheel has none
+        missing.append("the sources of the kernels (clone the repository and `pip install -e` it there)")
     if not any(map(shutil.which, _COMPILERS)):
         missing.append("a C++ compiler")
     if library == CUDA and ((nvcc := find_nvcc()) is None or nvcc[1] < CUDA_VERSION[0]):

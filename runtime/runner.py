@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import tensorrt
-from engines.catalog import TEXT_ENCODERS
+from engines.catalog import DEEP, TEXT_ENCODERS
 from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.memory import is_short_of_memory
@@ -106,7 +106,7 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 
 
 class Engine:
-    """A loaded engine: its graphs by name, float32 arrays in and out.
+    """A loaded engine: its graphs by name, float32 arrays in and out (but `deep`, as the network has it).
 
     `on_call(graph, start, seconds)`, if set, is told of every run of a graph: when the runtime turned to it, and what
     the backend took. A step of a loop on the device counts as a run of its network. `on_feeds(graph, feeds)` sees what
@@ -159,7 +159,8 @@ class Engine:
         runner = self._runner(graph)
         with self._timed(graph, turned):
             outputs = runner.infer(typed, wanted)
-        return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
+        # What goes back into the network, and is as large as all of its finest level, stays as it is.
+        return {n: array if n == DEEP else array.astype(np.float32, copy=False) for n, array in outputs.items()}
 
     def start_loop(
         self,
@@ -194,9 +195,17 @@ class Engine:
 
     @contextlib.contextmanager
     def _timed(self, graph: str, turned: float | None = None) -> Iterator[None]:
-        """Tell `on_call` of what is done inside as a run of `graph`."""
+        """Tell `on_call` of what is done inside as a run of `graph`, and what it means that memory was short for it."""
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except EngineError as error:
+            if not is_short_of_memory(error):
+                raise
+            raise EngineError(
+                f"{self.name}: too little memory for this video ({error}) Ask for a smaller --size or fewer "
+                "--keyframes, or close what else uses it."
+            ) from None
         if self.on_call is not None:
             self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
 

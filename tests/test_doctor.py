@@ -175,6 +175,11 @@ def test_the_cuda_runtime_of_nvidias_wheel_is_found(monkeypatch: pytest.MonkeyPa
     assert os.environ["LD_LIBRARY_PATH"] == "/mine"
 
 
+def test_a_wheel_has_no_sources_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BUILD", tmp_path / "build" / "kernels")
+    assert any("clone the repository" in line for line in kernels.missing_programs(kernels.REFERENCE))
+
+
 @pytest.fixture
 def toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], str]]:
     """`toolkits(variable, major)`: a toolkit that a variable names; there are no others."""

@@ -93,6 +93,30 @@ def test_more_gaps_than_the_engine_takes_at_once_are_split(
     assert steps == [("interp", done, 6) for done in range(1, 7)]
 
 
+@pytest.mark.parametrize("cache", [1, 2])
+def test_large_samples_are_run_one_after_the_other_and_give_the_same(
+    pipeline: Show1Pipeline, text: PromptEmbeds, monkeypatch: pytest.MonkeyPatch, cache: int
+) -> None:
+    settings = DRAFT.with_cache({"base": cache})
+    together = run_base(pipeline.engines, text, settings, SEED)
+    batches: list[int] = []
+    with pipeline.engines.use("base") as engine:
+        profile = engine.specs["step"].profiles["default"]
+        monkeypatch.setitem(profile, "height", replace(profile["height"], opt=profile["height"].min))
+        monkeypatch.setitem(profile, "width", replace(profile["width"], opt=profile["width"].min))
+        monkeypatch.setattr(engine, "on_feeds", lambda graph, feeds: batches.append(len(next(iter(feeds.values())))))
+        apart = run_base(pipeline.engines, text, settings, SEED)
+    np.testing.assert_allclose(apart, together, rtol=0, atol=1e-5)
+    assert batches == [2, 1, 1, 1, 1]  # the context, then two steps of a sample and its negative
+
+
+def test_samples_at_once_are_as_many_as_are_tuned_for(bundle: Path) -> None:
+    spec = Bundle.open(bundle).engine("interp").graphs["step"].spec
+    assert spec.samples_at_once(frames=5, height=40, width=64) == 14
+    assert spec.samples_at_once(frames=5, height=80, width=128) == 3
+    assert spec.samples_at_once(frames=5, height=1024, width=1024) == 1
+
+
 def test_a_clip_is_the_gaps_side_by_side_with_shared_ends_once(pipeline: Show1Pipeline, text: PromptEmbeds) -> None:
     keyframes = clip_of(3)
     clip = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)

@@ -194,6 +194,24 @@ def test_weights_of_a_text_encoder_are_not_copied_on_the_cpu(tmp_path: Path, pre
     assert held["t5"] < mib / 2 < 0.75 * mib < held["base"], "a UNet, which runs in every step, keeps the copy"
 
 
+def test_memory_that_is_short_in_a_run_is_told_with_what_to_ask_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(bundle)
+    with EnginePool(opened) as engines, engines.use("vae_decoder") as engine:
+        for said, message in (
+            ("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer", "smaller --size"),
+            ("[ONNXRuntimeError] : 1 : FAIL : something else", "something else$"),
+        ):
+            monkeypatch.setattr(engine._runners["decode"], "infer", partial(fail, said))
+            with pytest.raises(EngineError, match=message):
+                engine.run("decode", latents=np.zeros((1, 4, 8, 8), np.float32))
+
+
+def fail(said: str, *_: object) -> None:
+    raise EngineError(said)
+
+
 def test_a_session_holds_activations_once_and_never_moves_to_the_cpu_by_itself(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     runner = OrtRunner(opened.path(opened.engine("clip").graphs["encode"].plan))

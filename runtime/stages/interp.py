@@ -54,7 +54,9 @@ def fill_gaps(
     schedule = stage_schedule(engines.bundle, "interp", settings.interp)
     filled = []
     with engines.use("interp") as engine:
-        most = engine.specs["step"].profiles["default"]["batch"].max // (2 if guidance > 1 else 1)
+        spec = engine.specs["step"]
+        at_once = spec.samples_at_once(frames=INTERP_FRAMES, height=height, width=width)
+        most = max(1, min(spec.profiles["default"]["batch"].max, at_once) // (2 if guidance > 1 else 1))
         batches = [condition[i : i + most] for i in range(0, count - 1, most)]
         for number, batch in enumerate(batches):
             noise = NoiseStream(seed)

@@ -34,16 +34,16 @@ def run_sr2(
 
 def draw_latents(engines: EnginePool, frames: Frames, settings: Settings, noise: NoiseStream) -> FloatArray:
     """Frames uint8 [F, h, w, 3] of any size -> latents [F, 4, H/8, W/8] of `settings.size`, unscaled."""
-    mean, logvar = encode(engines, frames_to_clip(resize_frames(frames, settings.size)))
+    mean, logvar = encode(engines, resize_frames(frames, settings.size))
     # One draw for all frames' posteriors: Kingma & Welling (2013), eq. 10.
     return mean + np.exp(0.5 * logvar) * noise.normal(mean.shape)
 
 
-def encode(engines: EnginePool, clip: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Frames float32 [F, 3, H, W] in [-1, 1] -> mean and log variance of their latents [F, 4, H/8, W/8], unscaled."""
+def encode(engines: EnginePool, frames: Frames) -> tuple[FloatArray, FloatArray]:
+    """Frames uint8 [F, H, W, 3] -> mean and log variance of their latents [F, 4, H/8, W/8], unscaled."""
     with engines.use("vae_encoder") as engine:
         # One frame at a time: the autoencoder's activations are the largest of the cascade.
-        outputs = [engine.run("encode", image=clip[i : i + 1]) for i in range(len(clip))]
+        outputs = [engine.run("encode", image=frames_to_clip(frames[i : i + 1])) for i in range(len(frames))]
     return np.concatenate([o["mean"] for o in outputs]), np.concatenate([o["logvar"] for o in outputs])
 
 
@@ -77,5 +77,11 @@ def refine(
 def decode(engines: EnginePool, latents: FloatArray) -> FloatArray:
     """Unscaled latents [F, 4, h, w] -> clip float32 [1, 3, F, 8h, 8w] near [-1, 1], not clamped."""
     with engines.use("vae_decoder") as engine:
-        frames = [engine.run("decode", latents=latents[i : i + 1])["image"] for i in range(len(latents))]
-    return np.concatenate(frames).swapaxes(0, 1)[None]
+        clip: FloatArray | None = None
+        for i in range(len(latents)):
+            image = engine.run("decode", latents=latents[i : i + 1])["image"][0]
+            if clip is None:
+                clip = np.empty((1, len(image), len(latents), *image.shape[1:]), np.float32)
+            clip[0, :, i] = image
+    assert clip is not None
+    return clip
