@@ -468,7 +468,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     interrupted = "what was finished is kept where it was being written"
-    return run_command(_parser(), argv, interrupted, extras="[export,bench]")
+    return run_command(_parser(), argv, interrupted, extras="export,bench")
 
 
 if __name__ == "__main__":

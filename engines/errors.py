@@ -1,5 +1,11 @@
 """Errors that a user can act on: each message says what was given, what is allowed and what to do."""
 
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
 
 class Show1Error(Exception):
     """Base of every expected failure; the command lines print it as one line and exit non-zero."""
@@ -31,3 +37,17 @@ class OutputError(Show1Error):
 
 class EngineError(Show1Error):
     """A backend is not there or failed while it ran an engine."""
+
+
+def install(extras: str) -> str:
+    """The command, in backquotes, that adds some of this project's extras to what it was installed from (PEP 610)."""
+    wanted = f"[{extras}]" if extras else ""
+    try:
+        origin = json.loads(distribution("show1-rt").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # run in a checkout, not installed
+        origin = {}
+    url, vcs = origin.get("url", ""), origin.get("vcs_info", {}).get("vcs")
+    if url and not origin.get("dir_info", {}).get("editable"):
+        return f"`pip install 'show1-rt{wanted} @ {f'{vcs}+' if vcs else ''}{url}'`"
+    folder = url2pathname(urlsplit(url).path)
+    return f"`pip install -e '{'.' if not url or Path(folder) == Path.cwd() else folder}{wanted}'`"

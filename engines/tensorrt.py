@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engines.errors import EngineError, SettingsError
+from engines.errors import EngineError, SettingsError, install
 from engines.gpu import NO_BF16, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -39,7 +39,7 @@ def load(flavour: str) -> Any:
 def _install(flavour: str) -> str:
     if flavour == "tensorrt-rtx" and (sys.version_info >= (3, 13) or sys.platform == "darwin"):
         return "Its wheels are for Linux and Windows, Python 3.11 and 3.12: use one of these."
-    return f"Install it: `pip install -e '.[{flavour}]'`."
+    return f"Install it: {install(flavour)}."
 
 
 def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ def polygraphy(flavour: str) -> Any:
         backend = importlib.import_module("polygraphy.backend.trt")
         chosen = importlib.import_module("polygraphy.config").USE_TENSORRT_RTX
     except ImportError as error:
-        raise EngineError(f"polygraphy is not usable ({error}): `pip install -e '.[{flavour}]'`.") from None
+        raise EngineError(f"polygraphy is not usable ({error}): {install(flavour)}.") from None
     if chosen != rtx:
         raise EngineError(f"polygraphy serves one flavour of TensorRT per process: run {flavour} in a new one.")
     return backend

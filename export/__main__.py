@@ -416,7 +416,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), argv, "what was finished is kept", extras="[export]")
+    return run_command(_parser(), argv, "what was finished is kept", extras="export")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
-from engines.errors import OutputError, Show1Error
+from engines.errors import OutputError, Show1Error, install
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED
 
 EXAMPLES = """examples:
@@ -313,7 +313,7 @@ def _drop_output() -> None:
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "") -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line.
 
-    `extras` ("[export]") are those of this project that bring what the commands import.
+    `extras` are those of this project that bring what the commands import.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, or of a program without a console
@@ -340,7 +340,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what this command needs: `pip install -e '.{extras}'`.", file=sys.stderr)
+        print(f"error: {error}. Install what this command needs: {install(extras)}.", file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)

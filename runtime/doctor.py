@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from engines.errors import Show1Error
+from engines.errors import Show1Error, install
 from engines.gpu import TURING, Gpu, find_gpus, old_driver
 from engines.tensorrt import (
     FLAVOURS,
@@ -56,30 +56,30 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.problems.append(
             f"onnxruntime {cpu} and onnxruntime-gpu {gpu} share one folder, and the one installed last wins. "
             "Keep one: `pip uninstall -y onnxruntime onnxruntime-gpu`, then "
-            f"`pip install -e '.[{'cuda' if gpus else 'cpu'}]'`."
+            f"{install('cuda' if gpus else 'cpu')}."
         )
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
         result.found["ONNX Runtime"] = "none"
-        result.hints.append(f"ONNX Runtime is not usable ({error}): `pip install -e '.[{'cuda' if gpus else 'cpu'}]'`.")
+        result.hints.append(f"ONNX Runtime is not usable ({error}): {install('cuda' if gpus else 'cpu')}.")
         return
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     result.found["ONNX Runtime"] = f"{ort.__version__} ({', '.join(providers)})"
     on_gpu = "CUDA" in providers and bool(gpus)
     if on_gpu and (reason := old_driver(gpus[0], "onnxruntime-gpu")):
         result.problems.append(
-            f"{reason}. Or run on the CPU: `pip uninstall -y onnxruntime-gpu`, then `pip install -e '.[cpu]'`."
+            f"{reason}. Or run on the CPU: `pip uninstall -y onnxruntime-gpu`, then {install('cpu')}."
         )
     else:
         result.runs.append(f"onnxruntime ({'CUDA' if on_gpu else 'CPU'})")
     if gpus and "CUDA" not in providers:
         result.hints.append(
-            "ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then `pip install -e '.[cuda]'`."
+            f"ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then {install('cuda')}."
         )
     missing = [package for package in _EXPORT if find_spec(package) is None]
     if missing:
-        result.hints.append(f"building needs {', '.join(missing)}: `pip install -e '.[export]'`.")
+        result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
     else:
         result.builds.append("onnxruntime (fp32, fp16, int8)")
 
@@ -101,9 +101,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
             targets = f" for {', '.join(TARGETS)} ({TURING} alone, and not in bf16)" if rtx else ""
             result.builds.append(f"{flavour} (fp16, bf16, fp32, int8){targets}")
         if find_spec("polygraphy") is None:
-            result.problems.append(
-                f"{flavour} runs through polygraphy, which is missing: `pip install -e '.[{flavour}]'`."
-            )
+            result.problems.append(f"{flavour} runs through polygraphy, which is missing: {install(flavour)}.")
         elif gpus:
             reason = why_not_here(flavour, gpus[0]) or _no_cuda_runtime()
             if reason:

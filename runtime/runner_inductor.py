@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engines.catalog import DEEP
-from engines.errors import EngineError, Show1Error
+from engines.errors import EngineError, Show1Error, install
 from engines.gpu import Gpu, find_gpus, old_driver
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -49,7 +49,7 @@ try:
     from torch import Tensor
 except (ImportError, OSError) as error:  # OSError: its libraries do not load
     raise EngineError(
-        f"torch is not usable ({error}), and engines of inductor run on it: `pip install -e '.[inductor]'`."
+        f"torch is not usable ({error}), and engines of inductor run on it: {install('inductor')}."
     ) from None
 
 # What the kernels take; beyond it attention over frames is torch's own.

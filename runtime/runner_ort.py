@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.errors import EngineError
+from engines.errors import EngineError, install
 from engines.gpu import find_gpus, old_driver
 from runtime.runner import first_line, load_error
 
@@ -17,8 +17,8 @@ try:
     import onnxruntime as ort
 except ImportError as error:
     raise EngineError(
-        f"ONNX Runtime is not usable ({error}). Install one flavour: `pip install -e '.[cpu]'`, or for an NVIDIA card "
-        "`pip install -e '.[cuda]'`; on Windows Microsoft's Visual C++ runtime, too (vc_redist.x64.exe)."
+        f"ONNX Runtime is not usable ({error}). Install one flavour: {install('cpu')}, or for an NVIDIA card "
+        f"{install('cuda')}; on Windows Microsoft's Visual C++ runtime, too (vc_redist.x64.exe)."
     ) from None
 
 ort.disable_telemetry_events()  # on Windows, where the variable that `engines` sets says nothing
@@ -82,11 +82,11 @@ class OrtRunner:
         if len(providers) > 1 and _CUDA not in self._session.get_providers():
             # It would go on on the CPU, hours instead of minutes.
             why = old_driver(find_gpus()[0], "onnxruntime-gpu") or (
-                "it did not find the CUDA libraries that it needs for this GPU, which `pip install -e '.[cuda]'` brings"
+                f"it did not find the CUDA libraries that it needs for this GPU, which {install('cuda')} brings"
             )
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} does not run on the GPU: {why}. To run on the CPU: `pip uninstall -y "
-                "onnxruntime-gpu`, then `pip install -e '.[cpu]'`."
+                f"onnxruntime-gpu`, then {install('cpu')}."
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
 

@@ -1,5 +1,6 @@
 """`show1-rt doctor` on machines of every kind, as their packages and drivers would describe them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from engines import gpu, tensorrt
-from engines.errors import EngineError, Show1Error
+from engines.errors import EngineError, Show1Error, install
 from engines.gpu import Gpu, find_gpus
 from export.kernels import build_library, native, prepare_inductor
 from runtime import doctor, kernels
@@ -282,3 +283,23 @@ def test_pythons_headers_are_asked_for_where_triton_compiles(machine, monkeypatc
     assert not any("headers" in hint for hint in machine([], packages).hints)
     with pytest.raises(EngineError, match=r"inductor cannot compile for cuda here\. Install Python's headers"):
         prepare_inductor("cuda")
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "`pip install -e '.[cpu]'`"),
+        ({"url": Path("/src/show1-rt").as_uri(), "dir_info": {"editable": True}}, "`pip install -e '{}[cpu]'`"),
+        (
+            {"url": "https://host/x.git", "vcs_info": {"vcs": "git"}},
+            "`pip install 'show1-rt[cpu] @ git+https://host/x.git'`",
+        ),
+        ({"url": "file:///x.whl", "archive_info": {}}, "`pip install 'show1-rt[cpu] @ file:///x.whl'`"),
+    ],
+)
+def test_extras_are_added_to_what_was_installed(
+    monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any] | None, command: str
+) -> None:
+    text = None if origin is None else json.dumps(origin)
+    monkeypatch.setattr("engines.errors.distribution", lambda _: SimpleNamespace(read_text=lambda _: text))
+    assert install("cpu") == command.format(Path("/src/show1-rt"))
