@@ -14,6 +14,7 @@ PYTHON ?= python3
 EXTRAS ?= cpu,export,tensorrt-rtx,dev,bench
 TORCH_ARGS ?=
 MINUTES ?= 20
+export EXTRAS TORCH_ARGS
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -60,5 +61,5 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install $(TORCH_ARGS) "$(TORCH)"
 	$(RUN) pip install -e '.[$(EXTRAS)]'
-	@printf 'EXTRAS ?= %s\nTORCH_ARGS ?= %s\n' '$(EXTRAS)' '$(TORCH_ARGS)' > $(VENV)/.settings
+	@printf 'EXTRAS ?= %s\nTORCH_ARGS ?= %s\n' "$$EXTRAS" "$$TORCH_ARGS" > $(VENV)/.settings
 	@touch $@

@@ -114,7 +114,6 @@ def _e2e(arguments: argparse.Namespace) -> None:
     from bench.kernels import card_name, describe_gpu, torch_with_gpu
 
     bundles = _opened(arguments.bundle or [_network_bundle(arguments.size)])
-    _check_card_is_used(bundles)
     checkpoint = arguments.checkpoint
     if checkpoint is None and arguments.size == "golden":
         checkpoint = _network_checkpoint("golden")
@@ -123,7 +122,11 @@ def _e2e(arguments: argparse.Namespace) -> None:
     asked = {"networks": arguments.size, "preset": arguments.preset, "repeats": arguments.repeats, "stages": stages}
     asked |= {"baselines": kinds, "baselines_in": setup.place.dtype, **settings.to_dict()}
     conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(bundles), "run": asked}
-    device = card_name(describe_gpu(torch_with_gpu())) if setup.place.device == "cuda" else "cpu"
+    device = "cpu"
+    if setup.place.device == "cuda":
+        device = card_name(describe_gpu(torch_with_gpu()))
+        if kinds:
+            _check_card_is_used(bundles)
     out = _out(arguments, "e2e", device, arguments.size, _size(settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
@@ -357,8 +360,8 @@ def _opened(paths: Sequence[Path]) -> list[Any]:
 
 def _check_card_is_used(bundles: Sequence[Any]) -> None:
     """What is measured beside torch on a card shall be on it, too."""
-    engines = {name: entry for bundle in bundles for name, entry in bundle.manifest.engines.items()}
-    if find_gpus() and any(engines[name].backend == "onnxruntime" for name in DIFFUSION_STAGES if name in engines):
+    engines = [item for bundle in bundles for item in bundle.manifest.engines.items()]
+    if find_gpus() and any(name in DIFFUSION_STAGES and entry.backend == "onnxruntime" for name, entry in engines):
         from runtime.runner_ort import tries_cuda
 
         if not tries_cuda():

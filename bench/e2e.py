@@ -5,6 +5,7 @@ every network is timed on a few calls and counted as often as the reference call
 Results say which is which.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -269,16 +270,16 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
                 lambda stage, name=name: said(f"{name}: {stage}", result()),
             )
         except EngineError as error:  # as where the card is too small: the others go on
-            contenders[-1].details["failure"] = str(error)
+            contenders[-1].details["failures"] = {"engines": str(error)}
             said(f"{name}: {error}", result())
     schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: published_scheduler(s) for s in UNETS}
 
     def compare(name: str, unet: Any) -> None:
-        if (
-            setup.bundles
-            and (difference := difference_of(setup.bundles[0], found[name], unet, setup.place)) is not None
-        ):
-            differences[name] = difference
+        if setup.bundles and "failures" not in contenders[0].details:
+            with contextlib.suppress(EngineError):  # beside the baseline's network there may be no room for it
+                difference = difference_of(setup.bundles[0], found[name], unet, setup.place)
+                if difference is not None:
+                    differences[name] = difference
 
     baselines: list[Contender] = []
     if setup.kinds:
@@ -345,7 +346,7 @@ class Result:
             times = [c.total(stages) for c in self.contenders]
             ratios = [_ratio(time, times[0]) for time in times[1:]] + [_ratio(times[0], floor)]
             rows.append([name, number(total / 1e12), number(floor), *map(number, times), *ratios])
-        full = [c.name for c in self.contenders if c.stages and all(t and t.full for t in c.stages.values())]
+        full = [c.name for c in self.contenders if all((t := c.stages.get(s)) and t.full for s in self.stages)]
         how = f"{' and '.join(full)} ran in full, " if full else ""
         title = f"A reference video of {self.video}; {how}other seconds are of timed steps or calls, times their number"
         return Table(title, headers, rows)

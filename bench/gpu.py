@@ -4,6 +4,7 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -22,7 +23,7 @@ from bench.machine import ROOT, describe_bundle
 from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Summary, measure, summarize
 from engines import tensorrt
-from engines.errors import EngineError
+from engines.errors import EngineError, Show1Error
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
@@ -33,10 +34,11 @@ from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
 CHECKPOINT = ROOT / "build" / "random-golden"
+_NOT_HERE = "not installed for a GPU"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
 
 
-class TimeIsUp(EngineError):
+class TimeIsUp(Show1Error):
     """A part met the end of the run's time; what it had saved stays."""
 
 
@@ -113,7 +115,7 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> list[str]:
             print(f"{part.name} ...", file=sys.stderr, flush=True)
             report.save(*content())  # a crash of the process shows where it was
             done[part.name] = part.run(clock, lambda new, name=part.name: save(name, new))
-            wrong = [check["what"] for check in done[part.name][0].get("checks", ()) if not check["passed"]]
+            wrong = _wrong(done[part.name][0])
             state[part.name] = f"done in {number(time.monotonic() - start)} s"
             state[part.name] += f"; WRONG: {', '.join(wrong)}" if wrong else ""
         except Exception as error:  # of whatever library
@@ -125,6 +127,13 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> list[str]:
             break
     report.finish(*content())
     return [f"{name} {what}" for name, what in state.items() if not what.startswith("done") or "WRONG" in what]
+
+
+def _wrong(numbers: Mapping[str, Any]) -> list[str]:
+    """What of a part's result is no success: checks, and what failed to be built or run."""
+    wrong = [check["what"] for check in numbers.get("checks", ()) if not check["passed"]]
+    failed = [name for name, contender in numbers.get("contenders", {}).items() if contender.get("failures")]
+    return [*wrong, *numbers.get("failed", ()), *failed]
 
 
 def _empty_card() -> str | None:
@@ -194,15 +203,17 @@ def engines(clock: Clock, save: Callable[[Content], None], built: list[Bundle]) 
     reference = _golden_bundle(clock, "onnxruntime", "fp32")
     checks: list[Check] = []
     found = backends()
-    missing = {name: "not installed for a GPU" for name in ("onnxruntime", *tensorrt.FLAVOURS) if name not in found}
+    missing = {name: _NOT_HERE for name in ("onnxruntime", *tensorrt.FLAVOURS) if name not in found}
     for backend in found:
         try:
             bundle = _golden_bundle(clock, backend, "fp16")
             built.append(bundle)
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
             checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
+        except TimeIsUp:
+            raise
         except Exception as error:  # of whatever library
-            missing[backend] = str(error)
+            missing[backend] = first_line(error)
         save(_engines_content(checks, missing))
     return _engines_content(checks, missing)
 
@@ -218,6 +229,7 @@ def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Con
     headers = ["what", "difference", "allowed", "passed", "ms", "other ms"]
     title = "Golden engines in fp16: graphs against ONNX Runtime on the CPU in fp32, loops on the device against none"
     numbers = {"checks": [{**asdict(check), "passed": check.passed} for check in checks], "not_run": dict(missing)}
+    numbers["failed"] = [backend for backend, why in missing.items() if why != _NOT_HERE]
     return numbers, [Table(title, headers, rows)], {}
 
 
@@ -252,8 +264,8 @@ def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
 def _export(clock: Clock, *options: str, environment: Mapping[str, str] | None = None) -> None:
     """In a process of its own, which takes its memory on the card along; what it says is passed on."""
     clock.check()
-    said: list[str] = []
-    with subprocess.Popen(
+    said = [f"`python -m export {options[0]}` failed."]
+    process = subprocess.Popen(
         [sys.executable, "-m", "export", *options],
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
@@ -261,18 +273,29 @@ def _export(clock: Clock, *options: str, environment: Mapping[str, str] | None =
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-    ) as process:
-        end = threading.Timer(clock.left(), process.terminate)  # its workers end with it
-        end.start()
+    )
+
+    def pass_on() -> None:
         assert process.stderr
         for line in process.stderr:
             said.append(line)
             print(line, end="", file=sys.stderr, flush=True)
-        end.cancel()
-    if process.returncode:
+
+    reader = threading.Thread(target=pass_on, daemon=True)  # what it began may hold the pipe after its end
+    reader.start()
+    try:
+        process.wait(max(0.0, clock.left()))
+    except BaseException:
+        process.terminate()  # it ends what it began
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
         clock.check()
-        error = "".join(said).rpartition("error: ")[2].strip()
-        raise EngineError(error or f"`python -m export {options[0]}` failed.")
+        raise
+    reader.join(5)
+    if process.returncode:
+        errors = [line for line in said if line.startswith("error: ")]
+        raise EngineError((errors or [line for line in said if line.strip()])[-1].removeprefix("error: ").strip())
 
 
 def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list[Check]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,9 +164,9 @@ def _finite(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Without paths of this machine: results are for others to read."""
-    for folder, name in ((ROOT, "."), (Path.home(), "~")):
-        if len(folder.parts) > 1:
-            text = text.replace(str(folder), name)
+    for folder, name in ((str(ROOT), "."), (os.path.expanduser("~"), "~")):
+        if len(folder) > 1:
+            text = re.sub(re.escape(folder) + r"(?![\w.-])", name, text)
     write_bytes(path, text.encode())
 
 

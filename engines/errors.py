@@ -46,8 +46,9 @@ def install(extras: str) -> str:
         origin = json.loads(distribution("show1-rt").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # run in a checkout, not installed
         origin = {}
-    url, vcs = origin.get("url", ""), origin.get("vcs_info", {}).get("vcs")
+    url, source = origin.get("url", ""), origin.get("vcs_info")
     if url and not origin.get("dir_info", {}).get("editable"):
-        return f"`pip install 'show1-rt{wanted} @ {f'{vcs}+' if vcs else ''}{url}'`"
+        place = f"{source['vcs']}+{url}@{source['commit_id']}" if source else url
+        return f"`pip install 'show1-rt{wanted} @ {place}'`"
     folder = url2pathname(urlsplit(url).path)
     return f"`pip install -e '{'.' if not url or Path(folder) == Path.cwd() else folder}{wanted}'`"

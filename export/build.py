@@ -462,7 +462,7 @@ def build(
             bundle.adopt()
         if backend.name == INDUCTOR and backend.targets[0].startswith("sm"):
             # Where kernels are chosen by timing, one engine at a time has the GPU.
-            jobs = 1 if backend.autotune else jobs or max(1, round(find_gpus()[0].memory / _ON_CARD))
+            jobs = 1 if backend.autotune else jobs or max(1, int(find_gpus()[0].memory / _ON_CARD + 0.05))
         elif pending and backend.name == compile_ort.BACKEND:
             from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import faulthandler
 import io
 import json
@@ -182,8 +183,8 @@ def _save(frames: Any, asked: str | None, free_name: Callable[[], str], fps: flo
         raise
     except OutputError as error:
         try:
-            place = Path(tempfile.mkdtemp(prefix="show1-rt-")) / Path(out).name
-            save_video(frames, place, fps, about)
+            place = os.path.join(tempfile.mkdtemp(prefix="show1-rt-"), os.path.basename(out.rstrip("/\\")))
+            save_video(frames, place + out[len(out.rstrip("/\\")) :], fps, about)
         except (OutputError, OSError):
             raise error from None
         raise OutputError(f"{error} The finished video is {place}.") from None
@@ -331,10 +332,10 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         _drop_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except OSError as error:
-        if error.filename is not None:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
             raise
-        _drop_output()  # it is what cannot be written: files have names
-        print(f"error: what was to be printed cannot be written ({error.strerror}).", file=sys.stderr)
+        _drop_output()  # which it may have been
+        print(f"error: a file, or what was to be printed, cannot be written ({error.strerror}).", file=sys.stderr)
         return 1
     except Show1Error as error:
         print(f"error: {error}", file=sys.stderr)

@@ -158,7 +158,7 @@ class Engine:
             self.on_feeds(graph, typed)
         runner = self._runner(graph)
         with self._timed(graph, turned):
-            outputs = runner.infer(typed, wanted)
+            outputs = _in_parts(runner, spec, typed, wanted)
         # What goes back into the network, and is as large as all of its finest level, stays as it is.
         return {n: array if n == DEEP else array.astype(np.float32, copy=False) for n, array in outputs.items()}
 
@@ -202,10 +202,8 @@ class Engine:
         except EngineError as error:
             if not is_short_of_memory(error):
                 raise
-            raise EngineError(
-                f"{self.name}: too little memory for this video ({error}) Ask for a smaller --size or fewer "
-                "--keyframes, or close what else uses it."
-            ) from None
+            less = "" if self.name in TEXT_ENCODERS else " ask for a smaller --size or fewer --keyframes, or"
+            raise EngineError(f"{self.name}: too little memory ({error});{less} close what else uses it.") from None
         if self.on_call is not None:
             self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
 
@@ -214,6 +212,24 @@ class Engine:
             _, runner = self._runners.popitem()
             with contextlib.suppress(Exception):  # the failure before it is the one to tell
                 runner.close()
+
+
+def _in_parts(
+    runner: Runner, spec: GraphSpec, feeds: Mapping[str, Array], wanted: Sequence[str] | None
+) -> dict[str, Array]:
+    """A UNet's batch of large samples, some at a time: they do not see each other, and their activations need not be in
+    memory together."""
+    if "sample" not in feeds:
+        return runner.infer(feeds, wanted)
+    batch, _, frames, height, width = feeds["sample"].shape
+    size = spec.samples_at_once(frames=frames, height=height, width=width)
+    if size >= batch:
+        return runner.infer(feeds, wanted)
+    parts = [
+        runner.infer({name: array[i : i + size] for name, array in feeds.items()}, wanted)
+        for i in range(0, batch, size)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class _TimedLoop:

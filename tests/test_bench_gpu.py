@@ -52,6 +52,10 @@ def test_a_wrong_result_is_no_success(report: Report) -> None:
     checks = [{"what": what, "passed": what == "base"} for what in ("base", "sr1")]
     (bad,) = gpu.run_parts([gpu.Part("engines", lambda *_: ({"checks": checks}, [], {}))], gpu.Clock(1), report)
     assert bad.startswith("engines done in ") and bad.endswith("; WRONG: sr1")
+    assert gpu._wrong({"failed": ["inductor"], "contenders": {"a": {}, "b": {"failures": {"sr1": "no room"}}}}) == [
+        "inductor",
+        "b",
+    ]
 
 
 def test_a_card_that_is_lost_ends_the_run(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +64,15 @@ def test_a_card_that_is_lost_ends_the_run(report: Report, monkeypatch: pytest.Mo
     assert gpu.run_parts(parts, gpu.Clock(1), report) == ["engines not done: the card is lost"]
 
 
-def test_what_an_export_says_is_passed_on_and_its_error_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_an_export_says_is_passed_on_and_its_error_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(EngineError, match=r"^--jobs 0; allowed: 1 or more\.$"):
         gpu._export(gpu.Clock(1), "build", "--checkpoint", "demo", "--jobs", "0")
     assert "error: --jobs 0" in capsys.readouterr().err
     with pytest.raises(gpu.TimeIsUp):
-        gpu._export(gpu.Clock(0.01), "build", "--checkpoint", "demo", "--out", "/nowhere/bundle")
+        gpu._export(gpu.Clock(0.002), "random-checkpoint", "--out", str(tmp_path / "late"))
+    assert not (tmp_path / "late").exists()
 
 
 def test_what_does_not_fit_the_time_is_not_begun(report: Report) -> None:

@@ -447,7 +447,7 @@ def test_a_video_whose_place_has_gone_is_kept_in_another(
     Path("temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", "temporary")
     made_already(lambda: Path("gone").rmdir())
-    for name in ("x.gif", "frames/"):
+    for name in ("x.gif", "frames/", "frames.v2/"):
         Path("gone").mkdir(exist_ok=True)
         generate("--out", f"gone/{name}").assert_one_line("there is no folder")
         (kept,) = Path("temporary").glob(f"*/{name.strip('/')}")
@@ -497,7 +497,7 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
             [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert process.returncode == 1
-    assert process.stderr == "error: what was to be printed cannot be written (No space left on device).\n"
+    assert process.stderr == "error: a file, or what was to be printed, cannot be written (No space left on device).\n"
 
 
 def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(

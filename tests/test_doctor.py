@@ -291,8 +291,8 @@ def test_pythons_headers_are_asked_for_where_triton_compiles(machine, monkeypatc
         (None, "`pip install -e '.[cpu]'`"),
         ({"url": Path("/src/show1-rt").as_uri(), "dir_info": {"editable": True}}, "`pip install -e '{}[cpu]'`"),
         (
-            {"url": "https://host/x.git", "vcs_info": {"vcs": "git"}},
-            "`pip install 'show1-rt[cpu] @ git+https://host/x.git'`",
+            {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "a1b2"}},
+            "`pip install 'show1-rt[cpu] @ git+https://host/x.git@a1b2'`",
         ),
         ({"url": "file:///x.whl", "archive_info": {}}, "`pip install 'show1-rt[cpu] @ file:///x.whl'`"),
     ],

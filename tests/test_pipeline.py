@@ -100,14 +100,23 @@ def test_large_samples_are_run_one_after_the_other_and_give_the_same(
     settings = DRAFT.with_cache({"base": cache})
     together = run_base(pipeline.engines, text, settings, SEED)
     batches: list[int] = []
+    calls: list[str] = []
     with pipeline.engines.use("base") as engine:
-        profile = engine.specs["step"].profiles["default"]
-        monkeypatch.setitem(profile, "height", replace(profile["height"], opt=profile["height"].min))
-        monkeypatch.setitem(profile, "width", replace(profile["width"], opt=profile["width"].min))
-        monkeypatch.setattr(engine, "on_feeds", lambda graph, feeds: batches.append(len(next(iter(feeds.values())))))
+        monkeypatch.setattr(engine, "on_call", lambda graph, *_: calls.append(graph))
+        for graph in ("step", "shallow"):
+            runner, profile = engine._runner(graph), engine.specs[graph].profiles["default"]
+            for axis in ("height", "width"):
+                monkeypatch.setitem(profile, axis, replace(profile[axis], opt=profile[axis].min))
+
+            def infer(feeds: Any, wanted: Any = None, original: Any = runner.infer) -> Any:
+                batches.append(len(feeds["sample"]))
+                return original(feeds, wanted)
+
+            monkeypatch.setattr(runner, "infer", infer)
         apart = run_base(pipeline.engines, text, settings, SEED)
     np.testing.assert_allclose(apart, together, rtol=0, atol=1e-5)
-    assert batches == [2, 1, 1, 1, 1]  # the context, then two steps of a sample and its negative
+    assert batches == [1, 1, 1, 1]  # two steps of a sample and its negative
+    assert calls == ["context", "step", "step" if cache == 1 else "shallow"], "which are one call each to who counts"
 
 
 def test_samples_at_once_are_as_many_as_are_tuned_for(bundle: Path) -> None:

@@ -1,6 +1,6 @@
 """What the diffusion stages share: an engine with its prompt as a function that the sampler can call."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,25 +59,12 @@ class PromptedUnet:
             assert self._deep is not None, "the first step is whole"
             feeds[DEEP] = self._deep
             read = [binding.name for binding in self._engine.specs["shallow"].inputs]
-            outputs = self._run("shallow", None, {name: feeds[name] for name in read})
+            outputs = self._engine.run("shallow", **{name: feeds[name] for name in read})
         else:
             wanted = None if whole else predictions(self._engine.specs["step"])
-            outputs = self._run("step", wanted, feeds)
+            outputs = self._engine.run("step", wanted, **feeds)
             self._deep = outputs.get(DEEP)
         return outputs["noise_pred"], outputs.get("variance_frac")
-
-    def _run(self, graph: str, wanted: Sequence[str] | None, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """A batch of large samples in parts: samples do not see each other, and their activations need not be there
-        together."""
-        batch, _, frames, height, width = feeds["sample"].shape
-        size = self._engine.specs["step"].samples_at_once(frames=frames, height=height, width=width)
-        parts = [
-            self._engine.run(graph, wanted, **{name: value[i : i + size] for name, value in feeds.items()})
-            for i in range(0, batch, size)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def start_loop(
         self,
