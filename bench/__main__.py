@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from engines.catalog import CATALOG
 from engines.errors import EngineError, OutputError, SettingsError
 from engines.gpu import find_gpus
-from runtime.cli import path, run_command
+from runtime.cli import path, run_command, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +50,7 @@ def _settings(defaults: Mapping[str, Any], arguments: argparse.Namespace, guided
 
 def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
     """As asked for, else a name that no result of the day has yet."""
-    name = "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}"])
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return arguments.out or next(out for n in names if not (out := RESULTS / f"{n}.json").exists())
+    return arguments.out or unused(RESULTS / "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}.json"]))
 
 
 def _size(settings: Settings) -> str:
@@ -362,12 +359,12 @@ def _check_card_is_used(bundles: Sequence[Any]) -> None:
     """What is measured beside torch on a card shall be on it, too."""
     engines = [item for bundle in bundles for item in bundle.manifest.engines.items()]
     if find_gpus() and any(name in DIFFUSION_STAGES and entry.backend == "onnxruntime" for name, entry in engines):
+        from runtime.doctor import onnxruntime_idle
         from runtime.runner_ort import tries_cuda
 
         if not tries_cuda():
             raise EngineError(
-                "ONNX Runtime here leaves the GPU idle, and the baselines would not: `pip uninstall -y onnxruntime`, "
-                "then `pip install -e '.[cuda]'`; or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
+                f"{onnxruntime_idle()}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
             )
 
 

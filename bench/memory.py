@@ -16,7 +16,7 @@ from bench.latency import PROMPT
 from bench.machine import GIB
 from bench.plots import Axis, Chart
 from bench.report import NOTHING, Table, number
-from engines.gpu import first_bus_id
+from engines.gpu import find_gpus
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, Settings
@@ -48,10 +48,8 @@ def device_memory() -> Callable[[], int] | None:
     except OSError:
         return None
     card, info = ctypes.c_void_p(), _MemoryInfo()
-    if nvml.nvmlInit_v2():
-        return None
-    place = first_bus_id()  # CUDA has another order, and may hide some
-    if place is None or nvml.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(card)):
+    gpus = find_gpus()  # in CUDA's order, and less what it hides
+    if not gpus or nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(gpus[0].bus_id, ctypes.byref(card)):
         return None
 
     def used() -> int:

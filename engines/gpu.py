@@ -18,6 +18,7 @@ class Gpu:
     capability: tuple[int, int]
     memory: int  # bytes
     driver: tuple[int, int]  # newest CUDA version that the driver runs
+    bus_id: bytes = b""  # its place, as NVML reads it
 
     @property
     def target(self) -> str:
@@ -37,7 +38,7 @@ def find_gpus() -> list[Gpu]:
     gpus = []
     for index in range(count.value):
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        memory, name, place = ctypes.c_size_t(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
         failed = (
             cuda.cuDeviceGet(ctypes.byref(device), index)
             or cuda.cuDeviceGetName(name, len(name), device)
@@ -46,23 +47,11 @@ def find_gpus() -> list[Gpu]:
             or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
         )
         if not failed:
-            version = divmod(driver.value, 1000)
-            gpus.append(
-                Gpu(name.value.decode(), (major.value, minor.value), memory.value, (version[0], version[1] // 10))
-            )
+            cuda.cuDeviceGetPCIBusId(place, len(place), device)
+            version, capability = divmod(driver.value, 1000), (major.value, minor.value)
+            newest = (version[0], version[1] // 10)
+            gpus.append(Gpu(name.value.decode(), capability, memory.value, newest, place.value))
     return gpus
-
-
-def first_bus_id() -> bytes | None:
-    """Where the first of `find_gpus` sits, as NVML reads it; None where there is none."""
-    try:
-        cuda = ctypes.CDLL(_DRIVER)
-    except OSError:
-        return None
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(32)
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    return None if cuda.cuDeviceGetPCIBusId(name, len(name), device) else name.value
 
 
 def wheel_folders(name: str) -> list[str]:

@@ -171,8 +171,8 @@ def _energy(tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
 def _with_output(model: ir.Model, tape: ir.tape.Tape, scalars: list[ir.Value]) -> ir.Model:
     """The model with one output: the scalars side by side, float32, in reverse.
 
-    For ONNX Runtime runs what the last input needs first. That of the last scalar is all of the graph,
-    and every activation would wait in memory for its own: of published sr2 150 GB, by reckoning.
+    For ONNX Runtime runs what the last input needs first. That of the last scalar is all of the graph, and every
+    activation would wait in memory for its own: of published sr2 150 GB, by reckoning.
     """
     axes = _constant(tape, "scalar_axes", np.array([0]))
     rows = [tape.op("Unsqueeze", [tape.op("Cast", [s], {"to": ir.DataType.FLOAT}), axes]) for s in reversed(scalars)]

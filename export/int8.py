@@ -53,8 +53,8 @@ _ROUNDS = 3  # of timing
 # What int8 engines and their verdicts depend on.
 _CODE = ("engines/compile_ort.py", "engines/passes.py", "engines/quantize.py", "export/int8.py", "export/replay.py")
 _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
-_CODE += ("runtime/runner_ort.py",)
-_CODE += tuple(f"runtime/{name}.py" for name in ("noise", "ops", "sampler", "schedulers", "tokenizer", "stages/*"))
+_RUNTIME = ("noise", "ops", "runner_ort", "sampler", "schedulers", "tokenizer", "stages/*")
+_CODE += tuple(f"runtime/{name}.py" for name in _RUNTIME)
 _EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
 _FIRST_JUDGED = 4  # videos; where they are less than these points above chance, the others are not made
 _LEAST_HOPE = 5.0
@@ -108,7 +108,8 @@ def _few_steps(settings: Settings) -> Settings:
     so few steps any rounding of it would be seen.
     """
     sr2 = max(_STEPS["sr2"], math.ceil(_LEAST_EXECUTED / settings.strength))
-    spacing = {name: stage.spacing for name in _STEPS if (stage := getattr(settings.with_preset("fast"), name)).spacing}
+    fast = settings.with_preset("fast")
+    spacing = {name: getattr(fast, name).spacing for name in _STEPS}
     return settings.with_steps({**_STEPS, "sr2": sr2}).with_spacing(spacing)
 
 

@@ -38,27 +38,31 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
         folder.with_name(f"{folder.name}.lock").touch()
     except OSError as error:
         raise EngineError(f"{target} cannot be built: {folder.parent} cannot be written ({error}).") from None
-    cmake, printed, environment = str(find_program("cmake")), "", dict(os.environ)
+    cmake, environment = str(find_program("cmake")), dict(os.environ)
     nvcc = find_nvcc() if target == CUDA else None
     if nvcc:
         # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
         environment.setdefault("CUDACXX", nvcc[0])
     parallel = str(min(4, os.cpu_count() or 1))
+    build = [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel]
     with FileLock(f"{folder}.lock"):
         if nvcc and _has_no_compiler(folder):
             (folder / "CMakeCache.txt").unlink()  # it would never look for one again
-        for command in (
-            [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
-            [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel],
-        ):
-            if nvcc and "--build" in command and _has_no_compiler(folder):
-                log = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
-                raise EngineError(f"{target} cannot be built: CMake could not compile with {nvcc[0]}. {log} says why.")
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-            printed = done.stdout + done.stderr
-            if done.returncode:
-                raise EngineError(f"`{' '.join(command)}` failed:\n{printed[-4000:]}")
+        _run([cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options], environment)
+        if nvcc and _has_no_compiler(folder):
+            log = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
+            raise EngineError(f"{target} cannot be built: CMake could not compile with {nvcc[0]}. {log} says why.")
+        printed = _run(build, environment)
     return libraries(folder, target)[0], printed
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    """What it printed. Raises EngineError where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    printed = done.stdout + done.stderr
+    if done.returncode:
+        raise EngineError(f"`{' '.join(command)}` failed:\n{printed[-4000:]}")
+    return printed
 
 
 def _has_no_compiler(folder: Path) -> bool:

@@ -182,9 +182,10 @@ def _save(frames: Any, asked: str | None, free_name: Callable[[], str], fps: flo
     except Kept:
         raise
     except OutputError as error:
+        name = out.rstrip("/\\")
         try:
-            place = os.path.join(tempfile.mkdtemp(prefix="show1-rt-"), os.path.basename(out.rstrip("/\\")))
-            save_video(frames, place + out[len(out.rstrip("/\\")) :], fps, about)
+            place = os.path.join(tempfile.mkdtemp(prefix="show1-rt-"), os.path.basename(name))
+            save_video(frames, place + out[len(name) :], fps, about)
         except (OutputError, OSError):
             raise error from None
         raise OutputError(f"{error} The finished video is {place}.") from None
@@ -204,8 +205,13 @@ def _free_name(prompt: str, seed: int) -> str:
     """Named after the prompt, in any script; numbered where a video has that name already."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].strip("-")
     name = f"{words.encode()[:200].decode(errors='ignore') or 'video'}-{seed}"  # file systems count bytes
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(file for file in (f"{name}.mp4" for name in names) if not Path(file).exists())
+    return str(unused(Path(f"{name}.mp4")))
+
+
+def unused(file: Path) -> Path:
+    """The file, its name numbered where there is one of that name already."""
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
+    return next(free for free in chain([file], numbered) if not free.exists())
 
 
 def _prepare_stages(folder: Path) -> None:

@@ -74,14 +74,17 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     else:
         result.runs.append(f"onnxruntime ({'CUDA' if on_gpu else 'CPU'})")
     if gpus and "CUDA" not in providers:
-        result.hints.append(
-            f"ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then {install('cuda')}."
-        )
+        result.hints.append(f"{onnxruntime_idle()}.")
     missing = [package for package in _EXPORT if find_spec(package) is None]
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
     else:
         result.builds.append("onnxruntime (fp32, fp16, int8)")
+
+
+def onnxruntime_idle() -> str:
+    """What mends the wheel for CPUs on a machine with a card."""
+    return f"ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then {install('cuda')}"
 
 
 def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:

@@ -89,8 +89,8 @@ def save_video(
     """Write frames (uint8 RGB, [F, H, W, 3]) in the format that the suffix of `path` names.
 
     `metadata` is kept inside, as JSON; `read_metadata` gives it back. Without `replace` an existing file stays, and
-    Taken is raised. On any failure what was there before stays and nothing is left behind, but a
-    finished video that could not take its place: it is kept under another name.
+    Taken is raised. On any failure what was there before stays and nothing is left behind, but a finished video that
+    could not take its place: it is kept under another name.
     Only PNG keeps every pixel; GIF keeps 256 colours per frame, and H.264 shares colour between two rows and columns:
     in an .mp4 an odd height or width gains a copy of its last row or column.
     """

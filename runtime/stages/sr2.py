@@ -77,11 +77,8 @@ def refine(
 def decode(engines: EnginePool, latents: FloatArray) -> FloatArray:
     """Unscaled latents [F, 4, h, w] -> clip float32 [1, 3, F, 8h, 8w] near [-1, 1], not clamped."""
     with engines.use("vae_decoder") as engine:
-        clip: FloatArray | None = None
+        sides = (engine.properties["factor"] * side for side in latents.shape[2:])
+        clip = np.empty((1, 3, len(latents), *sides), np.float32)
         for i in range(len(latents)):
-            image = engine.run("decode", latents=latents[i : i + 1])["image"][0]
-            if clip is None:
-                clip = np.empty((1, len(image), len(latents), *image.shape[1:]), np.float32)
-            clip[0, :, i] = image
-    assert clip is not None
+            clip[0, :, i] = engine.run("decode", latents=latents[i : i + 1])["image"][0]
     return clip
