@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.errors import EngineError
+from engines.limits import processors
 from engines.tensorrt import installed_version
 from runtime.runner import INDUCTOR
 
@@ -47,7 +48,7 @@ def describe_host() -> dict[str, Any]:
     return {
         **describe_moment(),
         "cpu": _cpu_model(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": processors(),
         **size,
         "gpu": _gpu(),
         "os": _os_name(),

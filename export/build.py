@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from engines.catalog import TEXT_ENCODERS, TOKENIZERS, Network, networks_of
 from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.gpu import NO_BF16, TURING, find_gpus
+from engines.limits import available_memory, processors
 from engines.manifest import EngineEntry, FileEntry, GraphEntry
 from engines.memory import peak_memory
 from engines.quantize import LayerPlan, main_graph, quantize
@@ -523,8 +523,8 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
     if not pending:
         return
     waiting = sorted(pending, key=lambda job: -job.seconds)
-    available = psutil.virtual_memory().available
-    most = min(most or os.cpu_count() or 1, len(pending))
+    available = available_memory()
+    most = min(most or processors(), len(pending))
     for job in waiting:
         if job.memory > available:
             print(
@@ -536,7 +536,7 @@ def _build_all(bundle: BundleWriter, pending: list[Job], most: int | None) -> No
     context = get_context("spawn")
     messages = context.Queue()
     fitting_at_once = sum(total <= available for total in accumulate(sorted(job.memory for job in waiting)))
-    threads = max(1, (os.cpu_count() or 1) // min(most, max(1, fitting_at_once)))
+    threads = max(1, processors() // min(most, max(1, fitting_at_once)))
     running: dict[Future[tuple[EngineEntry, float]], Job] = {}
     with (
         bundle.scratch() as scratch,

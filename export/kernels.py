@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from engines.errors import EngineError
 from engines.gpu import find_gpus
+from engines.limits import processors
 from runtime.kernels import (
     BUILD,
     CUDA,
@@ -43,7 +44,7 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     if nvcc:
         # For a folder's first configuration: another compiler on the command line would have CMake forget the options.
         environment.setdefault("CUDACXX", nvcc[0])
-    parallel = str(min(4, os.cpu_count() or 1))
+    parallel = str(min(4, processors()))
     build = [cmake, "--build", str(folder), "--config", "Release", "--target", target, "--parallel", parallel]
     with FileLock(f"{folder}.lock"):
         if nvcc and _has_no_compiler(folder):

@@ -1,6 +1,8 @@
 """Plans on ONNX Runtime: the embedded default, on any CPU and, with onnxruntime-gpu, on NVIDIA cards."""
 
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from engines.errors import EngineError, install
 from engines.gpu import find_gpus, old_driver
+from engines.limits import processors
 from runtime.runner import first_line, load_error
 
 try:
@@ -32,7 +35,11 @@ def tries_cuda() -> bool:
 
     Where there is no GPU it is not: every session would say at length what it did not find.
     """
-    if _CUDA not in ort.get_available_providers() or not find_gpus():
+    if _CUDA not in ort.get_available_providers():
+        return False
+    if not find_gpus():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # who wants none knows
+            logging.getLogger(__name__).warning("No NVIDIA GPU is seen here: ONNX Runtime runs on the CPU.")
         return False
     with contextlib.redirect_stdout(sys.stderr):  # where it says what it does not find
         ort.preload_dlls()  # CUDA's libraries from the packages that the extra `cuda` brings
@@ -60,6 +67,9 @@ class OrtRunner:
     def __init__(self, plan: Path, precision: str = "fp32", in_place: bool = False):
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
+        if (allowed := processors()) < (os.cpu_count() or 1):
+            # By itself it has a thread for every core of the machine, bound to it, whatever limits there are.
+            options.intra_op_num_threads = allowed
         # From the second call on a pattern takes one block for all activations, beside what the first call took.
         options.enable_mem_pattern = False
         providers = _providers(precision)
@@ -75,8 +85,8 @@ class OrtRunner:
                 options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
                 options.enable_cpu_mem_arena = False
         try:
-            self._session = ort.InferenceSession(str(plan), options, providers=providers)
-            self._session.disable_fallback()  # after a failed call it would go on on the CPU, and say so on stdout
+            # Without its fallback, by which it would go on on the CPU after a failure, and say so on stdout.
+            self._session = ort.InferenceSession(str(plan), options, providers=providers, enable_fallback=0)
         except Exception as error:  # its exceptions share no base class
             raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
         if len(providers) > 1 and _CUDA not in self._session.get_providers():
