@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PureWindowsPath
 from typing import Any
 
 from engines.errors import BundleError
@@ -18,6 +19,11 @@ class FileEntry:
     path: str
     sha256: str
     bytes: int
+
+    def __post_init__(self) -> None:
+        path = PureWindowsPath(self.path)  # which knows all that leads out of a folder
+        if path.anchor or ".." in path.parts:
+            raise ValueError(f"{self.path} lies outside of the bundle")
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,22 @@ class Manifest:
                 defaults=dict(data["defaults"]),
                 schedulers={name: dict(config) for name, config in data["schedulers"].items()},
                 tokenizers={name: FileEntry(**file) for name, file in data["tokenizers"].items()},
-                engines={name: _engine(engine) for name, engine in data["engines"].items()},
+                engines={name: _engine(name, engine) for name, engine in data["engines"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise BundleError(
                 f"{where} is not a bundle's manifest ({type(error).__name__}: {error}). "
                 "Build the bundle again, in a new folder: `python -m export build --out NEW`."
             ) from None
 
 
-def _engine(data: dict[str, Any]) -> EngineEntry:
+def _engine(name: str, data: dict[str, Any]) -> EngineEntry:
+    if data["name"] != name:
+        raise ValueError(f"the engine {name} is called {data['name']!r}")
     return EngineEntry(
         **{
             **data,
+            "source": dict(data["source"]),
             "targets": tuple(data["targets"]),
             "graphs": {name: _graph(graph) for name, graph in data["graphs"].items()},
         }

@@ -95,8 +95,13 @@ class Bundle:
                 options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
                 options |= {"attention": entry.source.get("attention")}
             options |= {"no-autotune": "" if entry.source.get("autotune") else None}
-        options |= {"size": "{}x{}".format(*self.manifest.size), "out": shlex.quote(str(self.root)), **changes}
-        words = " ".join(f"--{option} {value}".rstrip() for option, value in options.items() if value is not None)
+        options |= {"size": "{}x{}".format(*self.manifest.size), "out": str(self.root), **changes}
+        # Quoted, whatever a manifest says: users run what they are told to.
+        words = " ".join(
+            f"--{option} {shlex.quote(value)}" if value else f"--{option}"
+            for option, value in options.items()
+            if value is not None
+        )
         return f"`python -m export build --checkpoint FOLDER {words}`"
 
     def problems(self, entry: EngineEntry) -> list[str]:
@@ -125,7 +130,10 @@ class Bundle:
             raise BundleError(f"{path} cannot be read ({why}). Mend that, or give another bundle.") from None
         if not whole:
             if Bundle.open(self.root).manifest != self.manifest:
-                raise BundleError(f"{self.root}: its engines were built again while this ran. Run this again.")
+                raise BundleError(
+                    f"{self.root}: its engines were built again while this ran. Run this again; a "
+                    "program opens the bundle again."
+                )
             raise BundleError(
                 f"{path} is missing or cut short. `python -m export check {self.root}` says how to build it again."
             )
@@ -157,7 +165,8 @@ class Bundle:
         try:
             root.mkdir(parents=True, exist_ok=True)
             found = [path.name for path in root.iterdir()]
-            foreign = any(name != ".lock" and not name.startswith(_TEMPORARY) for name in found)
+            ours = (".lock", "lost+found")  # the latter is an empty disk's own
+            foreign = any(name not in ours and not name.startswith(_TEMPORARY) for name in found)
             if foreign and not (root / MANIFEST).exists():
                 raise BundleError(f"{root} holds other files and no bundle. Choose an empty or new folder for --out.")
             lock = FileLock(root / ".lock", timeout=0)

@@ -143,6 +143,9 @@ def polygraphy(flavour: str) -> Any:
     rtx = flavour == "tensorrt-rtx"
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(rtx))
     try:
+        logger = importlib.import_module("polygraphy.logger").G_LOGGER
+        # By itself it writes to stdout, where `--json` writes its result.
+        logger.use_python_logging_system, logger.colors = True, False
         backend = importlib.import_module("polygraphy.backend.trt")
         chosen = importlib.import_module("polygraphy.config").USE_TENSORRT_RTX
     except ImportError as error:

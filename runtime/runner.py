@@ -270,7 +270,7 @@ class EnginePool:
             yield engine
         finally:
             if not self.keep_loaded:
-                del self._loaded[name]
+                self._loaded.pop(name, None)  # `close` may have come from a callback
                 engine.close()
 
     def close(self) -> None:

@@ -3,10 +3,8 @@
 Not run yet, for want of a card that TensorRT-RTX serves.
 """
 
-import contextlib
 import mmap
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,19 @@ from runtime.runner import first_line, load_error
 class TrtRunner:
     def __init__(self, plan: Path, flavour: str):
         backend = polygraphy(flavour)
-        with _log_to_stderr():
-            load_cuda_runtime()
+        load_cuda_runtime()
         # Polygraphy's loader of files reads RTX plans into memory, of T5 9.5 GB; mapped they take none of their own.
         engine = backend.EngineFromBytes(lambda: _mapped(plan))
         # Memory for the shapes of the call, not for the largest of the profile.
         self._runner = backend.TrtRunner(engine, allocation_strategy="runtime")
         try:
-            with _log_to_stderr():
-                self._runner.activate()
+            self._runner.activate()
         except Exception as error:  # its exceptions share no base class
             raise load_error(plan, flavour, error) from None
 
     def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         try:
-            with _log_to_stderr():
-                outputs = self._runner.infer(dict(feeds), copy_outputs_to_host=False)
+            outputs = self._runner.infer(dict(feeds), copy_outputs_to_host=False)
             # Copied here, and only what is wanted: its buffers serve the next call.
             return {name: outputs[name].numpy() for name in wanted or outputs}
         except Exception as error:
@@ -43,8 +38,7 @@ class TrtRunner:
 
     def close(self) -> None:
         outputs = self._runner.output_allocator.buffers
-        with _log_to_stderr():
-            self._runner.deactivate()
+        self._runner.deactivate()
         for buffer in outputs.values():
             buffer.free()  # `deactivate` leaves these on the card
 
@@ -52,10 +46,3 @@ class TrtRunner:
 def _mapped(plan: Path) -> mmap.mmap:
     with open(plan, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-@contextlib.contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """Polygraphy writes its log where `--json` writes its result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield

@@ -593,6 +593,13 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path
     assert [letter.is_file() and letter.read_text() for letter in letters] == ["dear"] * 3
 
 
+def test_a_new_disk_is_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    with Bundle.writer(tmp_path) as writer:
+        writer.update(versions={})
+    assert (tmp_path / "lost+found").is_dir() and not Bundle.open(tmp_path).manifest.engines
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -797,6 +804,7 @@ def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: 
         (b"{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
         (b"[]", r"is not a bundle's manifest \(TypeError"),
         (b'{"format": 2}', r"is not a bundle's manifest \(KeyError: 'size'\)"),
+        (b"[" * 100_000, r"is not a bundle's manifest \(RecursionError"),
         (b'{"format": 99}', r"manifest format 99, this version reads 2\. Build the bundle again"),
     ],
 )
@@ -805,6 +813,32 @@ def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: bytes 
         (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=message):
         Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"multiple": 1', '"multiple": 0', "ZeroDivisionError"),
+        ('"name": "clip"', '"name": "clap"', "the engine clip is called 'clap'"),
+        ('"source": {', '"source": null, "properties": {', "TypeError"),
+        ('"path": "tokenizers/t5.json"', '"path": 5', "TypeError"),
+        ('"path": "tokenizers/t5.json"', '"path": "../t5.json"', r"\.\./t5\.json lies outside of the bundle"),
+        ('"path": "tokenizers/t5.json"', '"path": "/etc/hostname"', "hostname lies outside of the bundle"),
+        ('"path": "tokenizers/t5.json"', '"path": "C:t5.json"', "C:t5.json lies outside of the bundle"),
+    ],
+)
+def test_a_manifest_with_impossible_values_is_none(bundle: Path, old: str, new: str, message: str) -> None:
+    text = (bundle / "manifest.json").read_text(encoding="utf-8")
+    assert old in text
+    with pytest.raises(BundleError, match=f"is not a bundle's manifest .*{message}"):
+        Manifest.from_json(text.replace(old, new, 1), "manifest.json")
+
+
+def test_what_a_manifest_says_is_quoted_in_a_command(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    entry = replace(opened.engine("clip"), targets=("sm89",), backend="tensorrt-rtx", source={"attention": "`touch x`"})
+    edited = Bundle(bundle, replace(opened.manifest, engines={"clip": entry}))
+    assert "--target sm89 --attention '`touch x`' --size" in edited.rebuild_command("clip")
 
 
 def run_check(bundle: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:

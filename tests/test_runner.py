@@ -102,6 +102,11 @@ def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
         Engine(opened, replace(entry, graphs={"encode": damaged}))
 
 
+def test_a_pool_may_be_closed_while_an_engine_is_in_use(bundle: Path) -> None:
+    with EnginePool(Bundle.open(bundle)) as pool, pool.use("clip"):
+        pool.close()  # from a callback, or where a signal is handled
+
+
 def test_an_engine_is_closed_whatever_its_runners_say(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -132,10 +137,10 @@ class WheelWithCuda:
         monkeypatch.setattr(runner_ort, "find_gpus", lambda: [card] * gpus)
         runner_ort.tries_cuda.cache_clear()
 
-    def __call__(self, _plan: str, _options: object, providers: list[object]) -> SimpleNamespace:
+    def __call__(self, _plan: str, _options: object, providers: list[object], **_: object) -> SimpleNamespace:
         self.asked = providers
         used = [runner_ort._CUDA, runner_ort._CPU] if self.found else [runner_ort._CPU]
-        return SimpleNamespace(get_providers=lambda: used, get_outputs=list, disable_fallback=lambda: None)
+        return SimpleNamespace(get_providers=lambda: used, get_outputs=list)
 
 
 @pytest.fixture
@@ -145,7 +150,8 @@ def wheel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WheelWithCu
     runner_ort.tries_cuda.cache_clear()
 
 
-def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, capsys) -> None:
+def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, capsys, caplog, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     wheel(False, 1)
     with pytest.raises(EngineError, match=r"did not find the CUDA libraries .*\.\[cuda\]"):
         OrtRunner(tmp_path / "step.onnx")
@@ -153,6 +159,14 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     session = wheel(False, 0)
     OrtRunner(tmp_path / "step.onnx")
     assert session.asked == [runner_ort._CPU], "and where there is none, it is not looked for"
+    OrtRunner(tmp_path / "step.onnx")
+    assert [record.message for record in caplog.records] == [
+        "No NVIDIA GPU is seen here: ONNX Runtime runs on the CPU."
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    wheel(False, 0)
+    OrtRunner(tmp_path / "step.onnx")
+    assert len(caplog.records) == 1, "who wants none is not told"
     wheel(False, 1, driver=(12, 4))
     with pytest.raises(EngineError, match=r"driver is for CUDA 12\.4, onnxruntime-gpu needs 13\.0: install a newer"):
         OrtRunner(tmp_path / "step.onnx")
@@ -220,6 +234,33 @@ def test_a_session_holds_activations_once_and_never_moves_to_the_cpu_by_itself(b
     runner.close()
 
 
+def test_a_session_that_cannot_be_made_says_why_and_is_not_tried_on_the_cpu(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[object] = []
+
+    def fail(_: object, providers: object, *__: object) -> None:
+        tried.append(providers)
+        raise RuntimeError("CUDA failure 46: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(runner_ort.ort.InferenceSession, "_create_inference_session", fail)
+    opened = Bundle.open(bundle)
+    with pytest.raises(EngineError, match=r"cannot load it \(CUDA failure 46: .* busy or unavailable\)"):
+        Engine(opened, opened.engine("clip"))
+    assert len(tried) == 1 and capsys.readouterr().out == ""
+
+
+def test_a_session_has_as_many_threads_as_the_process_may_use(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    plan = opened.path(opened.engine("clip").graphs["encode"].plan)
+    for allowed, processors, threads in ((3, 64, 3), (64, 64, 0)):  # 0: as it decides itself
+        monkeypatch.setattr(runner_ort, "processors", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(os, "cpu_count", lambda processors=processors: processors)
+        runner = OrtRunner(plan)
+        assert runner._session.get_session_options().intra_op_num_threads == threads
+        runner.close()
+
+
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", 0), ("int8", 0), ("fp16", 1), ("bf16", 1)])
 def test_float32_on_a_gpu_is_not_tf32_and_half_precision_has_the_matrix_units(
     wheel, tmp_path: Path, precision: str, tf32: int
@@ -244,8 +285,7 @@ class Polygraphy:
         assert allocation_strategy == "runtime" and plan()[:] == b"a plan"
         return self
 
-    def activate(self) -> None:
-        print("[W] a warning")
+    def activate(self) -> None: ...
 
     def infer(self, feeds: dict[str, np.ndarray], copy_outputs_to_host: bool) -> dict[str, SimpleNamespace]:
         assert not copy_outputs_to_host
@@ -260,9 +300,7 @@ class Polygraphy:
         del self.output_allocator
 
 
-def test_a_plan_copies_what_is_wanted_frees_the_rest_and_prints_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_copies_what_is_wanted_and_frees_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Polygraphy()
     backend = SimpleNamespace(EngineFromBytes=lambda plan: plan, TrtRunner=card.of)
     monkeypatch.setattr(runner_trt, "polygraphy", lambda _: backend)
@@ -274,7 +312,15 @@ def test_a_plan_copies_what_is_wanted_frees_the_rest_and_prints_nothing(
     assert set(runner.infer({"sample": np.ones(3)})) == {"noise_pred", "deep"}
     runner.close()
     assert sorted(card.freed) == ["deep", "noise_pred"]
-    assert capsys.readouterr().out == ""
+
+
+def test_polygraphy_logs_elsewhere_than_where_results_go() -> None:
+    pytest.importorskip("polygraphy")
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    code = "import sys; from engines import tensorrt; tensorrt.polygraphy('tensorrt-rtx'); "
+    code += "from polygraphy.logger import G_LOGGER; G_LOGGER.warning('a warning'); G_LOGGER.info('more')"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout == "" and "a warning" in process.stderr
 
 
 def test_a_process_has_one_flavour_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
