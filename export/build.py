@@ -1,5 +1,6 @@
 """`export build`: from checkpoint folders to a bundle of engines, rebuilding only what changed."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -31,11 +32,11 @@ from engines.compile_trt import DetachedModel, Report
 from engines.errors import BundleError, CheckpointError, SettingsError
 from engines.gpu import NO_BF16, TURING, find_gpus
 from engines.limits import available_memory, processors
-from engines.manifest import EngineEntry, FileEntry, GraphEntry
+from engines.manifest import EngineEntry, GraphEntry
 from engines.memory import peak_memory
 from engines.quantize import LayerPlan, main_graph, quantize
 from engines.spec import INT8, PRECISIONS, WEIGHT_BYTES, GraphSpec
-from engines.store import Bundle, BundleWriter, file_entry, hash_file
+from engines.store import Bundle, BundleWriter, file_entry
 from export import kernels, networks
 from export.checkpoint import find_folder, read_config
 from export.networks import Graph, LoadedNetwork, Source
@@ -191,108 +192,132 @@ class Job:
 def build_engine(job: Job, folder: Path, report: Report = lambda _: None) -> EngineEntry:
     """Load, trace, compare and compile one network into `folder`; file paths in the entry are relative to it."""
     made_from = job.made_from()  # before anything is read: what changes from now on makes the engine stale
-    build = _build_packages if job.backend.name == INDUCTOR else _build_plans
-    return build(job, made_from, folder, report)
+    build = {compile_ort.BACKEND: _build_for_ort, INDUCTOR: _build_packages}.get(job.backend.name, _build_plans)
+    seconds = {"export_s": 0.0, "parity_s": 0.0, "compile_s": 0.0}
+    properties, graphs = build(job, folder, report, seconds)
+    cost = {"parameters": job.source.parameters, **seconds, "peak_bytes": peak_memory()}
+    return EngineEntry(
+        job.name,
+        job.backend.name,
+        job.backend.version,
+        INT8 if job.layers else job.precision,
+        job.backend.targets,
+        made_from,
+        properties,
+        graphs,
+        cost,
+    )
 
 
-def _load(job: Job, report: Report) -> LoadedNetwork:
-    report("loading")
-    return networks.load(job.source, job.precision, job.size, job.keep_variance)
+Seconds = dict[str, float]
+Built = tuple[dict[str, Any], dict[str, GraphEntry]]  # properties, graphs
 
 
-def _build_packages(job: Job, made_from: dict[str, str], folder: Path, report: Report) -> EngineEntry:
-    """What inductor makes is compared itself, on the device that it is for."""
+@contextlib.contextmanager
+def _timed(seconds: Seconds, kind: str) -> Iterator[None]:
     start = time.perf_counter()
-    loaded = _load(job, report)
+    yield
+    seconds[kind] += time.perf_counter() - start
+
+
+def _load(job: Job, report: Report, seconds: Seconds) -> LoadedNetwork:
+    report("loading")
+    with _timed(seconds, "export_s"):
+        return networks.load(job.source, job.precision, job.size, job.keep_variance)
+
+
+def _trace(graph: Graph, report: Report, seconds: Seconds) -> ir.Model:
+    report(f"tracing {graph.spec.name}")
+    with _timed(seconds, "export_s"):
+        example = graph.example(example_sizes(graph.spec), torch.Generator().manual_seed(SEED))
+        return trace(graph.module, graph.spec, example)
+
+
+def _compare(
+    job: Job,
+    graph: Graph,
+    runner: Runner,
+    report: Report,
+    seconds: Seconds,
+    sizes: list[dict[str, int]] | None = None,
+    tolerance: float | None = None,
+) -> list[dict[str, float]]:
+    """`check_parity`; closes `runner`."""
+    report(f"comparing {graph.spec.name}")
+    try:
+        with _timed(seconds, "parity_s"):
+            return check_parity(graph, job.name, runner, job.precision, sizes, tolerance)
+    finally:
+        runner.close()
+
+
+def _build_packages(job: Job, folder: Path, report: Report, seconds: Seconds) -> Built:
+    """What inductor makes is compared itself, on the device that it is for."""
+    loaded, entries = _load(job, report, seconds), {}
     (target,) = job.backend.targets
-    seconds = {"export_s": time.perf_counter() - start, "compile_s": 0.0, "parity_s": 0.0}
-    entries = {}
     for graph in loaded.graphs:
         name, package = graph.spec.name, folder / f"{graph.spec.name}.pt2"
         report(f"compiling {name}")
-        begun = time.perf_counter()
-        compile_inductor(graph, package, target, job.backend.autotune)
-        compiled = time.perf_counter()
-        report(f"comparing {name}")
+        with _timed(seconds, "compile_s"):
+            compile_inductor(graph, package, target, job.backend.autotune)
         runner = open_runner(INDUCTOR, package, job.precision, job.name)
-        try:
-            tolerance = BF16_TOLERANCE if job.precision == "bf16" else None
-            sizes = package_sizes(graph.spec)
-            parity = check_parity(graph, job.name, runner, job.precision, sizes, tolerance)
-        finally:
-            runner.close()
-        seconds["compile_s"] += compiled - begun
-        seconds["parity_s"] += time.perf_counter() - compiled
+        tolerance = BF16_TOLERANCE if job.precision == "bf16" else None
+        parity = _compare(job, graph, runner, report, seconds, package_sizes(graph.spec), tolerance)
         file = file_entry(package)
         entries[name] = GraphEntry(graph.spec, file, None, file.sha256, parity)
-    return _engine_entry(job, made_from, {**loaded.properties, "kernels": ABI}, entries, seconds)
+    return {**loaded.properties, "kernels": ABI}, entries
 
 
-def _build_plans(job: Job, made_from: dict[str, str], folder: Path, report: Report) -> EngineEntry:
-    """ONNX, for ONNX Runtime or TensorRT."""
-    start = time.perf_counter()
-    loaded = _load(job, report)  # here, where it is let go before compilation
-    graphs, on_ort = loaded.graphs, job.backend.name == compile_ort.BACKEND
-    detached: dict[str, DetachedModel] = {}
-    compiled: dict[str, DetachedModel] = {}
-    hashes: dict[str, str] = {}
-    for graph in graphs:
-        report(f"tracing {graph.spec.name}")
-        example = graph.example(example_sizes(graph.spec), torch.Generator().manual_seed(SEED))
-        model = trace(graph.module, graph.spec, example)
+def _build_for_ort(job: Job, folder: Path, report: Report, seconds: Seconds) -> Built:
+    """The files that ONNX Runtime will open are compared."""
+    loaded, entries = _load(job, report, seconds), {}
+    for graph in loaded.graphs:
         plan, weights = _onnx_files(folder, graph.spec)
-        if on_ort:
+        model = _trace(graph, report, seconds)
+        with _timed(seconds, "compile_s"):
             compile_ort.compile_ort(model, plan, weights)
-            hashes[graph.spec.name] = hash_file(plan)
-            continue
-        if job.layers and graph.spec.name == main_graph(job.name):
+        runner = open_runner(job.backend.name, plan, job.precision, job.name)
+        parity = _compare(job, graph, runner, report, seconds)
+        file, beside = file_entry(plan), file_entry(weights) if weights.exists() else None
+        entries[graph.spec.name] = GraphEntry(graph.spec, file, beside, file.sha256, parity)
+    return loaded.properties, entries
+
+
+def _build_plans(job: Job, folder: Path, report: Report, seconds: Seconds) -> Built:
+    """Plans of TensorRT need a card to run: what is compared is the graph that the builder is given."""
+    loaded = _load(job, report, seconds)  # here, where it is let go before compilation
+    specs, properties = [graph.spec.narrowed() for graph in loaded.graphs], loaded.properties
+    models: dict[str, DetachedModel] = {}
+    parity = {}
+    for graph in loaded.graphs:
+        name, (plan, weights) = graph.spec.name, _onnx_files(folder, graph.spec)
+        model = _trace(graph, report, seconds)
+        if job.layers and name == main_graph(job.name):
             quantized = model.clone()
             quantize(quantized, job.layers)
-            compiled[graph.spec.name] = _detached(job, quantized, plan, weights)
-            # What is compared: inputs at random are not calibrated for.
-            detached[graph.spec.name] = _detached(job, model)
+            models[name] = _detached(job, quantized, plan, weights)
+            compared = _detached(job, model)  # inputs at random are not calibrated for
         else:
-            compiled[graph.spec.name] = detached[graph.spec.name] = _detached(job, model, plan, weights)
-        hashes[graph.spec.name] = compiled[graph.spec.name].sha256
-    traced = time.perf_counter()
+            models[name] = compared = _detached(job, model, plan, weights)
+        runner = DetachedRunner(in_float32(compared) if job.precision == "bf16" else compared)
+        parity[name] = _compare(job, graph, runner, report, seconds)
 
-    parity = {}
-    for graph in graphs:
-        report(f"comparing {graph.spec.name}")
-        runner = _parity_runner(job, graph, folder, detached)
-        try:
-            parity[graph.spec.name] = check_parity(graph, job.name, runner, job.precision)
-        finally:
-            runner.close()
-    compared = time.perf_counter()
-
-    specs = [graph.spec if on_ort else graph.spec.narrowed() for graph in graphs]
-    properties = loaded.properties
-    del loaded, graphs, graph, runner, detached  # what the module holds beside the weights' pages
+    del loaded, graph, model, compared, runner  # what the module holds beside the weights' pages
     gc.collect()
-    files: dict[str, tuple[FileEntry, FileEntry | None]] = {}
+    entries = {}
     for spec in specs:
-        if on_ort:
-            plan, weights = _onnx_files(folder, spec)
-            files[spec.name] = (file_entry(plan), file_entry(weights) if weights.exists() else None)
-            continue
-        plan = folder / f"{spec.name}.plan"
-        compile_trt.compile_trt(
-            job.backend.name,
-            compiled.pop(spec.name),
-            spec,
-            plan,
-            job.backend.targets,
-            lambda phase, name=spec.name: report(f"compiling {name}: {phase}"),
-        )
-        files[spec.name] = (file_entry(plan), None)
-    entries = {spec.name: GraphEntry(spec, *files[spec.name], hashes[spec.name], parity[spec.name]) for spec in specs}
-    seconds = {
-        "export_s": traced - start,
-        "parity_s": compared - traced,
-        "compile_s": time.perf_counter() - compared,
-    }
-    return _engine_entry(job, made_from, properties, entries, seconds)
+        detached, plan = models.pop(spec.name), folder / f"{spec.name}.plan"
+        with _timed(seconds, "compile_s"):
+            compile_trt.compile_trt(
+                job.backend.name,
+                detached,
+                spec,
+                plan,
+                job.backend.targets,
+                lambda phase, name=spec.name: report(f"compiling {name}: {phase}"),
+            )
+        entries[spec.name] = GraphEntry(spec, file_entry(plan), None, detached.sha256, parity[spec.name])
+    return properties, entries
 
 
 def _detached(job: Job, model: ir.Model, plan: Path | None = None, weights: Path | None = None) -> DetachedModel:
@@ -303,35 +328,8 @@ def _detached(job: Job, model: ir.Model, plan: Path | None = None, weights: Path
     return compile_trt.detach_weights(model)
 
 
-def _engine_entry(
-    job: Job,
-    made_from: dict[str, str],
-    properties: dict[str, Any],
-    graphs: dict[str, GraphEntry],
-    seconds: dict[str, float],
-) -> EngineEntry:
-    return EngineEntry(
-        job.name,
-        job.backend.name,
-        job.backend.version,
-        INT8 if job.layers else job.precision,
-        job.backend.targets,
-        made_from,
-        properties,
-        graphs,
-        {"parameters": job.source.parameters, **seconds, "peak_bytes": peak_memory()},
-    )
-
-
 def _onnx_files(folder: Path, spec: GraphSpec) -> tuple[Path, Path]:
     return folder / f"{spec.name}.onnx", folder / f"{spec.name}.weights"
-
-
-def _parity_runner(job: Job, graph: Graph, folder: Path, detached: dict[str, DetachedModel]) -> Runner:
-    if not detached:
-        return open_runner(job.backend.name, _onnx_files(folder, graph.spec)[0], job.precision, job.name)
-    model = detached[graph.spec.name]
-    return DetachedRunner(in_float32(model) if job.precision == "bf16" else model)
 
 
 _messages: Any = None  # a worker's queue to the process that shows progress
