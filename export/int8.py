@@ -113,20 +113,29 @@ def _few_steps(settings: Settings) -> Settings:
     return settings.with_steps({**_STEPS, "sr2": sr2}).with_spacing(spacing)
 
 
-class _Pool(EnginePool):
-    """Engines of a bundle, some of them swapped for candidates. Without `swapped` it notes what they are given."""
+class _Recording(EnginePool):
+    """Notes what engines are given."""
 
-    def __init__(self, bundle: Bundle, swapped: Mapping[str, Bundle] | None = None):
+    def __init__(self, bundle: Bundle):
         super().__init__(bundle, keep_loaded=True)
-        self._swapped = swapped
         self.calls: dict[tuple[str, str], _Reservoir] = {}
 
     def open(self, name: str) -> Engine:
-        bundle = (self._swapped or {}).get(name, self.bundle)
-        engine = Engine(bundle, bundle.engine(name))
-        if self._swapped is None:
-            engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Reservoir()).add(feeds)
+        engine = super().open(name)
+        engine.on_feeds = lambda graph, feeds: self.calls.setdefault((name, graph), _Reservoir()).add(feeds)
         return engine
+
+
+class _Swapped(EnginePool):
+    """Engines of a bundle, some of them swapped for candidates."""
+
+    def __init__(self, bundle: Bundle, candidates: Mapping[str, Bundle]):
+        super().__init__(bundle, keep_loaded=True)
+        self._candidates = candidates
+
+    def open(self, name: str) -> Engine:
+        bundle = self._candidates.get(name, self.bundle)
+        return Engine(bundle, bundle.engine(name))
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class _Judge:
         for prompts in (self.prompts[:_FIRST_JUDGED], self.prompts[_FIRST_JUDGED:]):
             if prompts and (not takes or self._above_chance >= _LEAST_HOPE):
                 more = [Take(prompt.prompt, prompt.seed, self.settings) for prompt in prompts]
-                takes += make_videos(_Pool(self.floats, {}), more)
+                takes += make_videos(EnginePool(self.floats, keep_loaded=True), more)
                 self.before = self._faithfulness(takes)
         assert self.before is not None
         known = f"float32's faithfulness is {self.before.score:.0%}, by chance {self.before.chance_score:.0%}"
@@ -311,12 +320,12 @@ def _build(
     calls: dict[tuple[str, str], list[Feeds]] = {}
     for prompt in CALIBRATION_PROMPTS:
         _say(f"calibrating on {prompt!r}")
-        pool = _Pool(floats)
+        pool = _Recording(floats)
         make_videos(pool, [Take(prompt, SEED, settings)])
         for key, kept in pool.calls.items():
             calls.setdefault(key, []).extend(kept.feeds)
     _say(f"comparing on {HELD_OUT_PROMPT!r}")
-    pool = _Pool(floats)
+    pool = _Recording(floats)
     (reference,) = make_videos(pool, [Take(HELD_OUT_PROMPT, SEED, settings)])
     each = (time.perf_counter() - started) / len(pending)
     for name, source in pending:
@@ -330,7 +339,7 @@ def _build(
             tries = _modes(name, for_memory)
             for modes in tries:
                 candidate, verdict = _quantized(floats, entry, measured, modes, held_out, folder)
-                engines = _Pool(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
+                engines = _Swapped(floats, {name: Bundle(folder, Manifest(engines={name: candidate}))})
                 (video,) = make_videos(engines, [reference], name)
                 verdict = verdict.with_psnr(psnr(reference.frames, video.frames))
                 if verdict.psnr_db >= LEAST_PSNR and (verdict.kept or for_memory):

@@ -34,6 +34,7 @@ from export.replay import Take
 from export.to_onnx import trace
 from runtime.config import Settings
 from runtime.pipeline import Show1Pipeline
+from runtime.runner import EnginePool
 from runtime.runner_ort import OrtRunner
 from runtime.schedulers import executed_steps
 
@@ -563,7 +564,7 @@ def test_the_judge_counts_points_against_float32s_videos_made_once(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floats = Bundle.open(bundle)
-    judge, engines = int8._Judge(floats, PROMPTS, SETTINGS), int8._Pool(floats)
+    judge, engines = int8._Judge(floats, PROMPTS, SETTINGS), EnginePool(floats, keep_loaded=True)
     monkeypatch.setattr(int8, "LEAST_ABOVE_CHANCE", -100.0)
     assert judge.points(engines, "vae_decoder") == 0.0
     judge.before = Faithfulness({}, [0.5, 0.56], [1, 1], {"faithfulness": 0.3})
@@ -580,7 +581,7 @@ def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
     floats = Bundle.open(bundle)
     made: list[str] = []
 
-    def make(engines: int8._Pool, takes: list[Take], first: str = "t5") -> list[Take]:
+    def make(engines: EnginePool, takes: list[Take], first: str = "t5") -> list[Take]:
         made.append(first)
         return [replace(take, made={"vae_decoder": np.zeros((1, 8, 8, 3), np.uint8)}) for take in takes]
 
@@ -590,7 +591,7 @@ def test_videos_that_follow_prompts_by_chance_alone_have_nothing_to_lose(
         before = Faithfulness({}, [0.3, 0.5], [1, 1], {"faithfulness": chance})
         monkeypatch.setattr(int8, "faithfulness", lambda *_, before=before: before)
         judge = int8._Judge(floats, PROMPTS, SETTINGS)
-        assert judge.points(int8._Pool(floats), "sr1") == points
+        assert judge.points(EnginePool(floats), "sr1") == points
         judged = verdict.with_faithfulness(points, judge.before)
         assert judged.kept and judged.points == points and (judged.before, judged.chance) == (0.4, chance)
         measured = "not measured: float32's is 40%, by chance 30%" if points is None else "+0.0 points"
@@ -609,7 +610,7 @@ def test_a_few_videos_are_enough_to_see_that_prompts_are_not_followed(
 ) -> None:
     made: list[Take] = []
 
-    def make(engines: int8._Pool, takes: list[Take], first: str = "t5") -> list[Take]:
+    def make(engines: EnginePool, takes: list[Take], first: str = "t5") -> list[Take]:
         made.extend(takes)
         return [replace(take, made={"vae_decoder": np.zeros((1, 8, 8, 3), np.uint8)}) for take in takes]
 
@@ -617,7 +618,7 @@ def test_a_few_videos_are_enough_to_see_that_prompts_are_not_followed(
     score = Faithfulness({}, [0.4, 0.4], [1, 1], {"faithfulness": chance})
     monkeypatch.setattr(int8, "faithfulness", lambda *_: score)
     judge = int8._Judge(Bundle.open(bundle), load_prompts(6), SETTINGS)
-    assert (judge.points(int8._Pool(judge.floats, {}), "sr1") is not None) == judged
+    assert (judge.points(EnginePool(judge.floats), "sr1") is not None) == judged
     assert len(made) == videos + (6 if judged else 0)
     assert ("of the first 4: not measured" in capsys.readouterr().err) != judged
 
