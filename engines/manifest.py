@@ -10,6 +10,7 @@ from engines.errors import BundleError
 from engines.spec import Axis, Binding, GraphSpec
 
 FORMAT = 2
+_AGAIN = "Build the bundle again, in a new folder: `python -m export build --out NEW`."
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,11 @@ class Manifest:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Manifest":
+    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
-                raise BundleError(
-                    f"{where}: manifest format {data['format']}, this version reads {FORMAT}. "
-                    "Build the bundle again, in a new folder: `python -m export build --out NEW`."
-                )
+                raise BundleError(f"{where}: manifest format {data['format']}, this version reads {FORMAT}. {_AGAIN}")
             width, height = data["size"]
             return cls(
                 versions=data["versions"],
@@ -113,8 +111,7 @@ class Manifest:
             )
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise BundleError(
-                f"{where} is not a bundle's manifest ({type(error).__name__}: {error}). "
-                "Build the bundle again, in a new folder: `python -m export build --out NEW`."
+                f"{where} is not a bundle's manifest ({type(error).__name__}: {error}). {_AGAIN}"
             ) from None
 
 

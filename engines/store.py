@@ -49,12 +49,7 @@ class Bundle:
         root = Path(root)
         path = root / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BundleError(
-                f"{path} is not a bundle's manifest ({error}). "
-                "Build the bundle again, in a new folder: `python -m export build --out NEW`."
-            ) from None
+            text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{root}: no {MANIFEST} there, so it is not a bundle. "
