@@ -126,7 +126,6 @@ STEP_SHAPES: dict[str, tuple[int, ...]] = {  # stage -> sample [B, C, F, H, W]
     "sr1": (1, 3, 8, 160, 256),
     "sr2": (1, 4, 29, 40, 72),
 }
-FRAMES_SHAPE = (3, 29, 320, 576)  # C, F, H, W
 
 
 @dataclass(frozen=True)
@@ -472,45 +471,6 @@ class KernelBench:
 
         return plain
 
-    # ---- Frames to uint8
-
-    def frames(self) -> Row:
-        torch = self.torch
-        channels, frames, height, width = FRAMES_SHAPE
-        torch.manual_seed(0)
-        clip = torch.randn(*FRAMES_SHAPE, device=DEVICE).half()
-        out = torch.empty(frames, height, width, channels, dtype=torch.uint8, device=DEVICE)
-        planes = Planes(clip.data_ptr(), 0, clip.stride(0), clip.stride(1))
-
-        def ours() -> None:
-            self.kernels.frames_to_uint8(
-                "float16",
-                planes,
-                out.data_ptr(),
-                channels=channels,
-                frames=frames,
-                pixels=height * width,
-                stream=self.stream,
-            )
-
-        def plain() -> Any:
-            return ((clip.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-        ours()
-        count = clip.nbytes + out.nbytes
-        torch._dynamo.reset()
-        compiled = torch.compile(plain, dynamic=False)
-        return Row(
-            kernel="frames to uint8",
-            shape=" x ".join(map(str, FRAMES_SHAPE)),
-            bytes=count,
-            error=float((out.int() - plain().int()).abs().max()),
-            budget=0.0,
-            ours=self.time(ours),
-            copy=self.copy(count),
-            others={"torch": self.time(plain), "compiled": self.try_to_time(compiled)},
-        )
-
     def rows(self) -> Iterator[Row]:
         """Every kernel at every shape, wrong results too: a row says whether it is right."""
         cases: list[Callable[[], Row]] = [
@@ -521,7 +481,6 @@ class KernelBench:
             ),
             *(lambda shape=shape: self.norm(shape) for shape in NORM_SHAPES),
             *(lambda stage=stage: self.step(stage) for stage in STEP_SHAPES),
-            self.frames,
         ]
         for case in cases:
             yield case()

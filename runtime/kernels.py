@@ -177,13 +177,10 @@ class Kernels:
             raise EngineError(f"{library} cannot be loaded ({error}). {_BUILD_IT}") from None
         if not hasattr(loaded, "show1_abi") or loaded.show1_abi() != ABI:
             raise EngineError(f"{library} was built from another version's headers. {_BUILD_IT}")
-        sizes = [c_int] * 3
-        heads = [POINTER(Heads)] * 4
         signatures = {
-            "temporal_attention": [c_int, *heads, *sizes, c_int, c_int, c_float, c_void_p],
+            "temporal_attention": [c_int, *[POINTER(Heads)] * 4, *[c_int] * 5, c_float, c_void_p],
             "group_norm": [POINTER(GroupNormArgs), c_void_p],
             "denoise_step": [POINTER(DenoiseArgs), c_void_p],
-            "frames_to_uint8": [c_int, POINTER(Planes), c_void_p, *sizes, c_void_p],
         }
         self._functions = {}
         for name, argtypes in signatures.items():
@@ -219,11 +216,6 @@ class Kernels:
 
     def denoise_step(self, args: DenoiseArgs, stream: int | None = None) -> None:
         self._call("denoise_step", byref(args), stream)
-
-    def frames_to_uint8(
-        self, dtype: str, clip: Planes, out: int, *, channels: int, frames: int, pixels: int, stream: int | None = None
-    ) -> None:
-        self._call("frames_to_uint8", DTYPES[dtype], byref(clip), out, channels, frames, pixels, stream)
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = self._functions[name](*arguments)

@@ -37,18 +37,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
     monkeypatch.setattr(kernels, "NORM_SHAPES", [replace(s, rows=3) for s in kernels.NORM_SHAPES[::3]])
     small = {stage: (*shape[:3], 6, 8) for stage, shape in kernels.STEP_SHAPES.items()}
     monkeypatch.setattr(kernels, "STEP_SHAPES", small)
-    monkeypatch.setattr(kernels, "FRAMES_SHAPE", (3, 2, 5, 7))
     yield kernels.KernelBench(torch, _on_cpu(), _reference(), warmup=1, repeats=3)
 
 
 def test_every_kernel_is_checked_and_compared(bench: kernels.KernelBench) -> None:
     rows = list(bench.rows())
-    assert len(rows) == 2 * len(kernels.ATTENTION_SHAPES) + len(kernels.NORM_SHAPES) + len(kernels.STEP_SHAPES) + 1
-    attention, step, frames = rows[0], rows[-2], rows[-1]
+    assert len(rows) == 2 * len(kernels.ATTENTION_SHAPES) + len(kernels.NORM_SHAPES) + len(kernels.STEP_SHAPES)
+    attention, step = rows[0], rows[-1]
     assert attention.bytes == kernels.ATTENTION_SHAPES[0].bytes and attention.others["SDPA"] is not None
     # 2 predictions, sample and x0 in and out, 2 inputs: 24 bytes per element.
     assert step.bytes == 24 * 4 * 29 * 48 and step.others["torch"] is not None
-    assert frames.bytes == 3 * 3 * 2 * 35
     json.dumps(kernels.to_json(rows, 1e12))
     text = kernels.table(rows, large_copy=1e12).as_text()
     assert "large copy 1000 GB/s" in text and "sr2 1 x 4 x 29 x 6 x 8" in text

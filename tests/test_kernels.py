@@ -40,7 +40,6 @@ from runtime.kernels import (
     step_table,
 )
 from runtime.noise import NoiseStream
-from runtime.ops import clip_to_frames
 from runtime.sampler import denoise
 from runtime.schedulers import SchedulerConfig, dynamic_threshold, make_schedule
 
@@ -791,40 +790,6 @@ def test_the_denoising_step_refuses_what_it_cannot_do(implementation: Implementa
         setattr(loop.args, name, value)
     with pytest.raises(EngineError, match=r"kernels/include/show1/denoise_step\.h"):
         implementation.kernels.denoise_step(loop.args)
-
-
-# ---- Frames to uint8
-
-
-@pytest.mark.parametrize("dtype", [*HALVES, "float32"])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("frames_first", [False, True], ids=["C F", "F C"])
-@pytest.mark.parametrize("size", [(19, 23), (40, 56)], ids=["odd", "tiles"])  # the latter: more than a block's tile
-def test_frames_equal_those_of_the_runtime(
-    implementation: Implementation, dtype: str, channels: int, frames_first: bool, size: tuple[int, int]
-) -> None:
-    loop = Loop(implementation, dtype, (1, channels, 3, *size), guided=False, frames_first=frames_first)
-    clip = loop.planes("noise_pred", channels)
-    values = rounded(np.random.default_rng(1).standard_normal(clip.shape, np.float32), dtype)
-    values.ravel()[:4] = (-1, 1, np.inf, -np.inf)
-    clip[...] = to_bits(values, dtype)
-    out = np.full(values.size + 2 * GUARD, 77, np.uint8)
-    pointer = implementation.pointer(out)
-    implementation.send()
-    implementation.kernels.frames_to_uint8(
-        dtype, loop.args.noise_pred, pointer + GUARD, channels=channels, frames=3, pixels=size[0] * size[1]
-    )
-    implementation.fetch()
-    np.testing.assert_array_equal(out[GUARD:-GUARD].reshape(3, *size, channels), clip_to_frames(values))
-    assert (out[:GUARD] == 77).all() and (out[-GUARD:] == 77).all()
-
-
-@pytest.mark.parametrize("wrong", [{"channels": 5}, {"frames": 0}, {"pixels": -1}, {"out": 0}], ids=str)
-def test_frames_refuse_what_they_cannot_do(implementation: Implementation, wrong: Mapping[str, Any]) -> None:
-    clip = Planes(implementation.pointer(storage("float16", 64)))
-    arguments = {"dtype": "float16", "clip": clip, "out": clip.data, "channels": 1, "frames": 1, "pixels": 1}
-    with pytest.raises(EngineError, match=r"kernels/include/show1/frames_to_uint8\.h"):
-        implementation.kernels.frames_to_uint8(**{**arguments, **wrong})
 
 
 # ---- Libraries

@@ -6,7 +6,6 @@
 #include <initializer_list>
 
 #include "show1/denoise_step.h"
-#include "show1/frames_to_uint8.h"
 #include "show1/group_norm.h"
 #include "show1/temporal_attention.h"
 
@@ -32,12 +31,6 @@ inline bool temporal_attention_accepts(int dtype, std::initializer_list<const sh
     }
     return is_half(dtype) && sizes_fit({batch, frames, pixels, heads, head_dim}) && frames <= SHOW1_MAX_FRAMES &&
            head_dim <= SHOW1_MAX_HEAD_DIM && scale > 0 && std::isfinite(scale);
-}
-
-inline bool frames_to_uint8_accepts(int dtype, const show1_planes* clip, const uint8_t* frames_out, int channels,
-                                    int frames, int pixels) {
-    return clip && clip->data && frames_out && (is_half(dtype) || dtype == SHOW1_FLOAT32) && channels <= 4 &&
-           sizes_fit({channels, frames, pixels});
 }
 
 // Whether all tensors of half precision begin at multiples of `bytes`.
