@@ -28,7 +28,7 @@ from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.config import Settings
 from runtime.noise import NoiseStream
-from runtime.runner import INDUCTOR, Array, Engine, EnginePool, first_line
+from runtime.runner import INDUCTOR, Array, Engine, EnginePool, LoopStart, first_line
 from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
@@ -381,7 +381,7 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     with EnginePool(bundle) as pool, pool.use(stage) as engine:
         unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
         guidance = guidance_scales(steps, 4)
-        if unet.start_loop(x, schedule, guidance, whole_steps(guidance, 2), None) is None:
+        if unet.start_loop(LoopStart(x, schedule, guidance, whole_steps(guidance, 2), None)) is None:
             return None
         run = partial(denoise, x=x, schedule=schedule, guidance_scale=4, cache_interval=2)
         ways = (unet, lambda *arguments, **keywords: unet(*arguments, **keywords))  # a function has no loop of its own

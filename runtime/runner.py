@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -41,25 +42,27 @@ class Loop(Protocol):
         """float32 [B, C, F, H, W] as it stands, in memory that the next step may overwrite."""
 
 
+@dataclass(frozen=True)
+class LoopStart:
+    """What a denoising loop of N steps starts from, with the meaning that it has in `sampler.denoise`."""
+
+    x: Array  # float32 [B, C, F, H, W]
+    schedule: Schedule
+    guidance: Array  # float32 [N], the scale of each step: `sampler.guidance_scales`
+    whole: Array  # bool [N], whether a step runs the whole network or `shallow`: `sampler.whole_steps`
+    condition: Array | None  # float32 [B, K, F, H, W]
+
+
 @runtime_checkable
 class LoopRunner(Protocol):
-    """A runner of a UNet's step that can run the loop itself; meaning and arguments are those of `sampler.denoise`.
+    """A runner of a UNet's step that can run the loop itself.
 
-    `guidance` [N] is the scale of each step (`sampler.guidance_scales`), `whole` [N] which steps run the whole network
-    (`sampler.whole_steps`); the others run `shallow`. `context` has the network's inputs besides sample and timestep,
-    in the bindings' types; `dtype` is that of the network's input.
+    `context` has the network's inputs besides sample and timestep, in the bindings' types; `dtype` is that of the
+    network's input.
     """
 
     def start_loop(
-        self,
-        shallow: Runner | None,
-        x: Array,
-        schedule: Schedule,
-        guidance: Array,
-        whole: Array,
-        condition: Array | None,
-        context: Mapping[str, Array],
-        dtype: str,
+        self, shallow: Runner | None, start: LoopStart, context: Mapping[str, Array], dtype: str
     ) -> Loop: ...
 
 
@@ -162,26 +165,18 @@ class Engine:
         # What goes back into the network, and is as large as all of its finest level, stays as it is.
         return {n: array if n == DEEP else array.astype(np.float32, copy=False) for n, array in outputs.items()}
 
-    def start_loop(
-        self,
-        x: Array,
-        schedule: Schedule,
-        guidance: Array,
-        whole: Array,
-        condition: Array | None,
-        context: Mapping[str, Array],
-    ) -> Loop | None:
+    def start_loop(self, start: LoopStart, context: Mapping[str, Array]) -> Loop | None:
         """A denoising loop on the backend's device, or None where the sampler has to run it.
 
-        `guidance` [N] is the scale of each step, `whole` [N] which steps run the whole network; `context` has the
-        step's inputs besides sample and timestep, of which a loop without a guided step takes the prompt's, the last.
-        Raises ProfileError as `run` does.
+        `context` has the step's inputs besides sample and timestep, of which a loop without a guided step takes the
+        prompt's, the last. Raises ProfileError as `run` does.
         """
         runner, spec = self._runners["step"], self.specs["step"]
         learned = any(binding.name == "variance_frac" for binding in spec.outputs)
-        if not isinstance(runner, LoopRunner) or schedule.config.learned_variance > learned:
+        if not isinstance(runner, LoopRunner) or (start.schedule.config.learned_variance and not learned):
             return None  # without the variance, the sampler says what is wrong
-        network_batch = len(x) * (2 if guidance.max() > 1 else 1)
+        x, condition = start.x, start.condition
+        network_batch = len(x) * (2 if start.guidance.max() > 1 else 1)
         context = {name: array[-network_batch:] for name, array in context.items()}
         channels = x.shape[1] + (0 if condition is None else condition.shape[1])
         shapes = {name: array.shape for name, array in context.items()}
@@ -189,9 +184,8 @@ class Engine:
         spec.check(self.name, shapes)
         dtypes = {binding.name: binding.dtype for binding in spec.inputs}
         typed = {name: np.asarray(array, dtype=dtypes[name]) for name, array in context.items()}
-        shallow = None if whole.all() else self._runner("shallow")
-        loop = runner.start_loop(shallow, x, schedule, guidance, whole, condition, typed, dtypes["sample"])
-        return _TimedLoop(self, loop, whole)
+        shallow = None if start.whole.all() else self._runner("shallow")
+        return _TimedLoop(self, runner.start_loop(shallow, start, typed, dtypes["sample"]), start.whole)
 
     @contextlib.contextmanager
     def _timed(self, graph: str, turned: float | None = None) -> Iterator[None]:

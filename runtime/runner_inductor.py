@@ -41,8 +41,7 @@ from runtime.kernels import (
     step_modes,
     step_table,
 )
-from runtime.runner import Array, first_line, load_error
-from runtime.schedulers import Schedule
+from runtime.runner import Array, LoopStart, first_line, load_error
 
 try:
     import torch
@@ -304,26 +303,19 @@ class InductorRunner:
             return {name: outputs[name].cpu().numpy() for name in wanted or self._outputs}
 
     def start_loop(
-        self,
-        shallow: "InductorRunner | None",
-        x: Array,
-        schedule: Schedule,
-        guidance: Array,
-        whole: Array,
-        condition: Array | None,
-        context: Mapping[str, Array],
-        dtype: str,
+        self, shallow: "InductorRunner | None", start: LoopStart, context: Mapping[str, Array], dtype: str
     ) -> "DeviceLoop":
-        """A loop at its first step: see `runtime.runner.Loop`. `dtype` is the network's input's.
+        """A loop at its first step: see `runtime.runner.LoopRunner`.
 
         A loop's buffers, and on CUDA its graphs, serve later ones of the same shapes, while they are the last `_LOOPS`.
         """
-        kinds = [Kind(bool(scale > 1), bool(all_of_it)) for scale, all_of_it in zip(guidance, whole, strict=True)]
+        schedule = start.schedule
+        kinds = [Kind(bool(scale > 1), bool(whole)) for scale, whole in zip(start.guidance, start.whole, strict=True)]
         modes = step_modes(schedule)
         layout = _Layout(
-            shape=x.shape,
+            shape=start.x.shape,
             dtype=dtype,
-            condition_channels=0 if condition is None else condition.shape[1],
+            condition_channels=0 if start.condition is None else start.condition.shape[1],
             kinds=tuple(sorted(set(kinds), reverse=True)),
             adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
             modes=tuple(modes.items()),
@@ -336,7 +328,7 @@ class InductorRunner:
                 if len(self._loops) == _LOOPS:
                     del self._loops[next(iter(self._loops))]  # the one not used for longest
                 loop = DeviceLoop(self, shallow, layout)
-            loop.start(x, step_table(schedule, guidance), kinds, condition, context)
+            loop.start(start, kinds, context)
         self._loops[layout] = loop
         return loop
 
@@ -459,22 +451,16 @@ class DeviceLoop:
         if runner.device == "cuda":
             self._host = torch.empty(layout.shape, pin_memory=True)
 
-    def start(
-        self,
-        x: Array,
-        table: Array,
-        kinds: Sequence[Kind],
-        condition: Array | None,
-        context: Mapping[str, Array],
-    ) -> None:
-        """Load sample [B, C, F, H, W], schedule, condition [B, K, F, H, W] and prompt, and go to the first step."""
+    def start(self, start: LoopStart, kinds: Sequence[Kind], context: Mapping[str, Array]) -> None:
+        """Load sample, schedule, condition and prompt, and go to the first step."""
+        table = step_table(start.schedule, start.guidance)
         for step in self._steps.values():
-            step.load(condition, context)
+            step.load(start.condition, context)
             if self._buffers.runner.device == "cuda" and not step.captured:
-                self._buffers.rewind(x, table)
+                self._buffers.rewind(start.x, table)
                 step.enter(float(table["timestep"][0]))
                 step.capture()
-        self._buffers.rewind(x, table)
+        self._buffers.rewind(start.x, table)
         self._table, self._kinds, self._index, self._current = table, kinds, 0, None
 
     def step(self, noise: Array | None) -> None:

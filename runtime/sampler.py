@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engines.errors import BundleError
 from runtime.config import ALL_STEPS, Interval
 from runtime.noise import NoiseStream
-from runtime.runner import Loop
+from runtime.runner import Loop, LoopStart
 from runtime.schedulers import FloatArray, Schedule, advance, limit_x0, noise_std, predict_x0
 
 
@@ -31,14 +31,7 @@ OnStep = Callable[[int, int, FloatArray], None]  # (index, steps, x)
 class LoopingUnet(Protocol):
     """A Unet that may be able to run the loop where it is itself; None where it is not."""
 
-    def start_loop(
-        self,
-        x: FloatArray,
-        schedule: Schedule,
-        guidance: FloatArray,
-        whole: NDArray[np.bool_],
-        condition: FloatArray | None,
-    ) -> Loop | None: ...
+    def start_loop(self, start: LoopStart) -> Loop | None: ...
 
 
 def guidance_scales(count: int, scale: float, guided: Interval = ALL_STEPS) -> FloatArray:
@@ -92,7 +85,8 @@ def denoise(
         raise ValueError("a DDPM schedule adds noise in its steps: pass a NoiseStream")
     guidance = guidance_scales(len(schedule), guidance_scale, guided)
     whole = whole_steps(guidance, cache_interval)
-    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(x, schedule, guidance, whole, condition)):
+    start = LoopStart(x, schedule, guidance, whole, condition)
+    if isinstance(unet, LoopingUnet) and (loop := unet.start_loop(start)):
         return _denoise_on_device(loop, schedule, noise, x.shape, on_step)
     reuse: list[dict[str, bool]] = [{} if whole.all() else {"whole": flag} for flag in whole.tolist()]
     batch, channels, frames, height, width = x.shape

@@ -16,6 +16,7 @@ from engines.errors import EngineError
 from engines.gpu import find_gpus
 from engines.store import Bundle
 from runtime.config import Settings
+from runtime.runner import LoopStart
 from runtime.sampler import denoise
 
 
@@ -137,12 +138,11 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         def __init__(self, *arguments: Any, **keywords: Any):
             self.unet = plain(*arguments, **keywords)
 
-        def start_loop(self, x: Any, schedule: Any, guidance: Any, whole: Any, condition: Any) -> "Looping | None":
+        def start_loop(self, start: LoopStart) -> "Looping | None":
             if self.factor is None:
                 return None
-            interval = 1 if whole.all() else 2
-            plain = partial(denoise, lambda *a, **k: self.unet(*a, **k), x, schedule, cache_interval=interval)
-            result = plain(guidance_scale=float(guidance[0]))
+            run = partial(denoise, x=start.x, schedule=start.schedule, cache_interval=1 if start.whole.all() else 2)
+            result = run(lambda *a, **k: self.unet(*a, **k), guidance_scale=float(start.guidance[0]))
             self.result = result * self.factor
             return self
 

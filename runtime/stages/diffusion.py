@@ -10,7 +10,7 @@ from engines.catalog import DEEP, predictions
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import StageSettings
-from runtime.runner import Engine, Loop
+from runtime.runner import Engine, Loop, LoopStart
 from runtime.sampler import OnStep
 from runtime.schedulers import Schedule, SchedulerConfig, make_schedule
 
@@ -66,15 +66,8 @@ class PromptedUnet:
             self._deep = outputs.get(DEEP)
         return outputs["noise_pred"], outputs.get("variance_frac")
 
-    def start_loop(
-        self,
-        x: FloatArray,
-        schedule: Schedule,
-        guidance: FloatArray,
-        whole: NDArray[np.bool_],
-        condition: FloatArray | None,
-    ) -> Loop | None:
-        return self._engine.start_loop(x, schedule, guidance, whole, condition, self._context)
+    def start_loop(self, start: LoopStart) -> Loop | None:
+        return self._engine.start_loop(start, self._context)
 
 
 def prompted(
