@@ -13,7 +13,7 @@ from typing import Any
 from engines.catalog import CATALOG
 from engines.errors import EngineError, OutputError, SettingsError
 from engines.gpu import find_gpus
-from runtime.cli import path, run_command, unused
+from runtime.cli import add_stage_options, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,9 +226,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     if arguments.presets and arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
-    names = ("steps", "guidance", "guided", "spacing", "cache", "keyframes")
-    wanted = {name: getattr(arguments, name) for name in names}
-    wanted["size"] = arguments.video
+    wanted = {**stage_options(arguments), "keyframes": arguments.keyframes, "size": arguments.video}
     defaults = Settings.from_dict(bundle.manifest.defaults)
     settings = {preset: defaults.with_options(preset=preset, **wanted) for preset in presets}
     for chosen in settings.values():
@@ -388,6 +386,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
         return sub.add_argument
 
+    def add_clip(add: Any) -> None:
+        add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
+        add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
+
+    def add_stages(add: Any) -> None:
+        add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+
     def add_video(add: Any, preset: str, several_bundles: bool = False) -> None:
         """What is made, and by which networks."""
         add(
@@ -401,12 +406,11 @@ def _parser() -> argparse.ArgumentParser:
         add("--bundle", type=path, help=f"engines made by `python -m export build`{more}", **several)
         add("--preset", choices=PRESETS, default=preset, help="steps per stage (default: %(default)s)")
         add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
-        add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
-        add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
+        add_clip(add)
         add("--seed", type=int, default=SEED, help="default: %(default)s")
 
     def add_baselines(add: Any) -> None:
-        add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+        add_stages(add)
         kinds = "of eager, compile, xformers; or none (default: all that are installed)"
         add("--baseline", default="all", metavar="KIND,...", help=kinds)
         what = "that the bundle was made from: baselines take its weights, results are checked"
@@ -414,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("latency", _latency, "time of every stage and step of the cascade, in and outside engines")
     add_video(add, "draft")
-    add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
+    add_stages(add)
     add("--warmup", type=int, default=1, metavar="N", help="runs of each stage before the measured ones (default: 1)")
     add("--repeats", type=int, default=5, metavar="N", help="measured runs of each stage (default: 5)")
 
@@ -454,13 +458,8 @@ def _parser() -> argparse.ArgumentParser:
     which = quality.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, default="draft", help="steps per stage (default: %(default)s)")
     which.add_argument("--presets", metavar="PRESET,...", help="compare them, or all, with that of most work")
-    add("--steps", metavar="STAGE=N,...", help="instead of a preset's, e.g. base=20,sr1=4")
-    add("--video", metavar="WxH", help="size of the video, multiples of 8 (default: the bundle's, 576x320)")
-    add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: the bundle's, 8)")
-    add("--guidance", metavar="STAGE=X,...", help="instead of the bundle's")
-    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
-    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
-    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
+    add_stage_options(add)
+    add_clip(add)
     add("--out", type=path, default=Path("out") / "quality", help="folder; clips in it are kept (default: out/quality)")
     add("--reference", type=path, metavar="FOLDER", help="--out of another run, to measure the distance to")
     return parser

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError, Show1Error, install
-from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED
+from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED, STAGE_OPTIONS
 
 EXAMPLES = """examples:
   show1-rt generate "a panda taking a selfie"
@@ -40,6 +40,20 @@ def path(text: str) -> Path:
 def _output(text: str) -> str:
     """As `path`, with a / at its end if it has one."""
     return f"{path(text)}{text[-1:] if text[-1:] in (os.sep, os.altsep) else ''}"
+
+
+def add_stage_options(add: Callable[..., object]) -> None:
+    """`STAGE_OPTIONS`, by a parser's `add_argument`."""
+    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=75,sr1=125")
+    add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
+    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
+    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
+    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
+
+
+def stage_options(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What was said by `add_stage_options`, for `Settings.with_options`."""
+    return {option: getattr(arguments, option) for option in STAGE_OPTIONS}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,11 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="reference, as the bundle says: the authors' script (default); quick: half the work; fast: an eighth; "
         "draft: a few steps, to look",
     )
-    add("--steps", metavar="STAGE=N,...", help="e.g. base=75,sr1=125")
-    add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
-    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
-    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
-    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
+    add_stage_options(add)
     add("--keyframes", type=int, metavar="N", help="N of them give 4(N-1)+1 frames (default: 8, so 29)")
     add("--size", metavar="WxH", help="of the video, multiples of 8 (default: the bundle's, 576x320)")
     add("--save-stages", type=path, metavar="FOLDER", help="keep what every stage made, as .mp4 and as .npy")
@@ -109,13 +119,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipeline = Show1Pipeline.from_bundle(arguments.bundle)
     settings = pipeline.settings.with_options(
         preset=arguments.preset,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        guided=arguments.guided,
-        spacing=arguments.spacing,
-        cache=arguments.cache,
         keyframes=arguments.keyframes,
         size=arguments.size,
+        **stage_options(arguments),
     )
     if arguments.save_stages:
         _prepare_stages(arguments.save_stages)

@@ -138,34 +138,17 @@ class Settings:
         return settings
 
     def with_options(
-        self,
-        *,
-        preset: str,
-        steps: str | None = None,
-        guidance: str | None = None,
-        guided: str | None = None,
-        spacing: str | None = None,
-        cache: str | None = None,
-        keyframes: int | None = None,
-        size: str | None = None,
+        self, *, preset: str, keyframes: int | None = None, size: str | None = None, **by_stage: str | None
     ) -> "Settings":
-        """As the options of a command line say, None leaves what is.
+        """As the options of a command line say, `by_stage` those of `STAGE_OPTIONS`; None leaves what is.
 
-        E.g. steps "base=75,sr1=125", guidance "base=9", guided "base=0.5,sr1=0.1-0.6", spacing "sr1=logsnr",
-        cache "sr1=2", keyframes 8, size "576x320".
+        E.g. keyframes 8, size "576x320", steps "base=75,sr1=125".
         """
         settings = self.with_preset(preset)
-        if steps is not None:
-            settings = settings.with_steps(_stage_values("steps", steps, int, "NUMBER", "base=75,sr1=125"))
-        if guidance is not None:
-            settings = settings.with_guidance(_stage_values("guidance", guidance, float, "NUMBER", "base=9,sr2=15"))
-        if guided is not None:
-            wanted, example = "END or BEGIN-END as shares of the steps", "base=0.5,sr1=0.1-0.6"
-            settings = settings.with_guided(_stage_values("guided", guided, parse_interval, wanted, example))
-        if spacing is not None:
-            settings = settings.with_spacing(_stage_values("spacing", spacing, _word, "SPACING", "sr1=logsnr"))
-        if cache is not None:
-            settings = settings.with_cache(_stage_values("cache", cache, int, "NUMBER", "sr1=2"))
+        for option, text in by_stage.items():
+            field = STAGE_OPTIONS[option][0]
+            if text is not None:
+                settings = settings._with_stages(field, _stage_values(option, text))
         if keyframes is not None:
             settings = replace(settings, keyframes=keyframes)
         if size is not None:
@@ -236,19 +219,30 @@ def _word(text: str) -> str:
     return text.strip()
 
 
-def _stage_values(what: str, text: str, kind: Callable[[str], Any], wanted: str, example: str) -> dict[str, Any]:
-    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}. Raises SettingsError with `what`, `wanted` and `example`."""
+# Option -> field of StageSettings, how a value is read, its form and an example.
+STAGE_OPTIONS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
+    "steps": ("num_inference_steps", int, "NUMBER", "base=75,sr1=125"),
+    "guidance": ("guidance_scale", float, "NUMBER", "base=9,sr2=15"),
+    "guided": ("guided", parse_interval, "END or BEGIN-END as shares of the steps", "base=0.5,sr1=0.1-0.6"),
+    "spacing": ("spacing", _word, "SPACING", "sr1=logsnr"),
+    "cache": ("cache_interval", int, "NUMBER", "sr1=2"),
+}
+
+
+def _stage_values(option: str, text: str) -> dict[str, Any]:
+    """ "base=75,sr1=125" -> {"base": 75, "sr1": 125}. Raises SettingsError with the option's form and example."""
+    _, kind, form, example = STAGE_OPTIONS[option]
     values = {}
     for part in text.split(","):
         stage, _, value = part.partition("=")
         stage = stage.strip()
         if stage in values:
-            raise SettingsError(f"{what} {text!r} names {stage} twice; allowed: every stage once, e.g. {example}.")
+            raise SettingsError(f"{option} {text!r} names {stage} twice; allowed: every stage once, e.g. {example}.")
         try:
             values[stage] = kind(value)
         except ValueError:
             raise SettingsError(
-                f"{what} {part!r}; allowed: STAGE={wanted}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."
+                f"{option} {part!r}; allowed: STAGE={form}, stages {', '.join(DIFFUSION_STAGES)}, e.g. {example}."
             ) from None
     return values
 
