@@ -1,20 +1,22 @@
 """`python -m bench`: measure a bundle, or the CUDA kernels, on this machine. Alone it lists the benchmarks."""
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.catalog import CATALOG
-from engines.errors import EngineError, OutputError, SettingsError
+from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import add_stage_options, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
+
+if TYPE_CHECKING:
+    from bench.work import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -60,6 +62,7 @@ def _size(settings: Settings) -> str:
 def _latency(arguments: argparse.Namespace) -> None:
     # Heavy imports wait until arguments have been read: the list and --help answer at once.
     from bench import latency
+    from bench.exporter import random_bundle
     from bench.machine import describe_bundle, describe_machine, device
     from bench.report import Report, number
     from bench.work import STAGES
@@ -67,7 +70,7 @@ def _latency(arguments: argparse.Namespace) -> None:
 
     _check_numbers(arguments)
     stages = _choices("stages", arguments.stages, STAGES)
-    bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
+    bundle = Bundle.open(arguments.bundle or random_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments)
     machine = describe_machine(bundle)
     counts = (arguments.seed, arguments.warmup, arguments.repeats)
@@ -86,11 +89,12 @@ def _latency(arguments: argparse.Namespace) -> None:
 
 def _memory(arguments: argparse.Namespace) -> None:
     from bench import memory
+    from bench.exporter import random_bundle
     from bench.machine import describe_bundle, describe_machine, device
     from bench.report import Report
     from engines.store import Bundle
 
-    bundle = Bundle.open(arguments.bundle or _network_bundle(arguments.size))
+    bundle = Bundle.open(arguments.bundle or random_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments, guided=True)
     machine = describe_machine(bundle)
     asked = {"preset": arguments.preset, "seed": arguments.seed, "interval_s": memory.INTERVAL, **settings.to_dict()}
@@ -102,29 +106,25 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 
 def _e2e(arguments: argparse.Namespace) -> None:
+    from bench import e2e  # says what to install where the baselines' libraries are missing
+    from bench.exporter import random_bundle, random_checkpoint
+    from bench.kernels import card_name, describe_gpu, torch_with_gpu
     from bench.machine import describe_host, describe_torch
     from bench.report import Report
 
     _check_numbers(arguments)
-    stages, kinds = _stages_and_baselines(arguments)
-    from bench import e2e  # says what to install where the baselines' libraries are missing
-    from bench.kernels import card_name, describe_gpu, torch_with_gpu
-
-    bundles = _opened(arguments.bundle or [_network_bundle(arguments.size)])
-    checkpoint = arguments.checkpoint
-    if checkpoint is None and arguments.size == "golden":
-        checkpoint = _network_checkpoint("golden")
-    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
-    setup = e2e.Setup(arguments.size, checkpoint, bundles, settings, stages, kinds, arguments.seed, arguments.repeats)
-    asked = {"networks": arguments.size, "preset": arguments.preset, "repeats": arguments.repeats, "stages": stages}
-    asked |= {"baselines": kinds, "baselines_in": setup.place.dtype, **settings.to_dict()}
-    conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(bundles), "run": asked}
+    setup, asked = _setup(arguments, arguments.repeats, lambda: [random_bundle(arguments.size)])
+    if setup.checkpoint is None and setup.size == "golden":
+        setup = replace(setup, checkpoint=random_checkpoint("golden"))
+    place = e2e.Place.here()
+    asked = {"repeats": setup.repeats, "baselines_in": place.dtype, **asked}
+    conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(setup.bundles), "run": asked}
     device = "cpu"
-    if setup.place.device == "cuda":
+    if place.device == "cuda":
         device = card_name(describe_gpu(torch_with_gpu()))
-        if kinds:
-            _check_card_is_used(bundles)
-    out = _out(arguments, "e2e", device, arguments.size, _size(settings), arguments.preset)
+        if setup.kinds:
+            _check_card_is_used(setup.bundles)
+    out = _out(arguments, "e2e", device, arguments.size, _size(setup.settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
     def said(what: str, result: e2e.Result) -> None:
@@ -135,14 +135,26 @@ def _e2e(arguments: argparse.Namespace) -> None:
     report.finish(result.to_json(), result.tables(), result.plots())
 
 
-def _stages_and_baselines(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    from bench.work import BASELINES, STAGES, is_installed
+def _setup(
+    arguments: argparse.Namespace, repeats: int, otherwise: Callable[[], list[Path]] = list
+) -> tuple["Setup", dict[str, Any]]:
+    """As asked for, and the same as a report's conditions; `otherwise` makes the bundles where none are given.
+
+    A bundle `none` stands for none.
+    """
+    from bench.work import BASELINES, STAGES, Setup, is_installed
+    from engines.store import Bundle
 
     stages = _choices("stages", arguments.stages, STAGES)
     kinds = _choices("baseline", arguments.baseline, BASELINES, "none")
     if "xformers" in kinds and arguments.baseline != "all" and not is_installed("xformers"):
         raise SettingsError("--baseline xformers: not installed. `pip install xformers`, or leave it out.")
-    return stages, [kind for kind in kinds if is_installed(kind)]
+    kinds = [kind for kind in kinds if is_installed(kind)]
+    bundles = [Bundle.open(folder) for folder in arguments.bundle or otherwise() if str(folder) != "none"]
+    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
+    asked = {"networks": arguments.size, "preset": arguments.preset, "stages": stages, "baselines": kinds}
+    setup = Setup(arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed, repeats)
+    return setup, {**asked, **settings.to_dict()}
 
 
 def _described(bundles: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -161,16 +173,12 @@ def _gpu(arguments: argparse.Namespace) -> None:
     parts = _choices("parts", arguments.parts, gpu.PARTS)
     card = kernels.describe_gpu(kernels.torch_with_gpu())
     clock = gpu.Clock(arguments.minutes)
-    stages, kinds = _stages_and_baselines(arguments)
-    bundles = _opened(arguments.bundle or [])
-    _check_card_is_used(bundles)
-    settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
-    plan = gpu.Plan(parts, arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed)
-    asked = {"minutes": arguments.minutes, "parts": parts, "networks": arguments.size, "preset": arguments.preset}
-    asked |= {"stages": stages, "baselines": kinds, **settings.to_dict()}
-    conditions = {"machine": describe_host(), "gpu": card, **_described(bundles), "run": asked}
+    setup, asked = _setup(arguments, repeats=3)
+    _check_card_is_used(setup.bundles)
+    asked = {"minutes": arguments.minutes, "parts": parts, **asked}
+    conditions = {"machine": describe_host(), "gpu": card, **_described(setup.bundles), "run": asked}
     report = Report("gpu", _out(arguments, "gpu", kernels.card_name(card)), conditions, arguments.markdown)
-    if bad := gpu.run_parts(gpu.make_parts(plan), clock, report):
+    if bad := gpu.run_parts(gpu.make_parts(gpu.Plan(parts, setup)), clock, report):
         raise EngineError(f"not all is well: {'; '.join(bad)} {report.out} has the rest.")
 
 
@@ -213,6 +221,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 def _quality(arguments: argparse.Namespace) -> None:
     from bench.cost import Cost
+    from bench.exporter import bundle_of
     from bench.machine import describe_bundle, describe_machine
     from bench.quality import describe_clips, make_keyframes, make_video
     from bench.report import Report
@@ -225,7 +234,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
     if arguments.presets and arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
-    bundle = Bundle.open(_built(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
+    bundle = Bundle.open(bundle_of(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
     wanted = {**stage_options(arguments), "keyframes": arguments.keyframes, "size": arguments.video}
     defaults = Settings.from_dict(bundle.manifest.defaults)
     settings = {preset: defaults.with_options(preset=preset, **wanted) for preset in presets}
@@ -322,37 +331,6 @@ def _compare_presets(
     report.finish(*content(results))
 
 
-def _built(checkpoint: Path) -> Path:
-    """A bundle of this checkpoint, built or brought up to date."""
-    bundle = ROOT / "build" / f"quality-{checkpoint.name}"
-    given = checkpoint if str(checkpoint) == "demo" else checkpoint.absolute()
-    _run_export("build", "--checkpoint", given, "--out", bundle)
-    return bundle
-
-
-def _network_checkpoint(size: str) -> Path:
-    """Random weights of networks of this size, made where they are not there yet or of an older version's networks."""
-    folder = ROOT / "build" / f"random-{size}"
-    _run_export("random-checkpoint", "--size", size, "--out", folder, "--renew")
-    return folder
-
-
-def _network_bundle(size: str) -> Path:
-    """A bundle of random networks of this size by what runs best here, built or brought up to date."""
-    bundle = ROOT / "build" / f"bench-{size}"
-    precision = "fp16" if size == "published" or find_gpus() else "fp32"
-    checkpoint = _network_checkpoint(size)
-    _run_export("build", "--checkpoint", checkpoint, "--engine", "auto", "--precision", precision, "--out", bundle)
-    return bundle
-
-
-def _opened(paths: Sequence[Path]) -> list[Any]:
-    """Bundles; `none` stands for none."""
-    from engines.store import Bundle
-
-    return [Bundle.open(folder) for folder in paths if str(folder) != "none"]
-
-
 def _check_card_is_used(bundles: Sequence[Any]) -> None:
     """What is measured beside torch on a card shall be on it, too."""
     engines = [item for bundle in bundles for item in bundle.manifest.engines.items()]
@@ -364,13 +342,6 @@ def _check_card_is_used(bundles: Sequence[Any]) -> None:
             raise EngineError(
                 f"{onnxruntime_idle()}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
             )
-
-
-def _run_export(*words: str | Path) -> None:
-    """In a process of its own: what measures shall not hold the exporter's libraries and memory."""
-    command = [sys.executable, "-m", "export", *map(str, words)]
-    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-        raise OutputError(f"`python -m export {words[0]}` failed; see above.")
 
 
 def _parser() -> argparse.ArgumentParser:

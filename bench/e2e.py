@@ -19,7 +19,7 @@ from bench.latency import StageResult, loop_lengths, run_latency
 from bench.plots import Bars
 from bench.report import NOTHING, Table, number, share
 from bench.timing import summarize
-from bench.work import STAGE_OF, Calls, matrix_rate, reference_calls, step_counts
+from bench.work import STAGE_OF, Calls, Setup, matrix_rate, reference_calls, step_counts
 from engines.catalog import CATALOG, UNETS, predictions
 from engines.errors import EngineError, SettingsError
 from engines.store import Bundle
@@ -115,7 +115,7 @@ def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> 
 
 def run_bundle(
     bundle: Bundle,
-    setup: "Setup",
+    setup: Setup,
     lengths: Mapping[str, int],
     work: Mapping[str, Work],
     contender: Contender,
@@ -211,28 +211,11 @@ def difference_of(bundle: Bundle, source: Source, unet: Any, place: Place) -> fl
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@dataclass
-class Setup:
-    """What to compare: `bundles` through the runtime with `kinds` of baselines.
-
-    `settings` are those of the runtime, with guidance: the reference has it in every stage.
-    """
-
-    size: str
-    checkpoint: Path | None
-    bundles: Sequence[Bundle]
-    settings: Settings
-    stages: Sequence[str]
-    kinds: Sequence[str]
-    seed: int
-    repeats: int
-    place: Place = field(default_factory=Place.here)
-
-    def lengths(self) -> dict[str, int]:
-        """Steps of each stage's loop in a reference video."""
-        full = self.settings.with_steps(REFERENCE_STEPS)
-        known = loop_lengths(self.bundles[0], full, self.stages) if self.bundles else {}
-        return {**step_counts(full), "text": 0, **known}
+def loops(setup: Setup) -> dict[str, int]:
+    """Steps of each stage's loop in a reference video."""
+    full = setup.settings.with_steps(REFERENCE_STEPS)
+    known = loop_lengths(setup.bundles[0], full, setup.stages) if setup.bundles else {}
+    return {**step_counts(full), "text": 0, **known}
 
 
 def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
@@ -244,9 +227,9 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
     found = sources(setup.size, setup.checkpoint, precisions[0] if precisions else "fp16", setup.stages)
     for bundle in setup.bundles:
         _check_networks(bundle, found, setup.stages)
-    lengths = setup.lengths()
+    lengths, place = loops(setup), Place.here()
     work = count_work(found, setup.settings, lengths, setup.stages)
-    rate = matrix_rate(setup.place.device, setup.place.dtype)
+    rate = matrix_rate(place.device, place.dtype)
     contenders: list[Contender] = []
     differences: dict[str, float] = {}
 
@@ -277,7 +260,7 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
     def compare(name: str, unet: Any) -> None:
         if setup.bundles and "failures" not in contenders[0].details:
             with contextlib.suppress(EngineError):  # beside the baseline's network there may be no room for it
-                difference = difference_of(setup.bundles[0], found[name], unet, setup.place)
+                difference = difference_of(setup.bundles[0], found[name], unet, place)
                 if difference is not None:
                     differences[name] = difference
 
@@ -289,7 +272,7 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
             work,
             setup.stages,
             setup.kinds,
-            setup.place,
+            place,
             setup.repeats,
             compare,
             lambda stage, sofar: said(f"baselines: {stage}", result(sofar)),

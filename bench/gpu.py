@@ -4,57 +4,35 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
-import contextlib
 import gc
 import os
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.exporter import random_checkpoint, random_folder, run_export
 from bench.machine import ROOT, describe_bundle
 from bench.report import NOTHING, Content, Report, Table, median, number
-from bench.timing import Summary, measure, summarize
+from bench.timing import Clock, Summary, TimeIsUp, measure, summarize
+from bench.work import Setup
 from engines import tensorrt
-from engines.errors import EngineError, Show1Error
+from engines.errors import EngineError
 from engines.manifest import EngineEntry
 from engines.store import Bundle
-from runtime.config import Settings
 from runtime.noise import NoiseStream
 from runtime.runner import INDUCTOR, Array, Engine, EnginePool, LoopStart, first_line
 from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
-CHECKPOINT = ROOT / "build" / "random-golden"
 _NOT_HERE = "not installed for a GPU"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
-
-
-class TimeIsUp(Show1Error):
-    """A part met the end of the run's time; what it had saved stays."""
-
-
-class Clock:
-    """The time of the whole run."""
-
-    def __init__(self, minutes: float):
-        self._end = time.monotonic() + 60 * minutes
-
-    def left(self) -> float:
-        """Seconds."""
-        return self._end - time.monotonic()
-
-    def check(self) -> None:
-        if self.left() <= 0:
-            raise TimeIsUp("the time was up: --minutes N gives more, --parts and --stages ask for less.")
 
 
 @dataclass(frozen=True)
@@ -70,20 +48,14 @@ class Plan:
     """What `python -m bench gpu` was asked for."""
 
     parts: Sequence[str]
-    size: str
-    checkpoint: Path | None
-    bundles: Sequence[Bundle]
-    settings: Settings
-    stages: Sequence[str]
-    baselines: Sequence[str]
-    seed: int
+    setup: Setup
     built: list[Bundle] = field(default_factory=list)  # by the engines' part of this run
 
     def videos_by(self) -> list[Bundle]:
         """The bundles that make videos: as asked for, else of golden size those that the engines' part has built, in
         this run or, where it is left out, before."""
-        if self.bundles or self.size != "golden":
-            return list(self.bundles)
+        if self.setup.bundles or self.setup.size != "golden":
+            return list(self.setup.bundles)
         if "engines" in self.parts:
             return self.built
         before = (_golden_folder(backend, "fp16") for backend in backends())
@@ -199,14 +171,14 @@ def engines(clock: Clock, save: Callable[[Content], None], built: list[Bundle]) 
     built, in fp16, to `built`."""
     from export.parity import TOLERANCE
 
-    _export(clock, "random-checkpoint", "--size", "golden", "--out", str(CHECKPOINT), "--renew")
-    reference = _golden_bundle(clock, "onnxruntime", "fp32")
+    checkpoint = random_checkpoint("golden", clock)
+    reference = _golden_bundle(clock, checkpoint, "onnxruntime", "fp32")
     checks: list[Check] = []
     found = backends()
     missing = {name: _NOT_HERE for name in ("onnxruntime", *tensorrt.FLAVOURS) if name not in found}
     for backend in found:
         try:
-            bundle = _golden_bundle(clock, backend, "fp16")
+            bundle = _golden_bundle(clock, checkpoint, backend, "fp16")
             built.append(bundle)
             checks += compare_bundles(bundle, reference, TOLERANCE["fp16"])
             checks += filter(None, (compare_loops(bundle, stage, TOLERANCE["fp16"]) for stage in ("base", "sr2")))
@@ -250,52 +222,15 @@ def _golden_folder(backend: str, precision: str) -> Path:
     return ROOT / "build" / f"gpu-{backend}-{precision}"
 
 
-def _golden_bundle(clock: Clock, backend: str, precision: str) -> Bundle:
+def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str) -> Bundle:
     out = _golden_folder(backend, precision)
-    options = ["--engine", backend, "--precision", precision, "--out", str(out)]
+    options = ["--engine", backend, "--precision", precision]
     if backend == INDUCTOR:  # timing candidates takes too long here; networks this small fit on any card together
         options += ["--no-autotune", "--jobs", str(os.cpu_count() or 1)]
     # The reference is compared with torch as it is built: on the CPU, too.
     hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if precision == "fp32" else {}
-    _export(clock, "build", "--checkpoint", str(CHECKPOINT), *options, environment=hidden)
+    run_export("build", "--checkpoint", checkpoint, *options, "--out", out, clock=clock, **hidden)
     return Bundle.open(out)
-
-
-def _export(clock: Clock, *options: str, environment: Mapping[str, str] | None = None) -> None:
-    """In a process of its own, which takes its memory on the card along; what it says is passed on."""
-    clock.check()
-    said = [f"`python -m export {options[0]}` failed."]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "export", *options],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-
-    def pass_on() -> None:
-        assert process.stderr
-        for line in process.stderr:
-            said.append(line)
-            print(line, end="", file=sys.stderr, flush=True)
-
-    reader = threading.Thread(target=pass_on, daemon=True)  # what it began may hold the pipe after its end
-    reader.start()
-    try:
-        process.wait(max(0.0, clock.left()))
-    except BaseException:
-        process.terminate()  # it ends what it began
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        process.kill()
-        clock.check()
-        raise
-    reader.join(5)
-    if process.returncode:
-        errors = [line for line in said if line.startswith("error: ")]
-        raise EngineError((errors or [line for line in said if line.strip()])[-1].removeprefix("error: ").strip())
 
 
 def compare_bundles(bundle: Bundle, reference: Bundle, tolerance: float) -> list[Check]:
@@ -399,11 +334,9 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
 def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
     from bench import e2e
 
-    checkpoint = plan.checkpoint or (CHECKPOINT if plan.size == "golden" and CHECKPOINT.is_dir() else None)
-    setup = e2e.Setup(
-        plan.size, checkpoint, plan.videos_by(), plan.settings, plan.stages, plan.baselines, plan.seed, repeats=3
-    )
-
+    golden = random_folder("golden")  # if a part has made it: there is no time for it here
+    checkpoint = plan.setup.checkpoint or (golden if plan.setup.size == "golden" and golden.is_dir() else None)
+    setup = replace(plan.setup, bundles=plan.videos_by(), checkpoint=checkpoint)
     made_by = {"bundles": [describe_bundle(bundle) for bundle in setup.bundles]}
 
     def content(result: e2e.Result) -> Content:
@@ -423,5 +356,5 @@ def memory(plan: Plan) -> Content:
     bundles = plan.videos_by()
     if not bundles:
         raise EngineError("there is no bundle to make a video with: give --bundle, or --parts engines,memory.")
-    result = memory.run_memory(bundles[0], plan.settings, plan.seed)
+    result = memory.run_memory(bundles[0], plan.setup.settings, plan.setup.seed)
     return {"bundle": describe_bundle(bundles[0]), **result.to_json()}, [result.table()], {"time": result.plot()}

@@ -7,7 +7,28 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from engines.errors import Show1Error
+
 T = TypeVar("T")
+
+
+class TimeIsUp(Show1Error):
+    """A part met the end of the run's time; what it had saved stays."""
+
+
+class Clock:
+    """The time that a whole run may take."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def check(self) -> None:
+        if self.left() <= 0:
+            raise TimeIsUp("the time was up: --minutes N gives more, --parts and --stages ask for less.")
 
 
 @dataclass(frozen=True)

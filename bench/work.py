@@ -7,12 +7,14 @@ what they leave (`published_flop`).
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, INTERP_FRAMES, SR1_SCALE, Settings, stage_sizes
 from runtime.sampler import guidance_scales, whole_steps
 from runtime.schedulers import executed_steps
@@ -93,6 +95,23 @@ def reference_calls(settings: Settings, steps: Mapping[str, int], latents: int, 
         Calls("vae_decoder", frames, (1, latents, *small)),
     )
     return {row.network: row for row in rows}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Whole videos to measure: by `bundles` through the runtime, and by `kinds` of baselines.
+
+    `settings` are those of the runtime, with guidance: the reference has it in every stage.
+    """
+
+    size: str
+    checkpoint: Path | None
+    bundles: Sequence[Bundle]
+    settings: Settings
+    stages: Sequence[str]
+    kinds: Sequence[str]
+    seed: int
+    repeats: int
 
 
 def step_counts(settings: Settings) -> dict[str, int]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import _settings, main
+from bench.exporter import run_export
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
 from bench.machine import describe_host, describe_machine, device, git_commit
 from bench.report import Table, check_output, facts, number, share, spread, write_json
 from bench.timing import Summary, measure, summarize
-from engines.errors import OutputError, SettingsError
+from engines.errors import EngineError, OutputError, SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, Settings
@@ -189,11 +190,19 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
 
 def test_benchmarks_do_not_import_torch() -> None:
     modules = ", ".join(f"bench.{name}" for name in ("cost", "latency", "memory", "presets", "quality", "work"))
-    code = f"""import sys, bench.__main__ as command, {modules}
-command._run_export = lambda *words: None
-command._network_checkpoint("golden")
+    code = f"""import sys, bench.__main__, bench.exporter as exporter, {modules}
+exporter.run_export = lambda *words, clock: None
+exporter.random_checkpoint("golden")
 sys.exit("torch" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_without_a_clock_the_exporter_itself_tells_what_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError, match=r"^`python -m export list` failed; see above\.$"):
+        run_export("list", tmp_path)
+    assert "is not a bundle" in capfd.readouterr().err
 
 
 def test_bench_alone_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
 
 from bench.__main__ import main
-from bench.e2e import Contender, Result, Setup, StageTime, Work, from_latency, run_e2e, sources
+from bench.e2e import Contender, Result, StageTime, Work, from_latency, loops, run_e2e, sources
 from bench.latency import EngineCall, StageResult, StageRun
-from bench.work import Calls, matrix_rate
+from bench.work import Calls, Setup, matrix_rate
 from engines.errors import SettingsError
 from engines.store import Bundle
 from export.random_checkpoint import random_checkpoint
@@ -74,7 +74,7 @@ def test_a_stage_alone_needs_no_other_networks(bundle: Path, tmp_path: Path) -> 
     assert found["base"].files and not found["sr2"].files and found["sr2"].config
     whole = Bundle.open(bundle)
     part = Bundle(whole.root, replace(whole.manifest, engines={"base": whole.engine("base")}))
-    lengths = Setup("golden", None, [part], Settings(), ["base"], [], 1, 1).lengths()
+    lengths = loops(Setup("golden", None, [part], Settings(), ["base"], [], 1, 1))
     assert lengths["base"] == 75 and lengths["sr2"] == 40
 
 

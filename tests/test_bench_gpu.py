@@ -11,7 +11,9 @@ import pytest
 
 from bench import gpu
 from bench.__main__ import main
+from bench.exporter import run_export
 from bench.report import Report, Table
+from bench.work import Setup
 from engines.errors import EngineError
 from engines.gpu import find_gpus
 from engines.store import Bundle
@@ -69,10 +71,10 @@ def test_what_an_export_says_is_passed_on_and_its_error_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(EngineError, match=r"^--jobs 0; allowed: 1 or more\.$"):
-        gpu._export(gpu.Clock(1), "build", "--checkpoint", "demo", "--jobs", "0")
+        run_export("build", "--checkpoint", "demo", "--jobs", "0", clock=gpu.Clock(1))
     assert "error: --jobs 0" in capsys.readouterr().err
     with pytest.raises(gpu.TimeIsUp):
-        gpu._export(gpu.Clock(0.002), "random-checkpoint", "--out", str(tmp_path / "late"))
+        run_export("random-checkpoint", "--out", tmp_path / "late", clock=gpu.Clock(0.002))
     assert not (tmp_path / "late").exists()
 
 
@@ -179,7 +181,7 @@ def test_wrong_requests_are_one_line(capsys: pytest.CaptureFixture[str], argumen
 
 def a_plan(size: str, bundles: list[Bundle]) -> gpu.Plan:
     fast = Settings(size=(64, 64), keyframes=2).with_steps({"base": 2, "interp": 1, "if2": 1, "sr1": 1, "sr2": 2})
-    return gpu.Plan(["e2e", "memory"], size, None, bundles, fast, ["base"], [], 1)
+    return gpu.Plan(["e2e", "memory"], Setup(size, None, bundles, fast, ["base"], [], 1, 3))
 
 
 def test_memory_needs_a_bundle() -> None:
