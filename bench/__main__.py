@@ -3,19 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.catalog import CATALOG
 from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
 from runtime.cli import add_stage_options, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 if TYPE_CHECKING:
+    from bench.quality import Task
+    from bench.report import Report
     from bench.work import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,115 +220,47 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _quality(arguments: argparse.Namespace) -> None:
-    from bench.cost import Cost
+    from bench.quality import judge
+
+    task, preset = _task(arguments), arguments.preset
+    asked = {"preset": preset, "prompts": len(task.prompts), **task.settings(preset).to_dict()}
+    judge(task, preset, arguments.reference, _task_report("quality", arguments, task, asked))
+
+
+def _presets(arguments: argparse.Namespace) -> None:
+    from bench.presets import compare
+
+    presets = _choices("presets", arguments.presets, PRESETS)
+    if arguments.reference:
+        raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
+    task = _task(arguments)
+    first, *_ = [task.settings(preset) for preset in presets]
+    asked = {"prompts": len(task.prompts), "presets": presets, "size": _size(first), "keyframes": first.keyframes}
+    compare(task, presets, _task_report("presets", arguments, task, asked))
+
+
+def _task(arguments: argparse.Namespace) -> "Task":
     from bench.exporter import bundle_of
-    from bench.machine import describe_bundle, describe_machine
-    from bench.quality import describe_clips, make_keyframes, make_video
-    from bench.report import Report
-    from bench.work import STAGES
+    from bench.quality import KEYFRAMES, VIDEOS, Task
     from engines.store import Bundle
     from export.demo.faithfulness import load_prompts, training_prompts
-    from runtime.pipeline import Show1Pipeline, check_run
 
     prompts = (training_prompts if arguments.combinations == "training" else load_prompts)(arguments.prompts)
-    presets = _choices("presets", arguments.presets, PRESETS) if arguments.presets else [arguments.preset]
-    if arguments.presets and arguments.reference:
-        raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     bundle = Bundle.open(bundle_of(arguments.checkpoint) if arguments.checkpoint else arguments.bundle)
-    wanted = {**stage_options(arguments), "keyframes": arguments.keyframes, "size": arguments.video}
-    defaults = Settings.from_dict(bundle.manifest.defaults)
-    settings = {preset: defaults.with_options(preset=preset, **wanted) for preset in presets}
-    for chosen in settings.values():
-        check_run(bundle, chosen)
-    if arguments.presets:
-        asked: dict[str, Any] = {"prompts": len(prompts), "presets": presets, "size": _size(settings[presets[0]])}
-        asked["keyframes"] = settings[presets[0]].keyframes
-    else:
-        asked = {"preset": arguments.preset, "prompts": len(prompts), **settings[arguments.preset].to_dict()}
-    judged, make, engines, stages = "videos", make_video, tuple(CATALOG), STAGES
-    if arguments.only_keyframes:
-        judged, make, engines, stages = "key frames", make_keyframes, ("t5", "base"), ("text", "base")
-    asked |= {"combinations": arguments.combinations, "judged": judged}
-    conditions = {"machine": describe_machine(bundle), "bundle": describe_bundle(bundle), "run": asked}
+    options = {**stage_options(arguments), "keyframes": arguments.keyframes, "size": arguments.video}
+    return Task(bundle, prompts, KEYFRAMES if arguments.only_keyframes else VIDEOS, options, arguments.out)
+
+
+def _task_report(benchmark: str, arguments: argparse.Namespace, task: "Task", asked: Mapping[str, Any]) -> "Report":
+    from bench.machine import describe_bundle, describe_machine
+    from bench.quality import describe_clips
+    from bench.report import Report
+
+    asked = {**asked, "combinations": arguments.combinations, "judged": task.judged.name}
+    conditions = {"machine": describe_machine(task.bundle), "bundle": describe_bundle(task.bundle), "run": asked}
     if arguments.reference:
         conditions["reference"] = describe_clips(arguments.reference)
-    report = Report("presets" if arguments.presets else "quality", arguments.out / "report.json", conditions)
-    with Show1Pipeline.from_bundle(bundle.root, keep_loaded=True) as pipeline:
-        for engine in engines:  # loading is no part of a video's time
-            with pipeline.engines.use(engine):
-                pass
-        made_by = {"bundle": bundle.id}
-        if arguments.only_keyframes:  # clips of videos say what they always said: those of older versions go on
-            made_by["judged"] = judged
-        if arguments.presets:
-            costs = {name: Cost(Settings().with_options(preset=name, **wanted), stages) for name in presets}
-            _compare_presets(report, partial(make, pipeline), prompts, settings, costs, arguments.out, made_by)
-        else:
-            chosen = settings[arguments.preset]
-            _judge_preset(report, partial(make, pipeline), prompts, chosen, arguments.out, made_by, arguments.reference)
-
-
-def _judge_preset(
-    report: Any,
-    make: Callable[[Any, Settings], Any],
-    prompts: Sequence[Any],
-    settings: Settings,
-    out: Path,
-    made_by: Mapping[str, Any],
-    reference: Path | None,
-) -> None:
-    from bench import quality
-
-    result = quality.run_quality(
-        prompts,
-        lambda prompt: make(prompt, settings),
-        out,
-        reference,
-        lambda i, seen: print(f"{i + 1} of {len(prompts)}: {prompts[i].prompt} -> {seen}", file=sys.stderr, flush=True),
-        {**made_by, **settings.to_dict()},
-    )
-    videos = result["videos"]
-    tables = [quality.faithfulness_table(result["faithfulness"]), quality.distance_table(videos)]
-    tables.append(quality.clips_table({"all": videos}))
-    numbers = {"videos": quality.json_rows(videos), "faithfulness": asdict(result["faithfulness"])}
-    report.finish(numbers, tables, {}, pictures=sorted(out.glob("sheet-*.png")))
-
-
-def _compare_presets(
-    report: Any,
-    make: Callable[[Any, Settings], Any],
-    prompts: Sequence[Any],
-    settings: Mapping[str, Settings],
-    costs: Mapping[str, Any],
-    out: Path,
-    made_by: Mapping[str, Any],
-) -> None:
-    from bench import cost, presets, quality
-
-    stages = [name for name in DIFFUSION_STAGES if name in next(iter(costs.values())).counted]
-
-    def content(results: Mapping[str, Any]) -> Any:
-        ran = {name: result.settings for name, result in results.items()}
-        clips = quality.clips_table({name: result.videos for name, result in results.items()})
-        tables = [presets.table(results), cost.steps_table(ran, stages), clips]
-        pictures = [picture for name in results for picture in sorted((out / name).glob("sheet-*.png"))]
-        return presets.to_json(results), tables, {"faithfulness": presets.plot(results)}, pictures
-
-    def said(preset: str, index: int, seen: str) -> None:
-        what = f"{preset}, {index + 1} of {len(prompts)}: {prompts[index].prompt} -> {seen}"
-        print(what, file=sys.stderr, flush=True)
-
-    results = presets.run_presets(
-        prompts,
-        settings,
-        costs,
-        make,
-        out,
-        made_by,
-        said,
-        lambda sofar: report.save(*content(sofar)),
-    )
-    report.finish(*content(results))
+    return Report(benchmark, task.out / "report.json", conditions)
 
 
 def _check_card_is_used(bundles: Sequence[Any]) -> None:
@@ -417,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     quality = commands.add_parser("quality", help="do videos show what held-out prompts ask for? (the demo checkpoint)")
-    quality.set_defaults(run=_quality)
+    quality.set_defaults(run=lambda arguments: (_presets if arguments.presets else _quality)(arguments))
     add = quality.add_argument
     source = quality.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=path, default=Path("bundle"), help="default: bundle")

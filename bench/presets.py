@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.cost import Cost
+from bench.cost import Cost, steps_table
 from bench.plots import Axis, Chart
-from bench.quality import bootstrap, json_rows, middle, percent, percent_range, run_quality
-from bench.report import NOTHING, Table, median, number, spread
+from bench.quality import Task, bootstrap, clips_table, json_rows, middle, percent, percent_range, run_quality
+from bench.report import NOTHING, Report, Table, median, number, spread
 from bench.timing import Summary, summarize
 from export.demo.faithfulness import Faithfulness, Prompt
 from export.demo.judge import Frames
-from runtime.config import Settings
+from runtime.config import DIFFUSION_STAGES, Settings
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,33 @@ def run_presets(
         first = first or folder
         on_preset(results)
     return results
+
+
+def compare(task: Task, presets: Sequence[str], report: Report) -> None:
+    """With the first of `presets`; the report is written again after each."""
+    settings = {preset: task.settings(preset) for preset in presets}
+    authors = {preset: Settings().with_options(preset=preset, **task.options) for preset in presets}
+    costs = {preset: Cost(chosen, task.judged.stages) for preset, chosen in authors.items()}
+    stages = [stage for stage in DIFFUSION_STAGES if stage in task.judged.stages]
+
+    def content(results: Mapping[str, PresetResult]) -> tuple[Any, ...]:
+        clips = clips_table({preset: result.videos for preset, result in results.items()})
+        tables = [table(results), steps_table({preset: settings[preset] for preset in results}, stages), clips]
+        pictures = [picture for preset in results for picture in sorted((task.out / preset).glob("sheet-*.png"))]
+        return to_json(results), tables, {"faithfulness": plot(results)}, pictures
+
+    with task.maker() as make:
+        results = run_presets(
+            task.prompts,
+            settings,
+            costs,
+            make,
+            task.out,
+            task.made_by(),
+            lambda preset, index, seen: task.said(index, seen, f"{preset}, "),
+            lambda sofar: report.save(*content(sofar)),
+        )
+    report.finish(*content(results))
 
 
 def table(results: Mapping[str, PresetResult]) -> Table:

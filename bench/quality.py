@@ -9,10 +9,13 @@ import io
 import json
 import math
 import statistics
+import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from bench.machine import ROOT, describe_moment, git_commit
-from bench.report import NOTHING, Table, number, write_bytes
+from bench.report import NOTHING, Report, Table, number, write_bytes
+from bench.work import STAGES
+from engines.catalog import CATALOG
 from engines.errors import OutputError
+from engines.store import Bundle
 from export.demo.faithfulness import ASKED, KEYS, Faithfulness, Prompt, faithfulness
 from export.demo.judge import Frames, Reading, read
 from runtime.config import Settings
 from runtime.ops import clip_to_frames, psnr, resize_frames
-from runtime.pipeline import Show1Pipeline, check_finite
+from runtime.pipeline import Show1Pipeline, check_finite, check_run
 from runtime.stages.base import run_base
 from runtime.stages.text import run_text
 
@@ -176,6 +182,71 @@ def make_keyframes(pipeline: Show1Pipeline, prompt: Prompt, settings: Settings) 
     clip = run_base(pipeline.engines, run_text(pipeline.engines, prompt.prompt), settings, prompt.seed)
     check_finite(pipeline.engines.bundle, "base", clip)
     return resize_frames(clip_to_frames(clip), settings.size)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is judged, and the engines and stages that make it."""
+
+    name: str
+    make: Callable[[Show1Pipeline, Prompt, Settings], Frames]
+    engines: Sequence[str]
+    stages: Sequence[str]
+
+
+VIDEOS = Judged("videos", make_video, tuple(CATALOG), STAGES)
+KEYFRAMES = Judged("key frames", make_keyframes, ("t5", "base"), ("text", "base"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `bundle` makes of prompts is to be judged; `options` are those of `Settings.with_options`.
+
+    Clips are kept in `out`.
+    """
+
+    bundle: Bundle
+    prompts: Sequence[Prompt]
+    judged: Judged
+    options: Mapping[str, Any]
+    out: Path
+
+    def settings(self, preset: str) -> Settings:
+        """Raises what `check_run` does."""
+        settings = Settings.from_dict(self.bundle.manifest.defaults).with_options(preset=preset, **self.options)
+        check_run(self.bundle, settings)
+        return settings
+
+    @contextmanager
+    def maker(self) -> Iterator[Callable[[Prompt, Settings], Frames]]:
+        with Show1Pipeline.from_bundle(self.bundle.root, keep_loaded=True) as pipeline:
+            for engine in self.judged.engines:  # loading is no part of a video's time
+                with pipeline.engines.use(engine):
+                    pass
+            yield partial(self.judged.make, pipeline)
+
+    def made_by(self) -> dict[str, Any]:
+        """Beside settings; clips of videos say what they always said: those of older versions go on."""
+        judged = {} if self.judged is VIDEOS else {"judged": self.judged.name}
+        return {"bundle": self.bundle.id, **judged}
+
+    def said(self, index: int, seen: str, before: str = "") -> None:
+        what = f"{before}{index + 1} of {len(self.prompts)}: {self.prompts[index].prompt} -> {seen}"
+        print(what, file=sys.stderr, flush=True)
+
+
+def judge(task: Task, preset: str, reference: Path | None, report: Report) -> None:
+    """By itself, and compared with another run's clips where `reference` has them."""
+    settings = task.settings(preset)
+    made_by = {**task.made_by(), **settings.to_dict()}
+    with task.maker() as make:
+        result = run_quality(
+            task.prompts, lambda prompt: make(prompt, settings), task.out, reference, task.said, made_by
+        )
+    videos = result["videos"]
+    tables = [faithfulness_table(result["faithfulness"]), distance_table(videos), clips_table({"all": videos})]
+    numbers = {"videos": json_rows(videos), "faithfulness": asdict(result["faithfulness"])}
+    report.finish(numbers, tables, {}, pictures=sorted(task.out.glob("sheet-*.png")))
 
 
 # One run over a folder of clips
