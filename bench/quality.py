@@ -40,6 +40,7 @@ from runtime.stages.text import run_text
 _SHEET_FRAMES, _SHEET_ROWS, _SHEET_WIDTH = 8, 8, 192
 _UNKNOWN = "unknown"
 _CONDITIONS = ("date", "load_average_1min", "commit")  # of a clip, as it was finished
+_CLIP = ("frames", "prompt", "seed", "maker", "seconds", "conditions")  # what its file holds
 
 
 # Faithfulness
@@ -226,9 +227,8 @@ class Task:
             yield partial(self.judged.make, pipeline)
 
     def made_by(self) -> dict[str, Any]:
-        """Beside settings; clips of videos say what they always said: those of older versions go on."""
-        judged = {} if self.judged is VIDEOS else {"judged": self.judged.name}
-        return {"bundle": self.bundle.id, **judged}
+        """Beside settings."""
+        return {"bundle": self.bundle.id, "judged": self.judged.name}
 
     def said(self, index: int, seen: str, before: str = "") -> None:
         what = f"{before}{index + 1} of {len(self.prompts)}: {self.prompts[index].prompt} -> {seen}"
@@ -338,16 +338,11 @@ def _keep(file: Path, prompt: Prompt, maker: str, frames: Frames, seconds: float
 
 
 def _kept(file: Path, prompt: Prompt, maker: str) -> tuple[Frames, dict[str, Any]]:
-    """Frames, and how they were made: seconds, and conditions, None in clips of older versions."""
+    """Frames, and how they were made: seconds and conditions, of which None is not known."""
     kept = _read_clip(file, prompt)
-    if "maker" not in kept or str(kept["maker"]) != maker:
+    if str(kept["maker"]) != maker:
         raise OutputError(f"{file} was made by another bundle or with other settings. Choose another --out.")
-    conditions = _conditions(kept)
-    return kept["frames"], {"seconds": float(kept["seconds"]), **{key: conditions.get(key) for key in _CONDITIONS}}
-
-
-def _conditions(clip: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(str(clip["conditions"])) if "conditions" in clip else {}
+    return kept["frames"], {"seconds": float(kept["seconds"]), **json.loads(str(kept["conditions"]))}
 
 
 def _read_clip(file: Path, prompt: Prompt | None = None, frames: bool = True) -> dict[str, NDArray[Any]]:
@@ -357,7 +352,7 @@ def _read_clip(file: Path, prompt: Prompt | None = None, frames: bool = True) ->
     """
     try:
         with np.load(file) as content:
-            clip = {name: content[name] for name in content if frames or name != "frames"}
+            clip = {name: content[name] for name in _CLIP if frames or name != "frames"}
         ours = prompt is None or (str(clip["prompt"]) == prompt.prompt and int(clip["seed"]) == prompt.seed)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise OutputError(f"{file} is not a clip of this command ({type(error).__name__}). Move it away.") from None
@@ -371,8 +366,8 @@ def describe_clips(folder: Path) -> dict[str, Any]:
     if not clip_file(folder, 0).is_file():
         raise OutputError(f"{folder}: no {clip_file(folder, 0).name}. Give the --out of another run.")
     clip = _read_clip(clip_file(folder, 0), frames=False)
-    maker = json.loads(str(clip["maker"])) if "maker" in clip else {}
-    return {"commit": _conditions(clip).get("commit"), **maker}
+    conditions, maker = (json.loads(str(clip[name])) for name in ("conditions", "maker"))
+    return {"commit": conditions["commit"], **maker}
 
 
 def json_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -161,16 +161,28 @@ def test_a_clip_keeps_the_conditions_that_it_was_made_in(tmp_path: Path, monkeyp
     assert quality.clips_table({"draft": rows}).rows == [["draft", "3", *span]]
 
 
-def test_clips_of_versions_that_kept_no_conditions_are_read(tmp_path: Path) -> None:
+def test_what_is_not_known_of_a_clip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "describe_moment", lambda: {"date": "2026-11-20 08:00 UTC", "load_average_1min": None})
+    monkeypatch.setattr(quality, "_commit", lambda: None)
+    quality.run_quality(PROMPTS[:2], gray, tmp_path)
+    rows = quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)["videos"]
+    assert quality.clips_table({"all": rows}).rows == [["all", "2", "2026-11-20 08:00 UTC", "unknown", "unknown"]]
+    rows[0] |= {"load_average_1min": 0.5, "commit": "aaaa"}
+    assert quality.clips_table({"all": rows}).rows[0][3:] == ["0.5, unknown", "aaaa, unknown"]
+    assert quality.describe_clips(tmp_path) == {"commit": None}
+
+
+@pytest.mark.parametrize("left_out", ["maker", "seconds", "conditions"])
+def test_a_clip_that_does_not_say_how_it_was_made_is_refused(tmp_path: Path, left_out: str) -> None:
     quality.run_quality(PROMPTS[:2], gray, tmp_path)
     kept = dict(np.load(quality.clip_file(tmp_path, 0)))
-    del kept["conditions"]
+    del kept[left_out]
     np.savez_compressed(quality.clip_file(tmp_path, 0), **kept)
-    rows = quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)["videos"]
-    assert (rows[0]["date"], rows[0]["commit"], rows[0]["load_average_1min"]) == (None, None, None)
-    assert rows[1]["date"].endswith("UTC")
-    assert quality.clips_table({"old": rows[:1]}).rows == [["old", "1", "unknown", "unknown", "unknown"]]
-    assert quality.clips_table({"both": rows}).rows[0][2] == f"{rows[1]['date']}, unknown"
+    refused = r"00\.npz is not a clip of this command \(KeyError\)\. Move it away"
+    with pytest.raises(OutputError, match=refused):
+        quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)
+    with pytest.raises(OutputError, match=refused):
+        quality.describe_clips(tmp_path)
 
 
 @pytest.mark.torch
