@@ -207,14 +207,11 @@ def _check(arguments: argparse.Namespace) -> None:
     from runtime.pipeline import settings_of
 
     bundle = Bundle.open(arguments.bundle)
-    problems = 0
-    stages: dict[str, dict[str, None]] = {}  # the command that builds again -> the stages it has to name
+    broken: list[str] = []  # of every unusable part the network that brings it
     for name in CATALOG:
         entry = bundle.manifest.engines.get(name)
         reasons = ["not built"] if entry is None else _unusable(bundle, entry)
-        problems += bool(reasons)
-        if reasons:
-            stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
+        broken += [name] if reasons else []
         details = f"{entry.backend} {entry.backend_version} {entry.precision}" if entry else ""
         note = "; ".join(reasons) or "ok"
         if entry and entry.targets:
@@ -225,18 +222,18 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in TEXT_ENCODERS:
         file = bundle.manifest.tokenizers.get(name)
         reason = bundle.damage(file) if file else "not built"
-        problems += bool(reason)
-        if reason:
-            stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
+        broken += [name] if reason else []
         print(f"{f'{name} tokenizer':63} {reason or 'ok'}")
     try:
         settings_of(bundle)
     except BundleError as error:
-        problems += 1
-        stages.setdefault(bundle.rebuild_command("t5", stage="STAGES"), {})["text"] = None
+        broken.append("t5")
         print(f"{'settings':63} {error}")
-    if problems:
-        what = "1 part is" if problems == 1 else f"{problems} parts are"
+    if broken:
+        stages: dict[str, dict[str, None]] = {}  # the command that builds again -> the stages it has to name
+        for name in broken:
+            stages.setdefault(bundle.rebuild_command(name, stage="STAGES"), {})[CATALOG[name].stage] = None
+        what = "1 part is" if len(broken) == 1 else f"{len(broken)} parts are"
         commands = [command.replace("STAGES", ",".join(names)) for command, names in stages.items()]
         raise Show1Error(f"{what} unusable. Build again: {'; '.join(commands)}.")
 
