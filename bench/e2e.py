@@ -25,7 +25,7 @@ from engines.errors import EngineError, SettingsError
 from engines.store import Bundle
 from export import networks
 from export.checkpoint import file_hash
-from export.configs import published_scheduler
+from export.configs import SCHEDULERS
 from export.modules.vae import downscaling
 from export.random_checkpoint import CONFIGS
 from runtime.config import Settings
@@ -255,7 +255,7 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
         except EngineError as error:  # as where the card is too small: the others go on
             contenders[-1].details["failures"] = {"engines": str(error)}
             said(f"{name}: {error}", result())
-    schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else {s: published_scheduler(s) for s in UNETS}
+    schedulers = setup.bundles[0].manifest.schedulers if setup.bundles else SCHEDULERS
 
     def compare(name: str, unet: Any) -> None:
         if setup.bundles and "failures" not in contenders[0].details:

@@ -19,7 +19,7 @@ from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from engines.gpu import find_gpus
 from engines.tensorrt import installed_version
-from export.configs import published_scheduler
+from export.configs import SCHEDULERS
 from export.kernels import build_library, native
 from runtime.kernels import (
     ACTIVATIONS,
@@ -367,7 +367,7 @@ class KernelBench:
     def step(self, stage: str) -> Row:
         torch = self.torch
         shape = STEP_SHAPES[stage]
-        schedule = make_schedule(SchedulerConfig.from_dict(published_scheduler(stage), stage), 50)
+        schedule = make_schedule(SchedulerConfig.from_dict(SCHEDULERS[stage], stage), 50)
         index, guidance_scale = 25, 7.0
         batch, channels, frames, height, width = shape
         pixels = height * width

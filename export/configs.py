@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from engines.catalog import CATALOG
-
 
 def pixel(
     in_channels: int, channels: list[int], attended: int, kind: str, heads: int, text_dim: int, dim: int, **more: Any
@@ -133,15 +131,10 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_t
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 _MOVING_STEPS = {**DPM, **COSINE, "sample_max_value": 1.5, "lambda_min_clipped": -5.1, "variance_type": "fixed_small"}
-SCHEDULERS: dict[str, dict[str, Any]] = {  # folder -> scheduler_config.json
+SCHEDULERS: dict[str, dict[str, Any]] = {  # network -> scheduler_config.json
     "base": _MOVING_STEPS,
-    "interpolation": _MOVING_STEPS,
+    "interp": _MOVING_STEPS,
     "if2": {"_class_name": "DDPMScheduler", **COSINE, "sample_max_value": 1.0, "variance_type": "learned_range"},
     "sr1": {**DPM, **COSINE, "sample_max_value": 1.0, "variance_type": "fixed_small"},
     "sr2": {**DPM, **LATENT},
 }
-
-
-def published_scheduler(stage: str) -> dict[str, Any]:
-    """The settings of a denoising stage's scheduler, as published."""
-    return SCHEDULERS[CATALOG[stage].folders[0]]

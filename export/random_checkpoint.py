@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
 from engines.store import move
-from export.configs import NOISING, PUBLISHED, SCHEDULERS
-from export.demo.cascade import NETWORKS, save_rest, save_tokenizers, write_json
-from export.modules.text import CLIPTextEncoder, T5Encoder
-from export.modules.unet import UNetConfig, VideoUNet
+from export.configs import PUBLISHED, SCHEDULERS
+from export.demo import cascade
 from export.modules.vae import Autoencoder, VAEDecoder
 
 STAMP = "random-checkpoint.json"  # what was asked for; by it `renew` knows a folder of its own
@@ -32,7 +30,7 @@ _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exac
 
 
 # size -> folder -> config.json. The golden size is that of the demo cascade, near the golden set's.
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {"published": PUBLISHED, "golden": dict(NETWORKS.values())}
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {"published": PUBLISHED, "golden": dict(cascade.NETWORKS.values())}
 _OWN = {STAMP, "settings.json", *(folder.partition("/")[0] for folder in PUBLISHED)}  # what stands in `out`
 
 
@@ -77,12 +75,17 @@ def random_checkpoint(
             )
         # Under another name until it is whole, lest an interrupted run is taken for a checkpoint.
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            _write(Path(folder) / out.name, configs, torch.Generator().manual_seed(seed))
-            (save_rest if size == "golden" else _save_published_rest)(Path(folder) / out.name)
-            write_json(Path(folder) / out.name / STAMP, stamp)
+            made = Path(folder) / out.name
+            _write(made, configs, torch.Generator().manual_seed(seed))
+            if size == "golden":
+                cascade.save_rest(made)
+            else:
+                cascade.save_tokenizers(made)
+                cascade.save_schedulers(made, SCHEDULERS)
+            cascade.write_json(made / STAMP, stamp)
             if out.exists():
                 move(out, Path(folder) / "replaced")
-            move(Path(folder) / out.name, out)
+            move(made, out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out}: cannot be written ({error}). Make room or choose another --out.") from None
 
@@ -97,7 +100,7 @@ def _is_current(folder: Path, stamp: dict[str, Any], configs: Mapping[str, dict[
 
 def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Generator) -> None:
     for folder, config in configs.items():
-        write_json(out / folder / "config.json", config)
+        cascade.write_json(out / folder / "config.json", config)
         shapes = _shapes(folder, config)
         draws = ((name, _draw(name, shape, generator)) for name, shape in shapes.items())
         if folder == "sr2/vae":
@@ -105,23 +108,9 @@ def _write(out: Path, configs: Mapping[str, dict[str, Any]], generator: torch.Ge
         _save(out / folder, draws, 2 * sum(map(math.prod, shapes.values())))
 
 
-def _save_published_rest(out: Path) -> None:
-    save_tokenizers(out)
-    for name, scheduler in SCHEDULERS.items():
-        write_json(out / name / "scheduler" / "scheduler_config.json", scheduler)
-    for name in ("if2", "sr1"):
-        write_json(out / name / "image_noising_scheduler" / "scheduler_config.json", NOISING)
-
-
 def _shapes(folder: str, config: dict[str, Any]) -> dict[str, torch.Size]:
-    build: dict[str, Any] = {
-        "base/text_encoder": lambda: T5Encoder(config, folder),
-        "sr2/text_encoder": lambda: CLIPTextEncoder(config, folder),
-        "sr2/vae": lambda: Autoencoder(config),
-    }
     with torch.device("meta"):
-        module: nn.Module = build.get(folder, lambda: VideoUNet(UNetConfig.from_dict(config, folder)))()
-    return {name: value.shape for name, value in module.state_dict().items()}
+        return {name: value.shape for name, value in cascade.make_module(folder, config).state_dict().items()}
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -143,8 +132,7 @@ def _with_contrast(config: dict[str, Any], state: dict[str, Tensor]) -> Iterator
 
 def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None:
     """One safetensors file, or shards and their index, as transformers and diffusers write them."""
-    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
-    count = math.ceil(size / _SHARD)
+    stem, count = cascade.weights_stem(folder), math.ceil(size / _SHARD)
     if count == 1:
         save_file(dict(values), folder / f"{stem}.safetensors")
         return
@@ -164,4 +152,5 @@ def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None
             finish()
             index += 1
     finish()
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    cascade.write_json(folder / f"{stem}.safetensors.index.json", content)

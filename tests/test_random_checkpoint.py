@@ -130,7 +130,7 @@ def test_what_exists_is_left_alone_and_a_full_disk_is_noticed_first(
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_checkpoint, "save_rest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(random_checkpoint.cascade, "save_rest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         random_checkpoint.random_checkpoint(tmp_path / "new")
     assert not list(tmp_path.iterdir())

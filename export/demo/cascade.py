@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
 
+from engines.catalog import CATALOG
 from engines.errors import CheckpointError
 from engines.store import write_atomically
 from export import configs
@@ -91,14 +92,18 @@ STRENGTH = 0.1  # of sr2: trained as shortly as it is, it redraws things that it
 
 def make_network(name: str) -> Any:
     """An untrained network on its default weights."""
-    _, config = NETWORKS[name]
-    if name == "t5":
-        return T5Encoder(config, name)
-    if name == "clip":
-        return CLIPTextEncoder(config, name)
-    if name == "vae":
+    return make_module(*NETWORKS[name])
+
+
+def make_module(folder: str, config: dict[str, Any]) -> Any:
+    """What a folder of a checkpoint holds, untrained."""
+    if folder == "base/text_encoder":
+        return T5Encoder(config, folder)
+    if folder == "sr2/text_encoder":
+        return CLIPTextEncoder(config, folder)
+    if folder == "sr2/vae":
         return Autoencoder(config)
-    return VideoUNet(UNetConfig.from_dict(config, name))
+    return VideoUNet(UNetConfig.from_dict(config, folder))
 
 
 def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
@@ -137,19 +142,27 @@ def load_network(checkpoint: Path, name: str) -> Any:
 
 def _weights(checkpoint: Path, name: str) -> Path:
     folder = checkpoint / NETWORKS[name][0]
-    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
-    return folder / f"{stem}.safetensors"
+    return folder / f"{weights_stem(folder)}.safetensors"
+
+
+def weights_stem(folder: Path) -> str:
+    return "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
 
 
 def save_rest(checkpoint: Path) -> None:
     """Everything but the networks: tokenizers, schedulers, recommended settings."""
     save_tokenizers(checkpoint)
-    for name, config in SCHEDULERS.items():
-        home = checkpoint / Path(NETWORKS[name][0]).parent
+    save_schedulers(checkpoint, SCHEDULERS)
+    write_json(checkpoint / "settings.json", {"guidance": GUIDANCE, "strength": STRENGTH})
+
+
+def save_schedulers(checkpoint: Path, schedulers: Mapping[str, dict[str, Any]]) -> None:
+    """The configs by network, and what noises the conditions of super-resolution."""
+    for name, config in schedulers.items():
+        home = checkpoint / CATALOG[name].folders[0]
         write_json(home / "scheduler" / "scheduler_config.json", config)
         if name in ("if2", "sr1"):
             write_json(home / "image_noising_scheduler" / "scheduler_config.json", configs.NOISING)
-    write_json(checkpoint / "settings.json", {"guidance": GUIDANCE, "strength": STRENGTH})
 
 
 def save_tokenizers(checkpoint: Path) -> None:
