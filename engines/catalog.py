@@ -75,23 +75,16 @@ def _pixels(opt: int, multiple: int, least: int) -> Axis:
     return Axis(least, opt, max(4 * opt, 1024 // multiple * multiple), multiple)
 
 
-def t5_graph(width: int, dtype: str) -> GraphSpec:
+def text_graph(width: int, dtype: str, max_tokens: int | None = None) -> GraphSpec:
+    """A text encoder: T5, which reads a mask, or CLIP, which reads none and has positions for `max_tokens`."""
     axes = ("batch", "tokens")
+    names = ("input_ids", "attention_mask") if max_tokens is None else ("input_ids",)
+    tokens = _TOKENS if max_tokens is None else Axis(1, max_tokens, max_tokens)
     return GraphSpec(
         "encode",
-        (Binding("input_ids", "int64", axes), Binding("attention_mask", "int64", axes)),
+        tuple(Binding(name, "int64", axes) for name in names),
         (Binding("prompt_embeds", dtype, (*axes, width)),),
-        {"default": {"batch": _TEXT_BATCH, "tokens": _TOKENS}},
-    )
-
-
-def clip_graph(width: int, max_tokens: int, dtype: str) -> GraphSpec:
-    axes = ("batch", "tokens")
-    return GraphSpec(
-        "encode",
-        (Binding("input_ids", "int64", axes),),
-        (Binding("prompt_embeds", dtype, (*axes, width)),),
-        {"default": {"batch": _TEXT_BATCH, "tokens": Axis(1, max_tokens, max_tokens)}},
+        {"default": {"batch": _TEXT_BATCH, "tokens": tokens}},
     )
 
 

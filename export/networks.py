@@ -115,9 +115,9 @@ def load(source: Source, precision: str, size: tuple[int, int], keep_variance: b
     try:
         if name in catalog.UNETS:
             return _unet(source, precision, size, keep_variance)
-        return {"t5": _t5, "clip": _clip, "vae_encoder": _vae_encoder, "vae_decoder": _vae_decoder}[name](
-            source, precision, size
-        )
+        if name in catalog.TEXT_ENCODERS:
+            return (_t5 if name == "t5" else _clip)(source, precision)
+        return _vae(source, precision, size)
     except KeyError as key:
         raise CheckpointError(f"{source.where}/config.json: {key} is missing. Download it again.") from None
     # What layers raise for impossible sizes, and torch where it gets no memory.
@@ -147,65 +147,45 @@ def _token_ids(sizes: Mapping[str, int], vocabulary: int, generator: torch.Gener
     return torch.randint(vocabulary, (sizes["batch"], sizes["tokens"]), generator=generator)
 
 
-def _t5(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
+def _t5(source: Source, precision: str) -> LoadedNetwork:
     config = source.config
     module = _empty(lambda: T5Encoder(config, source.where))
     # The embedding is stored once or twice, under either name.
     renames = {"encoder.embed_tokens.": "shared."}
     load_weights(module, source.weights, _dtype(precision), source.where, renames)
-    spec = catalog.t5_graph(config["d_model"], PRECISIONS[precision])
+    spec = catalog.text_graph(config["d_model"], PRECISIONS[precision])
 
     def example(sizes: Mapping[str, int], generator: torch.Generator) -> list[Tensor]:
         mask = torch.ones(sizes["batch"], sizes["tokens"], dtype=torch.int64)
         mask[0, sizes["tokens"] // 2 :] = 0  # one padded text
         return [_token_ids(sizes, config["vocab_size"], generator), mask]
 
-    return LoadedNetwork([Graph(spec, module, example)], {"text_dim": config["d_model"]})
+    return LoadedNetwork([Graph(spec, module, example)], {})
 
 
-def _clip(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
+def _clip(source: Source, precision: str) -> LoadedNetwork:
     config = source.config
     module = _empty(lambda: CLIPTextEncoder(config, source.where))
     load_weights(module, source.weights, _dtype(precision), source.where, ignore=("position_ids", "text_projection"))
     max_tokens = config.get("max_position_embeddings", 77)
-    spec = catalog.clip_graph(config["hidden_size"], max_tokens, PRECISIONS[precision])
+    spec = catalog.text_graph(config["hidden_size"], PRECISIONS[precision], max_tokens)
 
     def example(sizes: Mapping[str, int], generator: torch.Generator) -> list[Tensor]:
         return [_token_ids(sizes, config["vocab_size"], generator)]
 
-    properties = {"text_dim": config["hidden_size"], "max_tokens": max_tokens}
-    return LoadedNetwork([Graph(spec, module, example)], properties)
+    return LoadedNetwork([Graph(spec, module, example)], {"max_tokens": max_tokens})
 
 
-def _autoencoder(source: Source, precision: str) -> tuple[Any, int]:
-    vae = _empty(lambda: Autoencoder(source.config))
+def _vae(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
+    config, encodes = source.config, source.network.name == "vae_encoder"
+    vae = _empty(lambda: Autoencoder(config))
     load_vae(vae, source.weights, _dtype(precision), source.where)
-    return vae, downscaling(source.config)
-
-
-def _vae_properties(source: Source, factor: int) -> dict[str, Any]:
-    return {
-        "factor": factor,
-        "scaling_factor": source.config.get("scaling_factor", 0.18215),
-    }
-
-
-def _vae_encoder(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
-    vae, factor = _autoencoder(source, precision)
-    spec = catalog.vae_encoder_graph(
-        source.config["latent_channels"], factor, (size[1], size[0]), PRECISIONS[precision]
-    )
-    graph = Graph(spec, VAEEncoder(vae), lambda sizes, g: [_random(spec.inputs[0], sizes, g, 0.5)])
-    return LoadedNetwork([graph], _vae_properties(source, factor))
-
-
-def _vae_decoder(source: Source, precision: str, size: tuple[int, int]) -> LoadedNetwork:
-    vae, factor = _autoencoder(source, precision)
-    spec = catalog.vae_decoder_graph(
-        source.config["latent_channels"], factor, (size[1], size[0]), PRECISIONS[precision]
-    )
-    graph = Graph(spec, VAEDecoder(vae), lambda sizes, g: [_random(spec.inputs[0], sizes, g)])
-    return LoadedNetwork([graph], _vae_properties(source, factor))
+    factor = downscaling(config)
+    make_spec = catalog.vae_encoder_graph if encodes else catalog.vae_decoder_graph
+    spec = make_spec(config["latent_channels"], factor, (size[1], size[0]), PRECISIONS[precision])
+    module, spread = (VAEEncoder(vae), 0.5) if encodes else (VAEDecoder(vae), 1.0)  # of pixels, of latents
+    graph = Graph(spec, module, lambda sizes, g: [_random(spec.inputs[0], sizes, g, spread)])
+    return LoadedNetwork([graph], {"factor": factor, "scaling_factor": config.get("scaling_factor", 0.18215)})
 
 
 def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: bool) -> LoadedNetwork:
@@ -277,11 +257,7 @@ def _unet(source: Source, precision: str, size: tuple[int, int], keep_variance: 
         Graph(step, step_module, step_example),
         Graph(shallow, UNetShallow(unet, noise_channels), shallow_example),
     ]
-    properties = {
-        "text_dim": config.text_dim,
-        "noise_level": bool(config.class_embed_type),
-    }
-    return LoadedNetwork(graphs, properties)
+    return LoadedNetwork(graphs, {"text_dim": config.text_dim, "noise_level": bool(config.class_embed_type)})
 
 
 def schedulers(sources: Iterable[Source]) -> dict[str, dict[str, Any]]:
