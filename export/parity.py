@@ -2,13 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +15,7 @@ from engines.errors import ParityError
 from engines.spec import Axis, GraphSpec
 from export.networks import Graph
 from runtime.runner import Runner
-from runtime.runner_ort import ort  # telemetry turned off
+from runtime.runner_ort import OrtRunner, ort  # telemetry turned off
 
 SEED = 20230927  # arXiv 2309.15818's day
 # Relative to the largest value of the reference, which computes in float32 from the engine's weights. float32:
@@ -168,7 +166,7 @@ def _computing_in_float32(module: nn.Module) -> Iterator[None]:
         restore()
 
 
-class DetachedRunner:
+class DetachedRunner(OrtRunner):
     """A model that is on its way to another compiler, on ONNX Runtime's CPU: as it is, no operator replaced or folded.
 
     Weights are read where they are, and converted one operator at a time where the CPU lacks a kernel for their type:
@@ -187,13 +185,6 @@ class DetachedRunner:
         options.add_external_initializers(list(model.weights), self._weights)
         self._session = ort.InferenceSession(model.graph, options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def infer(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        wanted = list(wanted or self._outputs)
-        return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
-
-    def close(self) -> None:
-        del self._session
 
 
 def in_float32(model: DetachedModel) -> DetachedModel:
