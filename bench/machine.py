@@ -166,10 +166,16 @@ def _cpu_model() -> str:
 
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
             return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass  # macOS
+        pass
+    # ARM's is known by numbers, for which lscpu has names.
+    for line in (_output("lscpu") or "").splitlines():
+        if line.startswith("Model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -51,6 +51,8 @@ def device_memory() -> Callable[[], int] | None:
     gpus = find_gpus()  # in CUDA's order, and less what it hides
     if not gpus or nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(gpus[0].bus_id, ctypes.byref(card)):
         return None
+    if nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(info)):  # a card on the machine's own memory has none to tell
+        return None
 
     def used() -> int:
         nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(info))

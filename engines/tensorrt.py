@@ -37,8 +37,8 @@ def load(flavour: str) -> Any:
 
 
 def _install(flavour: str) -> str:
-    if flavour == "tensorrt-rtx" and (sys.version_info >= (3, 13) or sys.platform == "darwin"):
-        return "Its wheels are for Linux and Windows, Python 3.11 and 3.12: use one of these."
+    if flavour == "tensorrt-rtx" and (sys.version_info >= (3, 15) or sys.platform == "darwin"):
+        return "Its wheels are for Linux and Windows, Python 3.11 to 3.14: use one of these."
     return f"Install it: {install(flavour)}."
 
 

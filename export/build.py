@@ -46,7 +46,7 @@ from export.to_onnx import trace
 from export.tokenizers import convert_clip, convert_t5
 from runtime.config import Settings, stage_sizes
 from runtime.kernels import ABI
-from runtime.runner import INDUCTOR, Runner, open_runner
+from runtime.runner import INDUCTOR, Runner, open_runner, why_not_half
 from runtime.runner_inductor import target, torch_version, why_idle
 
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # either brings ONNX Runtime
@@ -100,6 +100,8 @@ class Backend:
             raise SettingsError(
                 "ONNX Runtime has few kernels for bf16: use --precision fp16, or --engine tensorrt-rtx."
             )
+        if precision == "fp16" and (reason := why_not_half()):
+            raise SettingsError(f"{reason}: use --precision fp32.")
         return cls(name)
 
     @classmethod

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import lzma
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -57,6 +56,13 @@ def _unpack(archive: Path, target: Path) -> Path:
 
 
 def _extract(packed: bytes, archive: Path, folder: Path) -> None:
+    try:
+        import lzma
+    except ImportError:  # a Python that was compiled without it
+        raise CheckpointError(
+            f"{archive} cannot be unpacked: this Python has no lzma. Install liblzma-dev (macOS: xz) and build Python "
+            "again, or use another."
+        ) from None
     try:
         # Decompressed to the end before anything is written: a missing tail shows here, checksums included.
         plain = lzma.decompress(packed, format=lzma.FORMAT_XZ)

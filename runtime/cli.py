@@ -203,7 +203,7 @@ def _check_apart(out: str, stages: Path) -> None:
     target, folder = Path(out).resolve(), stages.resolve()
     if target in (folder, *folder.parents):
         raise OutputError(f"--out {out} holds --save-stages {stages}. Choose another place for one of them.")
-    if target.parent == folder and target.stem in DIFFUSION_STAGES:
+    if target.parent == folder and target.stem.lower() in DIFFUSION_STAGES:  # on some disks case is no difference
         raise OutputError(f"--out {out} is where --save-stages keeps what {target.stem} made. Choose another name.")
 
 

@@ -1,6 +1,7 @@
 """Running engines: one interface over every backend, and the pool that decides which engines are in memory."""
 
 import contextlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,22 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
         from runtime.runner_inductor import why_unusable
 
         return why_unusable(bundle, entry)
+    if entry.precision == "fp16" and (reason := why_not_half()):
+        return f"{reason}: {bundle.rebuild_command(entry.name, precision='fp32')}"
     return None
+
+
+def why_not_half() -> str | None:
+    """Why ONNX Runtime should not compute in half precision on this machine's processor, or None.
+
+    On x86-64 it has next to no kernels for it, and computes in float32. Those for ARM (1.32) sum in half precision, and
+    of some layouts there are none.
+    """
+    if platform.machine().lower() not in ("aarch64", "arm64"):
+        return None
+    from runtime.runner_ort import tries_cuda
+
+    return None if tries_cuda() else "on ARM processors ONNX Runtime is inexact in half precision"
 
 
 class Engine:

@@ -82,11 +82,11 @@ def why_idle(gpu: Gpu) -> str | None:
 
 
 def cpu_level() -> str:
-    """An x86-64 level where the processor has AVX2; elsewhere only its family can be named."""
-    capability = torch.backends.cpu.get_cpu_capability()
+    """An x86-64 level where the processor has AVX2; elsewhere its family, of ARM with the width of its vectors."""
+    capability, machine = torch.backends.cpu.get_cpu_capability(), platform.machine().lower()
     if capability.startswith("AVX"):
         return X86_LEVEL
-    return platform.machine().lower()
+    return f"{machine}-{capability.lower()}" if capability.startswith("SVE") else machine
 
 
 def set_up_cuda() -> None:

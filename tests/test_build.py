@@ -28,7 +28,7 @@ from filelock import FileLock
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
 import onnx
-from conftest import ROOT
+from conftest import HALF, ROOT
 from safetensors.torch import load_file, save_file
 
 from engines import store
@@ -593,6 +593,13 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path
     assert [letter.is_file() and letter.read_text() for letter in letters] == ["dear"] * 3
 
 
+def test_fp16_is_not_built_where_it_is_inexact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.build.why_not_half", lambda: "it is inexact here")
+    with pytest.raises(SettingsError, match=r"^it is inexact here: use --precision fp32\."):
+        Backend.choose("onnxruntime", "fp16")
+    assert Backend.choose("onnxruntime", "fp32").name == "onnxruntime"
+
+
 def test_a_new_disk_is_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "lost+found").mkdir()
     with Bundle.writer(tmp_path) as writer:
@@ -775,6 +782,7 @@ def test_a_manifest_comes_back_from_json_as_it_was(bundle: Path) -> None:
     assert manifest.schedulers["sr2"]["lambda_min_clipped"] == -np.inf  # JSON proper has no such number
 
 
+@HALF
 def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: Path, tmp_path: Path) -> None:
     source = Source.find(CATALOG["clip"], golden / "models", "fp16")
     entry = build_engine(Job(source, "fp16", (576, 320)), tmp_path)

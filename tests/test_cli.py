@@ -206,6 +206,7 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--out", "run/", "--save-stages", "run/stages"], "--out run/ holds --save-stages run/stages. Choose another"),
         (["--out", "x.mp4", "--save-stages", "x.mp4"], "--out x.mp4 holds --save-stages x.mp4. Choose another"),
         (["--out", "st/sr1.mp4", "--save-stages", "st"], "st/sr1.mp4 is where --save-stages keeps what sr1 made."),
+        (["--out", "st/SR1.mp4", "--save-stages", "st"], "st/SR1.mp4 is where --save-stages keeps what SR1 made."),
         (["--bundle", "nowhere", "--save-stages", "st"], "nowhere: no manifest.json there"),
         (["--size", "1" * 5000 + "x64", "--save-stages", "st"], "allowed: WIDTHxHEIGHT"),
         (["--bundle", "taken"], "taken: no manifest.json there, so it is not a bundle. Make one with"),

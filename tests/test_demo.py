@@ -4,7 +4,7 @@ from pathlib import Path
 
 import av
 import pytest
-from conftest import ROOT
+from conftest import HALF, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -27,6 +27,7 @@ def test_the_demo_checkpoint_makes_29_frames_of_576_by_320(tmp_path: Path) -> No
     assert (frames[0] != frames[14]).any()
 
 
+@HALF
 def test_half_precision_networks_stay_within_two_hundredths_of_the_reference(golden: Path) -> None:
     from engines.store import Bundle
     from export.build import build

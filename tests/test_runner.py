@@ -1,6 +1,7 @@
 """Running engines: types at the border, and what is said of plans and inputs that do not run."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -13,14 +14,14 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import HALF, ROOT
 
 from engines import tensorrt
 from engines.errors import BundleError, EngineError, ProfileError
 from engines.gpu import Gpu
 from engines.store import Bundle
 from runtime import runner_ort, runner_trt
-from runtime.runner import Engine, EnginePool, _TimedLoop, open_runner
+from runtime.runner import Engine, EnginePool, _TimedLoop, open_runner, why_not_half, why_unusable
 from runtime.runner_ort import OrtRunner
 
 
@@ -172,8 +173,26 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
         OrtRunner(tmp_path / "step.onnx")
 
 
+@pytest.mark.parametrize("machine", ["aarch64", "arm64", "x86_64"])
+def test_half_precision_is_refused_where_it_is_inexact(
+    wheel, bundle: Path, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    opened = Bundle.open(bundle)
+    half = replace(opened.engine("clip"), precision="fp16")
+    wheel(True, 1)
+    assert why_not_half() is None, "cards compute as they should, whatever the processor"
+    wheel(True, 0)
+    if machine == "x86_64":
+        assert why_unusable(opened, half) is None
+        return
+    assert why_unusable(opened, opened.engine("clip")) is None
+    with pytest.raises(BundleError, match=r"clip: on ARM .* inexact in half precision: `python .*--precision fp32"):
+        Engine(opened, half)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
-@pytest.mark.parametrize(("precision", "mib"), [("fp16", 64), ("fp32", 128), ("int8", 32)])
+@pytest.mark.parametrize(("precision", "mib"), [pytest.param("fp16", 64, marks=HALF), ("fp32", 128), ("int8", 32)])
 def test_weights_of_a_text_encoder_are_not_copied_on_the_cpu(tmp_path: Path, precision: str, mib: int) -> None:
     """A session's usual way is to hold 128 MiB of float32, as its kernels like them, or int8 in blocks of its own."""
     onnx = pytest.importorskip("onnx", reason="needs the export extra")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def test_folder_with_other_files_is_left_alone(tmp_path: Path, archive: Path) ->
         unpack(archive, target / "letter.txt" / "below")
     with pytest.raises(CheckpointError, match=r"no\.tar\.xz cannot be unpacked there"):
         unpack(tmp_path / "no.tar.xz", tmp_path / "new")
+
+
+def test_a_python_without_lzma_is_told_so(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(CheckpointError, match=r"this Python has no lzma\. Install liblzma-dev"):
+        unpack(archive, tmp_path / "golden")
+    assert not (tmp_path / "golden").exists()

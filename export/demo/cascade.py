@@ -6,7 +6,6 @@ All together they hold 4.8 million parameters, 9.6 MB in float16.
 
 import io
 import json
-import lzma
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -172,6 +171,8 @@ def save_tokenizers(checkpoint: Path) -> None:
 
 def pack(checkpoint: Path, archive: Path) -> None:
     """The checkpoint as .tar.xz, the same bytes for the same content."""
+    import lzma  # which some Pythons lack, and nothing else here needs
+
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and _ships(p.relative_to(checkpoint))):

@@ -36,7 +36,8 @@ def draw_latents(engines: EnginePool, frames: Frames, settings: Settings, noise:
     """Frames uint8 [F, h, w, 3] of any size -> latents [F, 4, H/8, W/8] of `settings.size`, unscaled."""
     mean, logvar = encode(engines, resize_frames(frames, settings.size))
     # One draw for all frames' posteriors: Kingma & Welling (2013), eq. 10.
-    return mean + np.exp(0.5 * logvar) * noise.normal(mean.shape)
+    spread: FloatArray = np.exp(0.5 * logvar)  # said for NumPy's types from 2.5 on
+    return mean + spread * noise.normal(mean.shape)
 
 
 def encode(engines: EnginePool, frames: Frames) -> tuple[FloatArray, FloatArray]:
