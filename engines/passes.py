@@ -51,9 +51,9 @@ def split_group_norm(graph: ir.Graph) -> None:
         dtype = (scale.dtype or ir.DataType.FLOAT).numpy()
         tape = ir.tape.Tape(graph)
         name = node.outputs[0].name
-        by_group = _constant(tape, f"{name}_groups", np.array([0, groups, -1]))
-        per_channel = _constant(tape, f"{name}_channels", np.array([-1] + [1] * (len(x.shape) - 2)))
-        one = _constant(tape, f"{name}_one", np.ones(1, dtype))
+        by_group = constant(tape, f"{name}_groups", np.array([0, groups, -1]))
+        per_channel = constant(tape, f"{name}_channels", np.array([-1] + [1] * (len(x.shape) - 2)))
+        one = constant(tape, f"{name}_one", np.ones(1, dtype))
         y = tape.op("Reshape", [x, by_group])
         ones = tape.op("Expand", [one, tape.op("Shape", [y], {"start": 2})])
         y = tape.op("LayerNormalization", [y, ones], {"axis": -1, "epsilon": epsilon})
@@ -92,9 +92,9 @@ def decompose_attention(graph: ir.Graph, where: Callable[[ir.Node], bool]) -> No
         scale = node.attributes["scale"].as_float() if "scale" in node.attributes else head_size(node) ** -0.5
         tape = ir.tape.Tape(graph)
         name = node.outputs[0].name
-        split = _constant(tape, f"{name}_split", np.array([0, 0, heads, -1]))
-        join = _constant(tape, f"{name}_join", np.array([0, 0, -1]))
-        factor = _constant(tape, f"{name}_scale", np.array(scale, dtype.numpy()))
+        split = constant(tape, f"{name}_split", np.array([0, 0, heads, -1]))
+        join = constant(tape, f"{name}_join", np.array([0, 0, -1]))
+        factor = constant(tape, f"{name}_scale", np.array(scale, dtype.numpy()))
         q, k, v = (
             tape.op("Transpose", [tape.op("Reshape", [x, split])], {"perm": perm})  # [N, heads, S, d], k: [.., d, L]
             for x, perm in ((q, [0, 2, 1, 3]), (k, [0, 2, 3, 1]), (v, [0, 2, 1, 3]))
@@ -176,5 +176,5 @@ def _weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def _constant(tape: ir.tape.Tape, name: str, array: np.ndarray) -> ir.Value:
+def constant(tape: ir.tape.Tape, name: str, array: np.ndarray) -> ir.Value:
     return tape.initializer(ir.tensor(array, name=name))

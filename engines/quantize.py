@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.catalog import UNETS
+from engines.passes import constant
 
 Mode = Literal["int8", "weights", "float"]
 _LEVELS = 127  # on either side of 0: -128 is left out, as symmetric scales have it
@@ -126,7 +127,7 @@ def _through_int8(tape: ir.tape.Tape, x: ir.Value | None, largest: float, name: 
     assert x is not None
     dtype = (x.dtype or ir.DataType.FLOAT).numpy()
     scale = np.array(max(largest / _LEVELS, _least_scale(dtype)), dtype)
-    constants = [_constant(tape, f"{name}_scale", scale), _constant(tape, f"{name}_zero", np.array(0, np.int8))]
+    constants = [constant(tape, f"{name}_scale", scale), constant(tape, f"{name}_zero", np.array(0, np.int8))]
     y = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *constants]), *constants])
     y.type, y.shape = x.type, x.shape
     return y
@@ -141,9 +142,9 @@ def _dequantized(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     integers, scale = quantize_weight(weight, axis)
     name = str(node.name)
     constants = [
-        _constant(tape, f"{name}_int8", integers),
-        _constant(tape, f"{name}_scale", scale),
-        _constant(tape, f"{name}_zero", np.zeros(scale.shape, np.int8)),
+        constant(tape, f"{name}_int8", integers),
+        constant(tape, f"{name}_scale", scale),
+        constant(tape, f"{name}_zero", np.zeros(scale.shape, np.int8)),
     ]
     return tape.op("DequantizeLinear", constants, {"axis": axis})
 
@@ -174,17 +175,13 @@ def _with_output(model: ir.Model, tape: ir.tape.Tape, scalars: list[ir.Value]) -
     For ONNX Runtime runs what the last input needs first. That of the last scalar is all of the graph, and every
     activation would wait in memory for its own: of published sr2 150 GB, by reckoning.
     """
-    axes = _constant(tape, "scalar_axes", np.array([0]))
+    axes = constant(tape, "scalar_axes", np.array([0]))
     rows = [tape.op("Unsqueeze", [tape.op("Cast", [s], {"to": ir.DataType.FLOAT}), axes]) for s in reversed(scalars)]
     result = tape.op("Concat", rows, {"axis": 0})
     result.name, result.type = "scalars", ir.TensorType(ir.DataType.FLOAT)
     model.graph.extend(tape.nodes)
     model.graph.outputs[:] = [result]
     return model
-
-
-def _constant(tape: ir.tape.Tape, name: str, array: np.ndarray) -> ir.Value:
-    return tape.initializer(ir.tensor(array, name=name))
 
 
 def signal_to_noise(signal: float, noise: float) -> float:

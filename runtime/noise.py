@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from engines.errors import SettingsError
 
 _BLOCK = 16  # torch transforms uniforms in blocks of 16: 8 radii, then 8 angles
-_MIN_COUNT = _BLOCK
 
 
 class NoiseStream:
@@ -31,7 +30,7 @@ class NoiseStream:
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Draw float32 of any shape with at least 16 elements, filled in C order."""
         count = int(np.prod(shape))
-        if count < _MIN_COUNT:
+        if count < _BLOCK:
             raise ValueError(f"shape {shape} has {count} elements; torch draws fewer than 16 by another algorithm.")
         uniform = self._uniform(count)
         whole = count - count % _BLOCK
