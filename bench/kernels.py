@@ -223,12 +223,12 @@ class KernelBench:
 
     # ---- Temporal attention
 
-    def attention(self, shape: AttentionShape, frames_first: bool, dtype: str = "float16") -> Row:
+    def attention(self, shape: AttentionShape, frames_first: bool) -> Row:
         """With frames first the tensors are [B, F, H*W, C], else [B, H*W, F, C], where no permute is needed."""
         torch = self.torch
         sizes = (shape.batch, shape.frames, shape.pixels) if frames_first else (shape.batch, shape.pixels, shape.frames)
         torch.manual_seed(0)
-        packed = torch.randn(*sizes, 3, shape.heads, shape.head_dim, device=DEVICE).to(getattr(torch, dtype))
+        packed = torch.randn(*sizes, 3, shape.heads, shape.head_dim, device=DEVICE).half()
         q, k, v = (x.contiguous() for x in packed.unbind(3))  # [.., heads, head_dim]
         out = torch.full_like(q, torch.nan)
 
@@ -239,7 +239,7 @@ class KernelBench:
 
         def ours() -> None:
             self.kernels.temporal_attention(
-                dtype,
+                "float16",
                 *map(heads, (q, k, v, out)),
                 batch=shape.batch,
                 frames=shape.frames,
@@ -284,7 +284,7 @@ class KernelBench:
             shape=f"{shape}, {'frames first' if frames_first else 'pixels first'}",
             bytes=shape.bytes,
             error=error,
-            budget=2 * plain + torch.finfo(getattr(torch, dtype)).eps / 2,
+            budget=2 * plain + torch.finfo(torch.float16).eps / 2,
             ours=self.time(ours),
             copy=self.copy(shape.bytes),
             others={
@@ -296,10 +296,10 @@ class KernelBench:
 
     # ---- Group normalisation
 
-    def norm(self, shape: NormShape, dtype: str = "float16") -> Row:
+    def norm(self, shape: NormShape) -> Row:
         torch = self.torch
         functional = torch.nn.functional
-        half = getattr(torch, dtype)
+        half = torch.float16
         groups, eps = 32, 1e-5
         torch.manual_seed(0)
 
@@ -313,7 +313,7 @@ class KernelBench:
         out = torch.full_like(x, torch.nan)
         partials = torch.empty(shape.batch * NORM_PARTS * groups * 2, device=DEVICE)
         args = GroupNormArgs(
-            dtype=DTYPES[dtype],
+            dtype=DTYPES["float16"],
             batch=shape.batch,
             rows=shape.rows,
             channels=shape.channels,

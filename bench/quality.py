@@ -90,19 +90,19 @@ def percent_range(interval: tuple[float, float]) -> str:
     return "{:.0f}-{:.0f} %".format(*(100 * bound for bound in interval))
 
 
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, asked: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     if asked == 0:
         return 0.0, 1.0
-    p, n = right / asked, asked
+    p, n, z = right / asked, asked, 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def bootstrap(scores: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+def bootstrap(scores: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean, resampling videos (Efron 1979)."""
     values = np.asarray(scores)
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 

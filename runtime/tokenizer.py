@@ -50,7 +50,7 @@ class Tokenizer:
             raise BundleError(f"{where}: does not say which token pads. Export the bundle again.")
         return cls(tokenizer, padding["pad_id"], padding["pad_token"])
 
-    def encode(self, texts: Sequence[str], max_length: int = 77) -> TokenBatch:
+    def encode(self, texts: Sequence[str], max_length: int) -> TokenBatch:
         """Ids and mask of each text, `max_length` long including the special tokens."""
         special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= special:

@@ -35,6 +35,7 @@ from runtime.config import INTERP_FRAMES, Settings, stage_sizes
 from runtime.ops import cross_fade, resize_bilinear
 from runtime.schedulers import SchedulerConfig, make_schedule, predict_x0
 from runtime.schedulers import add_noise as runtime_add_noise
+from runtime.stages.text import MAX_TOKENS
 from runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.torch
@@ -78,11 +79,11 @@ def test_small_frames_are_large_ones_averaged() -> None:
 def test_caption_words_are_single_tokens_and_other_words_survive(checkpoint: Path) -> None:
     t5 = Tokenizer.from_text(convert_t5(checkpoint / "base" / "tokenizer"), "t5")
     clip = Tokenizer.from_text(convert_clip(checkpoint / "sr2" / "tokenizer"), "clip")
-    assert t5.encode([" ".join(words())]).attention_mask.sum() == len(words()) + 1
+    assert t5.encode([" ".join(words())], MAX_TOKENS).attention_mask.sum() == len(words()) + 1
     for tokenizer in (t5, clip):
-        ids, other = tokenizer.encode(["a panda, taking a selfie!", "a pandas, taking a selfie!"]).input_ids
+        ids, other = tokenizer.encode(["a panda, taking a selfie!", "a pandas, taking a selfie!"], MAX_TOKENS).input_ids
         assert (ids != other).any()
-    assert 2 not in t5.encode(["a panda, taking a selfie!"]).input_ids, "the id of what T5 does not know"
+    assert 2 not in t5.encode(["a panda, taking a selfie!"], MAX_TOKENS).input_ids, "the id of what T5 does not know"
 
 
 # The checkpoint

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engines.errors import BundleError, CheckpointError, SettingsError
+from runtime.stages.text import MAX_TOKENS
 from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 
 pytest.importorskip("sentencepiece", reason="conversion needs the export extra")
@@ -76,7 +77,7 @@ def ids_of(tokenizer: Tokenizer, text: str, max_length: int = 4096) -> list[int]
 
 def test_t5_ids_and_masks_are_the_golden_ones(t5: Tokenizer, golden: Path, settings: dict) -> None:
     expected = np.load(golden / "text_t5.npz")
-    batch = t5.encode([normalize_t5_prompt(settings["prompt"]), ""])
+    batch = t5.encode([normalize_t5_prompt(settings["prompt"]), ""], MAX_TOKENS)
     np.testing.assert_array_equal(batch.input_ids, np.concatenate([expected["input_ids"], expected["neg_input_ids"]]))
     np.testing.assert_array_equal(
         batch.attention_mask, np.concatenate([expected["attention_mask"], expected["neg_attention_mask"]])
@@ -149,7 +150,7 @@ def copy_folder(source: Path, target: Path, **changes: object) -> int:
 
 def test_clip_ids_and_masks_are_the_golden_ones(clip: Tokenizer, golden: Path, settings: dict) -> None:
     expected = np.load(golden / "pipe_sr2.npz")
-    batch = clip.encode([settings["prompt"], settings["negative_prompt"]])
+    batch = clip.encode([settings["prompt"], settings["negative_prompt"]], MAX_TOKENS)
     np.testing.assert_array_equal(batch.input_ids, expected["clip_input_ids"])
     np.testing.assert_array_equal(batch.attention_mask, expected["clip_attention_mask"])
 
@@ -265,7 +266,7 @@ def test_a_typed_end_token_may_be_cut_too(t5: Tokenizer) -> None:
 
 
 def test_an_empty_batch_keeps_its_length(t5: Tokenizer) -> None:
-    assert t5.encode([]).input_ids.shape == (0, 77)
+    assert t5.encode([], MAX_TOKENS).input_ids.shape == (0, 77)
 
 
 def test_a_length_without_room_for_text_is_refused(clip: Tokenizer) -> None:

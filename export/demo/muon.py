@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration that brings singular values near 1
 _ITERATIONS = 5
+_MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
@@ -17,11 +18,9 @@ class Muon(torch.optim.Optimizer):
     are thousands of launches a step: a GPU would wait for most of it.
     """
 
-    def __init__(
-        self, matrices: Iterable[nn.Parameter], lr: float | Tensor, momentum: float = 0.95, weight_decay: float = 0.01
-    ):
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float = 0.01):
         """A rate that is a tensor on the matrices' device is read there, for CUDA graphs."""
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -29,16 +28,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             if matrices:
-                self._update(matrices, group["lr"], group["momentum"], group["weight_decay"])
+                self._update(matrices, group["lr"], group["weight_decay"])
 
-    def _update(self, matrices: list[nn.Parameter], rate: Any, momentum: float, decay: float) -> None:
+    def _update(self, matrices: list[nn.Parameter], rate: Any, decay: float) -> None:
         gradients: list[Any] = [p.grad for p in matrices]
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         kept = [self.state[p]["momentum_buffer"] for p in matrices]
-        torch._foreach_lerp_(kept, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, kept, momentum)  # Nesterov's
+        torch._foreach_lerp_(kept, gradients, 1 - _MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, kept, _MOMENTUM)  # Nesterov's
         torch._foreach_mul_(matrices, 1 - rate * decay)
         shapes: dict[torch.Size, list[int]] = {}
         for index, matrix in enumerate(matrices):
