@@ -18,8 +18,8 @@ from bench.quality import Task, bootstrap, clips_table, json_rows, middle, perce
 from bench.report import NOTHING, Report, Table, median, number, spread
 from bench.timing import Summary, summarize
 from export.demo.faithfulness import Faithfulness, Prompt
-from export.demo.judge import Frames
 from runtime.config import DIFFUSION_STAGES, Settings
+from runtime.ops import Frames
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from engines.catalog import CATALOG
 from engines.errors import OutputError
 from engines.store import Bundle
 from export.demo.faithfulness import ASKED, KEYS, Faithfulness, Prompt, faithfulness
-from export.demo.judge import Frames, Reading, read
+from export.demo.judge import Reading, read
 from runtime.config import Settings
-from runtime.ops import clip_to_frames, psnr, resize_frames
+from runtime.ops import Frames, clip_to_frames, psnr, resize_frames
 from runtime.pipeline import Show1Pipeline, check_finite, check_run
 from runtime.stages.base import run_base
 from runtime.stages.text import run_text

@@ -33,10 +33,10 @@ from runtime.config import Settings, StageSettings
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames, resize_frames
 from runtime.runner import Engine, EnginePool
-from runtime.sampler import denoise
+from runtime.sampler import OnStep, denoise
 from runtime.schedulers import SchedulerConfig, add_noise, alphas_cumprod, log_snr, make_schedule
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import OnStep, PromptEmbeds, prompted, scheduler_of
+from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 from runtime.stages.interp import fill_gaps, run_interp
 from runtime.stages.sr1 import run_if2, upscale
 from runtime.stages.sr2 import decode, encode, refine

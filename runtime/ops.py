@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 FloatArray = NDArray[np.float32]
-Frames = NDArray[np.uint8]
+Frames = NDArray[np.uint8]  # [F, H, W, 3], RGB
 
 
 def resize_bilinear(x: FloatArray, size: tuple[int, int]) -> FloatArray:

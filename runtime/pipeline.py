@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import BundleError, EngineError, ProfileError, SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
 from runtime.noise import NoiseStream
-from runtime.ops import clip_to_frames
+from runtime.ops import FloatArray, Frames, clip_to_frames
 from runtime.runner import EnginePool, why_unusable
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import FloatArray, Progress, scheduler_of, stage_schedule
+from runtime.stages.diffusion import Progress, scheduler_of, stage_schedule
 from runtime.stages.interp import run_interp
 from runtime.stages.sr1 import run_if2, run_sr1
 from runtime.stages.sr2 import run_sr2
@@ -30,7 +29,7 @@ OnClip = Callable[[str, FloatArray], None]  # (stage, its clip)
 class Video:
     """A finished video. `clip` is what `frames` shows before it was cut to 8 bits: float32 [1, 3, F, H, W]."""
 
-    frames: NDArray[np.uint8]  # [F, H, W, 3]
+    frames: Frames  # uint8 [F, H, W, 3]
     clip: FloatArray
     prompt: str
     negative_prompt: str

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from engines.errors import BundleError
 from runtime.config import ALL_STEPS, Interval
 from runtime.noise import NoiseStream
+from runtime.ops import FloatArray
 from runtime.runner import Loop, LoopStart
-from runtime.schedulers import FloatArray, Schedule, advance, limit_x0, noise_std, predict_x0
+from runtime.schedulers import Schedule, advance, limit_x0, noise_std, predict_x0
 
 
 class Unet(Protocol):

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import CheckpointError, SettingsError
-
-FloatArray = NDArray[np.float32]
+from runtime.ops import FloatArray
 
 _SOLVERS = {"DPMSolverMultistepScheduler": "dpm", "DDPMScheduler": "ddpm"}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -18,14 +18,13 @@ from typing import Any
 
 import av
 import numpy as np
-import numpy.typing as npt
 from av.video.reformatter import Colorspace
 from PIL import Image, PngImagePlugin
 
 from engines.errors import OutputError
 from engines.store import move
+from runtime.ops import Frames
 
-Frames = npt.NDArray[np.uint8]  # [F, H, W, 3], RGB
 StrPath = str | os.PathLike[str]
 
 _ALLOWED = ".mp4, .gif, .webp, or a folder of PNG frames (a name without suffix, or one that ends in /)"

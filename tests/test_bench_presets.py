@@ -16,8 +16,8 @@ from bench.presets import PresetResult, run_presets
 from engines.errors import OutputError
 from engines.store import Bundle
 from export.demo.faithfulness import Prompt, load_prompts, training_prompts
-from export.demo.judge import Frames
 from runtime.config import Settings
+from runtime.ops import Frames
 from runtime.pipeline import Show1Pipeline, Video
 
 PROMPTS = load_prompts(3)

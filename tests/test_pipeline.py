@@ -14,13 +14,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from engines.errors import BundleError, EngineError, ProfileError, SettingsError, Show1Error
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
 from runtime.noise import NoiseStream
-from runtime.ops import clip_to_frames
+from runtime.ops import FloatArray, clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video, check_run
 from runtime.runner import EnginePool
 from runtime.stages import interp, sr1
@@ -36,8 +35,6 @@ SEED = 345
 
 # The smallest video in the reference's ratios: key frames of 16 x 8, 5 frames of 112 x 64, one or two steps per stage.
 DRAFT = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
-
-FloatArray = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
@@ -529,7 +526,7 @@ def test_the_bundles_defaults_are_the_reference_settings(pipeline: Show1Pipeline
 
 
 def test_interpolation_draws_its_first_noise_apart_from_the_noise_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[NDArray[np.float32]] = []
+    given: list[FloatArray] = []
 
     def filled(engines: Any, text: Any, keyframes: Any, settings: Any, seed: int, noise: Any, progress: Any) -> Any:
         given.append(noise)  # with noise given, the steps' own stream starts from the seed

@@ -20,9 +20,9 @@ from export.demo.faithfulness import (
     make_prompts,
     training_prompts,
 )
-from export.demo.judge import Frames, Reading, read
+from export.demo.judge import Reading, read
 from runtime.config import Settings
-from runtime.ops import clip_to_frames, psnr, resize_frames
+from runtime.ops import Frames, clip_to_frames, psnr, resize_frames
 from runtime.pipeline import Show1Pipeline
 
 PROMPTS = load_prompts(16)

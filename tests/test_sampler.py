@@ -8,8 +8,8 @@ from test_schedulers import published
 
 from engines.errors import BundleError
 from runtime.noise import NoiseStream
-from runtime.ops import cross_fade, resize_bilinear
-from runtime.sampler import FloatArray, Interval, Unet, denoise, guidance_scales, whole_steps
+from runtime.ops import FloatArray, cross_fade, resize_bilinear
+from runtime.sampler import Interval, Unet, denoise, guidance_scales, whole_steps
 from runtime.schedulers import add_noise, make_schedule
 
 SEED = 345

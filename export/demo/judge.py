@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.demo.captions import BACKGROUNDS, COLOURS, ROUND, Scene, Thing
+from runtime.ops import Frames
 
-Frames = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 _ROWS = 160  # the picture's height for measuring: fine textures are averaged away

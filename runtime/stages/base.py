@@ -2,9 +2,10 @@
 
 from runtime.config import Settings, stage_sizes
 from runtime.noise import NoiseStream
+from runtime.ops import FloatArray
 from runtime.runner import EnginePool
 from runtime.sampler import denoise
-from runtime.stages.diffusion import FloatArray, Progress, PromptEmbeds, prompted, stage_schedule, step_counter
+from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 
 
 def run_base(

@@ -4,17 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.catalog import DEEP, predictions
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import StageSettings
+from runtime.ops import FloatArray
 from runtime.runner import Engine, Loop, LoopStart
 from runtime.sampler import OnStep
 from runtime.schedulers import Schedule, SchedulerConfig, make_schedule
 
-FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 

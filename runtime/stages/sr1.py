@@ -5,20 +5,11 @@ import numpy as np
 from engines.store import Bundle
 from runtime.config import SR1_SCALE, Settings, StageSettings
 from runtime.noise import NoiseStream
-from runtime.ops import resize_bilinear
+from runtime.ops import FloatArray, resize_bilinear
 from runtime.runner import EnginePool
-from runtime.sampler import Unet, denoise
+from runtime.sampler import OnStep, Unet, denoise
 from runtime.schedulers import add_noise
-from runtime.stages.diffusion import (
-    FloatArray,
-    OnStep,
-    Progress,
-    PromptEmbeds,
-    prompted,
-    scheduler_of,
-    stage_schedule,
-    step_counter,
-)
+from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, scheduler_of, stage_schedule, step_counter
 
 
 def run_if2(

@@ -1,17 +1,14 @@
 """Latent refinement to the final size: the clip is encoded, noised part of the way and denoised again (SDEdit)."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.config import Settings
 from runtime.noise import NoiseStream
-from runtime.ops import frames_to_clip, resize_frames
+from runtime.ops import FloatArray, Frames, frames_to_clip, resize_frames
 from runtime.runner import EnginePool
-from runtime.sampler import denoise
+from runtime.sampler import OnStep, denoise
 from runtime.schedulers import add_noise
-from runtime.stages.diffusion import FloatArray, OnStep, Progress, PromptEmbeds, prompted, stage_schedule, step_counter
-
-Frames = NDArray[np.uint8]
+from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 
 
 def run_sr2(
