@@ -118,6 +118,10 @@ def test_no_module_of_the_runtime_imports_torch_before_an_engine_asks_for_it() -
         assert ON_TORCH not in at_import, module
 
 
+def test_videos_are_judged_without_what_training_needs() -> None:
+    in_fresh_interpreter(BLOCK + "import export.demo.captions, export.demo.judge, export.demo.faithfulness")
+
+
 def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
     code = "from pathlib import Path\nfrom runtime.runner import open_runner\n"
     code += "open_runner('inductor', Path('x.pt2'), 'fp32')\n"

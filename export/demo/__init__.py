@@ -1,1 +1,1 @@
-"""The demo cascade: what it is trained on and how. Only `captions` imports without torch."""
+"""The demo cascade: what it is trained on and how. `captions`, `judge` and `faithfulness` import without torch."""
