@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ class Source:
         """The config of the autoencoder whose latents sr2 works on."""
         return read_config(self.folder.parent / "vae" / "config.json") if self.network.name == "sr2" else None
 
-    @property
+    @cached_property  # from the files' headers; a build asks many times
     def parameters(self) -> int:
         return sum(tensor_sizes(self.weights))
 
-    @property
+    @cached_property
     def tensors(self) -> int:
         return len(tensor_sizes(self.weights))
 
