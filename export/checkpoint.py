@@ -1,13 +1,11 @@
-"""Published checkpoint folders: finding them, reading their configs, loading safetensors into our modules."""
+"""Published checkpoint folders: finding them, loading safetensors into our modules."""
 
 import hashlib
-import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from engines.errors import CheckpointError
 from engines.memory import is_short_of_memory
+from export.config_file import read_config
 from runtime.runner import first_line
 
 SAFETENSORS = ".safetensors"
@@ -42,18 +41,6 @@ def find_folder(checkpoint: Path, names: Iterable[str], subfolder: str = "") -> 
         f"{checkpoint}: no folder {' or '.join(f'{n}/{subfolder}'.rstrip('/') for n in names)}. Give --checkpoint a "
         "folder that holds the published checkpoints, or fetch them with `python -m export download`."
     )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Download the whole folder again.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
-    return config
 
 
 def is_safetensors(file: str) -> bool:

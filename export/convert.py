@@ -21,15 +21,8 @@ from torch import Tensor
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
 from engines.store import move, write_atomically
-from export.checkpoint import (
-    SAFETENSORS,
-    find_folder,
-    find_weights,
-    is_weights,
-    read_config,
-    unreadable,
-    weight_files,
-)
+from export.checkpoint import SAFETENSORS, find_folder, find_weights, is_weights, unreadable, weight_files
+from export.config_file import read_config
 
 PICKLE = ".bin"
 _PICKLE_STEMS = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers name them

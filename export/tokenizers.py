@@ -8,7 +8,6 @@ The json says how text becomes ids, which special tokens surround them and which
 """
 
 import contextlib
-import json
 import unicodedata
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engines.errors import CheckpointError
+from export.config_file import read_config
 
 # Numbers in sentencepiece's model file: the kind of model, the kinds of pieces.
 _UNIGRAM = 1
@@ -98,7 +98,7 @@ def convert_clip(folder: Path) -> str:
 
 
 def _convert_clip(folder: Path) -> str:
-    ids = _read_json(_require(folder, "vocab.json"))
+    ids = read_config(_require(folder, "vocab.json"))
     merges = _read_merges(_require(folder, "merges.txt"), ids)
     settings = _read_settings(folder)
     bos = settings.get("bos_token", "<|startoftext|>")
@@ -182,25 +182,15 @@ def _read_merges(path: Path, ids: Container[str]) -> list[tuple[str, str]]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, overruled by special_tokens_map.json as in the reference; tokens as plain text."""
-    settings = _read_json(_require(folder, "tokenizer_config.json"))
+    settings = read_config(_require(folder, "tokenizer_config.json"))
     tokens_map = folder / "special_tokens_map.json"
     if tokens_map.is_file():
-        settings |= _read_json(tokens_map)
+        settings |= read_config(tokens_map)
     return {
         name: value["content"] if name.endswith("_token") and isinstance(value, dict) else value
         for name, value in settings.items()
         if value is not None
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Download the folder again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got a {type(content).__name__}, need an object. Download the folder again.")
-    return content
 
 
 def _require(folder: Path, name: str) -> Path:

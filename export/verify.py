@@ -27,7 +27,7 @@ from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
 from engines.spec import INT8
 from engines.store import Bundle
-from export.checkpoint import read_config
+from export.config_file import read_config
 from export.configs import NOISING, SCHEDULERS
 from runtime.config import Settings, StageSettings
 from runtime.noise import NoiseStream

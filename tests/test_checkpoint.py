@@ -19,7 +19,8 @@ from engines.catalog import CATALOG, TOKENIZERS, UNETS
 from engines.errors import CheckpointError, SettingsError
 from engines.memory import is_short_of_memory
 from export import networks
-from export.checkpoint import find_folder, load_vae, load_weights, read_config, weight_files
+from export.checkpoint import find_folder, load_vae, load_weights, weight_files
+from export.config_file import read_config
 from export.download import needed_files
 from export.modules.text import CLIPTextEncoder, T5Encoder
 from export.modules.unet import UNetConfig, VideoUNet

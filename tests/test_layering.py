@@ -130,6 +130,10 @@ def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
     assert "pip install -e '.[inductor]'" in process.stderr
 
 
+def test_a_bundle_is_verified_without_torch() -> None:
+    in_fresh_interpreter(BLOCK.replace(repr(EXPORT_ONLY), repr(("torch",))) + "import export.verify\n")
+
+
 def test_without_the_exporter_s_libraries_a_build_says_what_to_install() -> None:
     code = "from export.__main__ import main\nsys.exit(main(['build', '--checkpoint', 'demo']))"
     process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)

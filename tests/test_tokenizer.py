@@ -296,8 +296,8 @@ def test_a_missing_clip_file_is_named(missing: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.json", '{"a": 0', "not valid JSON"),
-        ("vocab.json", "[]", "need an object"),
+        ("vocab.json", '{"a": 0', "vocab.json cannot be read as JSON"),
+        ("vocab.json", "[]", "vocab.json: expected a JSON object, found list"),
         ("vocab.json", '{"a": 0}', "two tokens of vocab.json"),
         ("merges.txt", "#version: 0.2\nt h\nt\n", "line 3: got 't'"),
         ("special_tokens_map.json", '{"pad_token": {"content": "<pad>"}}', "no '<pad>'"),
