@@ -296,17 +296,14 @@ def _parser() -> argparse.ArgumentParser:
     def add_stages(add: Any) -> None:
         add("--stages", default="all", metavar="STAGE,...", help="of text, base, interp, if2, sr1, sr2 (default: all)")
 
-    def add_video(add: Any, preset: str, several_bundles: bool = False) -> None:
-        """What is made, and by which networks."""
-        add(
-            "--size",
-            choices=NETWORK_SIZES,
-            default="golden",
-            help="of the networks, with random weights, built where --bundle names none (default: %(default)s)",
-        )
-        several: dict[str, Any] = {"action": "append"} if several_bundles else {}
-        more = "; several are compared, `none` measures baselines alone" if several_bundles else ""
-        add("--bundle", type=path, help=f"engines made by `python -m export build`{more}", **several)
+    def add_video(
+        add: Any, preset: str, several: str = "", networks: str = "of random ones, built where --bundle is left out"
+    ) -> None:
+        """What is made, and by which networks; `several` says what of more than one bundle, where that is allowed."""
+        networks = f"of the networks; {networks} (default: %(default)s)"
+        add("--size", choices=NETWORK_SIZES, default="golden", help=networks)
+        bundle, action = f"engines made by `python -m export build`{several}", "append" if several else "store"
+        add("--bundle", type=path, action=action, help=bundle)
         add("--preset", choices=PRESETS, default=preset, help="steps per stage (default: %(default)s)")
         add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=8,sr1=4")
         add_clip(add)
@@ -336,12 +333,13 @@ def _parser() -> argparse.ArgumentParser:
     add_video(add, "draft")
 
     add = command("e2e", _e2e, "a whole video against the reference in eager and compiled torch")
-    add_video(add, "reference", several_bundles=True)
+    add_video(add, "reference", "; several are compared, `none` measures baselines alone")
     add_baselines(add)
     add("--repeats", type=int, default=5, metavar="N", help="measured calls of every baseline's networks (default: 5)")
 
     add = command("gpu", _gpu, "everything that an NVIDIA card can show: checks, then measurements")
-    add_video(add, "reference", several_bundles=True)
+    golden = "without --bundle, golden measures what the part engines has built, published baselines alone"
+    add_video(add, "reference", "; several are compared", golden)
     add_baselines(add)
     add("--parts", default="all", metavar="PART,...", help="of rates, kernels, engines, e2e, memory (default: all)")
     add(

@@ -309,7 +309,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--target",
         metavar="SM,...",
-        help="TensorRT-RTX: cards to build for, e.g. sm86,sm89,sm120 (default: all from Ampere on)",
+        help="TensorRT-RTX: cards to build for, e.g. sm86,sm89,sm120 (default: all from Ampere on; on a machine with a "
+        "Turing card sm75)",
     )
     build.add_argument(
         "--attention",
@@ -335,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         "--judge",
         type=int,
         metavar="N",
-        help="int8: held-out prompts that faithfulness is judged by, from 2; 0 leaves that out (default: 16)",
+        help="int8: held-out prompts to judge faithfulness by, 2 to 48; 0 leaves that out (default: 16)",
     )
     build.add_argument(
         "--size",
@@ -362,8 +363,8 @@ def _parser() -> argparse.ArgumentParser:
             "--precision",
             choices=list(PRECISIONS),
             default="fp16",
-            help="fp16: weights in half precision where they are published so, or as pickles, else full ones as for "
-            "all others (default: %(default)s)",
+            help="fp16: files in half precision where there are any, pickles halved, else full ones; fp32 and bf16: "
+            "full ones where there are any (default: %(default)s)",
         )
 
     random = commands.add_parser("random-checkpoint", help="write a checkpoint of random weights, to try things")
@@ -389,7 +390,8 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--stop-after", type=float, metavar="MINUTES", help="stop then; the same command continues")
     training.add_argument("--ship", action="store_true", help="end stages in progress as they are")
     training.add_argument("--init", type=path, metavar="DIR", help="start from the weights of this finished checkpoint")
-    training.add_argument("--skip-lessons", type=int, default=0, metavar="N", help="that its stages have had already")
+    lessons = "leave out the first N lessons of every stage, which the weights of --init have had"
+    training.add_argument("--skip-lessons", type=int, default=0, metavar="N", help=lessons)
     training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     training.add_argument(
         "--batch", type=int, help="of a stage; its lessons take shares of it (default: what suits a data-centre GPU)"
@@ -397,15 +399,19 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--pool", type=int, default=32768, help="different clips to draw from (default: %(default)s)")
     training.add_argument("--pack", type=path, metavar="FILE", help="where to write the .tar.xz when all is trained")
 
-    listing = commands.add_parser("list", help="the nine networks; of a bundle, what they took to build")
+    listing = commands.add_parser(
+        "list", help="the nine networks; of a bundle, what they took to build and what int8 was worth"
+    )
     listing.set_defaults(run=_list)
     listing.add_argument("bundle", type=path, nargs="?")
 
-    check = commands.add_parser("check", help="is every file of a bundle there and unchanged?")
+    check = commands.add_parser("check", help="is a bundle whole and unchanged, and do its engines load here?")
     check.set_defaults(run=_check)
     check.add_argument("bundle", type=path)
 
-    verify = commands.add_parser("verify", help="compare a bundle with outputs of the authors' code")
+    verify = commands.add_parser(
+        "verify", help="compare a bundle of the reference set's models with outputs of the authors' code"
+    )
     verify.set_defaults(run=_verify)
     verify.add_argument("bundle", type=path)
     verify.add_argument("--reference", type=path, required=True, help="folder in the format of tests/golden/README.md")

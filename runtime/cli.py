@@ -46,9 +46,12 @@ def add_stage_options(add: Callable[..., object]) -> None:
     """`STAGE_OPTIONS`, by a parser's `add_argument`."""
     add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=75,sr1=125")
     add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
-    add("--guided", metavar="STAGE=PART,...", help="part of the steps that is guided, e.g. base=0.5,sr1=0.1-0.6")
-    add("--spacing", metavar="STAGE=S,...", help="of the steps: linspace, leading, trailing or logsnr")
-    add("--cache", metavar="STAGE=N,...", help="run the whole network every N steps, between them its finest level")
+    guided = "part of the steps that is guided, e.g. base=0.5 (the first half), sr1=0.1-0.6"
+    add("--guided", metavar="STAGE=PART,...", help=guided)
+    spacing = "of the steps: linspace, leading, trailing or logsnr, e.g. sr1=logsnr"
+    add("--spacing", metavar="STAGE=S,...", help=spacing)
+    cache = "run the whole network every N steps, between them its finest level, e.g. sr1=2"
+    add("--cache", metavar="STAGE=N,...", help=cache)
 
 
 def stage_options(arguments: argparse.Namespace) -> dict[str, str | None]:
@@ -77,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--out",
         type=_output,
-        help="x.mp4, x.gif, x.webp or a folder for PNG frames (default: a new .mp4 named after the prompt)",
+        help="x.mp4, x.gif, x.webp or a folder for PNG frames; a file there is replaced (default: a new .mp4 named "
+        "after the prompt)",
     )
     add("--seed", type=int, default=SEED, help="default: %(default)s, the authors' script's")
     add(
