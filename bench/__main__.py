@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
-from runtime.cli import add_stage_options, path, run_command, stage_options, unused
+from runtime.cli import add_stage_options, stage_options
+from runtime.command import path, run_command, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 if TYPE_CHECKING:

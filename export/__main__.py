@@ -15,7 +15,7 @@ from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
-from runtime.cli import path, run_command
+from runtime.command import path, run_command
 from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 

@@ -22,7 +22,8 @@ from conftest import ROOT
 from PIL import Image
 
 from engines.store import Bundle
-from runtime.cli import _Bars, _free_name, main, run_command
+from runtime.cli import _Bars, _free_name, main
+from runtime.command import run_command
 from runtime.config import Settings
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
@@ -325,7 +326,7 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_reader_that_has_read_enough_ends_it_quietly() -> None:
     code = (
-        "import argparse, sys; from runtime.cli import run_command; parser = argparse.ArgumentParser(); "
+        "import argparse, sys; from runtime.command import run_command; parser = argparse.ArgumentParser(); "
         "parser.set_defaults(run=lambda _: print('line\\n' * 100_000)); sys.exit(run_command(parser, [], ''))"
     )
     with subprocess.Popen(
@@ -489,7 +490,7 @@ def test_a_program_without_a_console_makes_its_video(
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
     code = (
-        "import argparse, sys; from runtime.cli import run_command; parser = argparse.ArgumentParser(); "
+        "import argparse, sys; from runtime.command import run_command; parser = argparse.ArgumentParser(); "
         "parser.set_defaults(run=lambda _: print('x.mp4')); sys.exit(run_command(parser, [], ''))"
     )
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # it is `print` that fails, or the end

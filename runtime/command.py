@@ -1,0 +1,89 @@
+"""What every command line of the project shares: how a command is run and ends, and the paths that it is given."""
+
+import argparse
+import contextlib
+import errno
+import faulthandler
+import io
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
+from pathlib import Path
+
+from engines.errors import Show1Error, install
+
+
+def path(text: str) -> Path:
+    """An option's file or folder; shells leave the ~ of `--option=~/x` as it is, and unset variables are empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give the name of a file or folder")
+    return Path(os.path.expanduser(text) if re.match(r"~([/\\]|$)", text) else text)  # ~draft is a name
+
+
+def unused(file: Path) -> Path:
+    """The file, its name numbered where there is one of that name already."""
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
+    return next(free for free in chain([file], numbered) if not free.exists())
+
+
+@contextlib.contextmanager
+def _orderly_termination() -> Iterator[None]:
+    """SIGTERM ends what runs like Ctrl-C, so that no temporary file stays; exit status 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _drop_output() -> None:
+    """Else Python complains when it flushes what is left of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "") -> int:
+    """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line.
+
+    `extras` are those of this project that bring what the commands import.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or of a program without a console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    arguments = parser.parse_args(argv)
+    if sys.__stderr__ and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be printed is no reason to fail
+    try:
+        with _orderly_termination():
+            arguments.run(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has gone: `| head`
+        _drop_output()
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        _drop_output()  # which it may have been
+        print(f"error: a file, or what was to be printed, cannot be written ({error.strerror}).", file=sys.stderr)
+        return 1
+    except Show1Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {error}. Install what this command needs: {install(extras)}.", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
