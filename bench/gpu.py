@@ -5,7 +5,6 @@ an interrupted run keeps what it has.
 """
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from bench.timing import Clock, Summary, TimeIsUp, measure, summarize
 from bench.work import Setup
 from engines import tensorrt
 from engines.errors import EngineError
+from engines.limits import processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.noise import NoiseStream
@@ -226,7 +226,7 @@ def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str)
     out = _golden_folder(backend, precision)
     options = ["--engine", backend, "--precision", precision]
     if backend == INDUCTOR:  # timing candidates takes too long here; networks this small fit on any card together
-        options += ["--no-autotune", "--jobs", str(os.cpu_count() or 1)]
+        options += ["--no-autotune", "--jobs", str(processors())]
     # The reference is compared with torch as it is built: on the CPU, too.
     hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if precision == "fp32" else {}
     run_export("build", "--checkpoint", checkpoint, *options, "--out", out, clock=clock, **hidden)
@@ -282,10 +282,11 @@ def _on_cpu(
     bundle: Bundle, entry: EngineEntry, graph: str, feeds: Mapping[str, Array]
 ) -> tuple[dict[str, Array], Summary | None]:
     """Whatever other providers are there."""
-    from runtime.runner_ort import ort
+    from runtime.runner_ort import ort, session_options
 
     compiled = entry.graphs[graph]
-    session = ort.InferenceSession(str(bundle.path(compiled.plan)), providers=["CPUExecutionProvider"])
+    plan = str(bundle.path(compiled.plan))
+    session = ort.InferenceSession(plan, session_options(), providers=["CPUExecutionProvider"])
     names = [binding.name for binding in compiled.spec.outputs]
     typed = {b.name: np.asarray(feeds[b.name], b.dtype) for b in compiled.spec.inputs}
     return _timed(lambda: dict(zip(names, session.run(names, typed), strict=True)))

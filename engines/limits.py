@@ -13,12 +13,12 @@ def processors() -> int:
     """Logical processors that this process may keep busy; a part of one counts as one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _groups("cpu"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError):
             if (group / "cpu.max").exists():
                 quota, period = (group / "cpu.max").read_text().split()
             else:
                 quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if int(quota) > 0:  # "max" is a ValueError
+            if int(quota) > 0:  # version 2 says "max", a ValueError
                 allowed = min(allowed, int(quota) // int(period))
     return max(1, allowed)
 

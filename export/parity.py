@@ -15,7 +15,7 @@ from engines.errors import ParityError
 from engines.spec import Axis, GraphSpec
 from export.networks import Graph
 from runtime.runner import Runner
-from runtime.runner_ort import OrtRunner, ort  # telemetry turned off
+from runtime.runner_ort import OrtRunner, ort, session_options  # telemetry turned off
 
 SEED = 20230927  # arXiv 2309.15818's day
 # Relative to the largest value of the reference, which computes in float32 from the engine's weights. float32:
@@ -174,8 +174,7 @@ class DetachedRunner(OrtRunner):
     """
 
     def __init__(self, model: DetachedModel):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
         self._weights = [

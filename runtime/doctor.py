@@ -18,6 +18,7 @@ from engines.tensorrt import (
     why_not_here,
 )
 from runtime.kernels import CUDA, REFERENCE, missing_headers, missing_programs
+from runtime.runner import why_not_half
 
 _EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
 
@@ -79,7 +80,7 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
     else:
-        result.builds.append("onnxruntime (fp32, fp16, int8)")
+        result.builds.append(f"onnxruntime (fp32, {'' if why_not_half() else 'fp16, '}int8)")
 
 
 def onnxruntime_idle() -> str:

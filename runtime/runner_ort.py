@@ -58,6 +58,16 @@ def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
     return [(_CUDA, settings), _CPU]
 
 
+def session_options() -> Any:
+    """What every session has: no warnings, and no more threads than this process may use."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
+    if (allowed := processors()) < (os.cpu_count() or 1):
+        # By itself it has a thread for every core of the machine, bound to it, whatever limits there are.
+        options.intra_op_num_threads = allowed
+    return options
+
+
 class OrtRunner:
     """`in_place`: on a CPU weights stay in the plan's mapped file, and are widened operator by operator.
 
@@ -65,11 +75,7 @@ class OrtRunner:
     """
 
     def __init__(self, plan: Path, precision: str = "fp32", in_place: bool = False):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors; warnings repeat for every node moved between providers
-        if (allowed := processors()) < (os.cpu_count() or 1):
-            # By itself it has a thread for every core of the machine, bound to it, whatever limits there are.
-            options.intra_op_num_threads = allowed
+        options = session_options()
         # From the second call on a pattern takes one block for all activations, beside what the first call took.
         options.enable_mem_pattern = False
         providers = _providers(precision)

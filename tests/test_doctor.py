@@ -67,6 +67,11 @@ def test_a_cpu_machine_runs_and_builds_with_onnx_runtime(machine) -> None:
     assert not found.problems and not found.hints
 
 
+def test_what_a_build_refuses_is_not_promised(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_not_half", lambda: "it is inexact here")
+    assert machine([], {"onnxruntime": "1.31", **EXPORT}).builds[0] == "onnxruntime (fp32, int8)"
+
+
 def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(machine) -> None:
     found = machine([], {"onnxruntime": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT})
     assert any(built.startswith("tensorrt-rtx") and "sm89" in built for built in found.builds)
