@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
-from runtime.cli import add_stage_options, stage_options
-from runtime.command import path, run_command, unused
+from runtime.command import add_stage_options, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 if TYPE_CHECKING:
@@ -223,9 +222,10 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _quality(arguments: argparse.Namespace) -> None:
     from bench.quality import judge
 
-    task, preset = _task(arguments), arguments.preset
-    asked = {"preset": preset, "prompts": len(task.prompts), **task.settings(preset).to_dict()}
-    judge(task, preset, arguments.reference, _task_report("quality", arguments, task, asked))
+    task = _task(arguments)
+    settings = task.settings(arguments.preset)
+    asked = {"preset": arguments.preset, "prompts": len(task.prompts), **settings.to_dict()}
+    judge(task, settings, arguments.reference, _task_report("quality", arguments, task, asked))
 
 
 def _presets(arguments: argparse.Namespace) -> None:
@@ -235,9 +235,10 @@ def _presets(arguments: argparse.Namespace) -> None:
     if arguments.reference:
         raise SettingsError(f"--reference goes with one --preset; --presets are compared with the first, {presets[0]}.")
     task = _task(arguments)
-    first, *_ = [task.settings(preset) for preset in presets]
+    settings = {preset: task.settings(preset) for preset in presets}
+    first = settings[presets[0]]
     asked = {"prompts": len(task.prompts), "presets": presets, "size": _size(first), "keyframes": first.keyframes}
-    compare(task, presets, _task_report("presets", arguments, task, asked))
+    compare(task, settings, _task_report("presets", arguments, task, asked))
 
 
 def _task(arguments: argparse.Namespace) -> "Task":

@@ -78,10 +78,9 @@ def run_presets(
     return results
 
 
-def compare(task: Task, presets: Sequence[str], report: Report) -> None:
-    """With the first of `presets`; the report is written again after each."""
-    settings = {preset: task.settings(preset) for preset in presets}
-    authors = {preset: Settings().with_options(preset=preset, **task.options) for preset in presets}
+def compare(task: Task, settings: Mapping[str, Settings], report: Report) -> None:
+    """Presets by their `settings`, with the first of them; the report is written again after each."""
+    authors = {preset: Settings().with_options(preset=preset, **task.options) for preset in settings}
     costs = {preset: Cost(chosen, task.judged.stages) for preset, chosen in authors.items()}
     stages = [stage for stage in DIFFUSION_STAGES if stage in task.judged.stages]
 

@@ -235,9 +235,8 @@ class Task:
         print(what, file=sys.stderr, flush=True)
 
 
-def judge(task: Task, preset: str, reference: Path | None, report: Report) -> None:
+def judge(task: Task, settings: Settings, reference: Path | None, report: Report) -> None:
     """By itself, and compared with another run's clips where `reference` has them."""
-    settings = task.settings(preset)
     made_by = {**task.made_by(), **settings.to_dict()}
     with task.maker() as make:
         result = run_quality(

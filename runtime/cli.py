@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError
-from runtime.command import path, run_command, unused
-from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED, STAGE_OPTIONS
+from runtime.command import add_stage_options, path, run_command, stage_options, unused
+from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED
 
 EXAMPLES = """examples:
   show1-rt generate "a panda taking a selfie"
@@ -30,23 +30,6 @@ EXAMPLES = """examples:
 def _output(text: str) -> str:
     """As `path`, with a / at its end if it has one."""
     return f"{path(text)}{text[-1:] if text[-1:] in (os.sep, os.altsep) else ''}"
-
-
-def add_stage_options(add: Callable[..., object]) -> None:
-    """`STAGE_OPTIONS`, by a parser's `add_argument`."""
-    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=75,sr1=125")
-    add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
-    guided = "part of the steps that is guided, e.g. base=0.5 (the first half), sr1=0.1-0.6"
-    add("--guided", metavar="STAGE=PART,...", help=guided)
-    spacing = "of the steps: linspace, leading, trailing or logsnr, e.g. sr1=logsnr"
-    add("--spacing", metavar="STAGE=S,...", help=spacing)
-    cache = "run the whole network every N steps, between them its finest level, e.g. sr1=2"
-    add("--cache", metavar="STAGE=N,...", help=cache)
-
-
-def stage_options(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """What was said by `add_stage_options`, for `Settings.with_options`."""
-    return {option: getattr(arguments, option) for option in STAGE_OPTIONS}
 
 
 def _parser() -> argparse.ArgumentParser:

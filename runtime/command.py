@@ -1,4 +1,4 @@
-"""What every command line of the project shares: how a command is run and ends, and the paths that it is given."""
+"""What the project's command lines share: how a command is run and ends, and options that several have."""
 
 import argparse
 import contextlib
@@ -10,11 +10,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 
 from engines.errors import Show1Error, install
+from runtime.config import STAGE_OPTIONS
 
 
 def path(text: str) -> Path:
@@ -22,6 +23,23 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give the name of a file or folder")
     return Path(os.path.expanduser(text) if re.match(r"~([/\\]|$)", text) else text)  # ~draft is a name
+
+
+def add_stage_options(add: Callable[..., object]) -> None:
+    """`STAGE_OPTIONS`, by a parser's `add_argument`."""
+    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=75,sr1=125")
+    add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
+    guided = "part of the steps that is guided, e.g. base=0.5 (the first half), sr1=0.1-0.6"
+    add("--guided", metavar="STAGE=PART,...", help=guided)
+    spacing = "of the steps: linspace, leading, trailing or logsnr, e.g. sr1=logsnr"
+    add("--spacing", metavar="STAGE=S,...", help=spacing)
+    cache = "run the whole network every N steps, between them its finest level, e.g. sr1=2"
+    add("--cache", metavar="STAGE=N,...", help=cache)
+
+
+def stage_options(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What was said by `add_stage_options`, for `Settings.with_options`."""
+    return {option: getattr(arguments, option) for option in STAGE_OPTIONS}
 
 
 def unused(file: Path) -> Path:
