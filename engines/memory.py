@@ -1,5 +1,7 @@
 """The memory of this process, and what libraries say where they get none."""
 
+import contextlib
+import ctypes
 import re
 import sys
 
@@ -29,3 +31,14 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def return_memory() -> None:
+    """Give pages that nothing uses back to the system, where the C library (glibc) would keep them.
+
+    Blocks freed between others stay with the process: of an engine of 1.7 billion parameters that was loaded and
+    dropped 3 to 7 GiB, beside which the next one is loaded.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl, which keeps little
+            ctypes.CDLL(None).malloc_trim(0)

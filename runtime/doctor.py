@@ -20,7 +20,7 @@ from engines.tensorrt import (
 from runtime.kernels import CUDA, REFERENCE, missing_headers, missing_programs
 from runtime.runner import why_not_half
 
-_EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece", "psutil")
+_EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from engines import tensorrt
 from engines.catalog import DEEP, TEXT_ENCODERS
 from engines.errors import BundleError, EngineError, Show1Error
 from engines.manifest import EngineEntry
-from engines.memory import is_short_of_memory
+from engines.memory import is_short_of_memory, return_memory
 from engines.spec import GraphSpec
 from engines.store import Bundle
 from runtime.schedulers import Schedule
@@ -54,6 +54,13 @@ class LoopStart:
 
 
 @runtime_checkable
+class PartsRunner(Protocol):
+    """A runner that should not get more than `positions_at_once` frames x pixels in a call, of several samples."""
+
+    positions_at_once: float
+
+
+@runtime_checkable
 class LoopRunner(Protocol):
     """A runner of a UNet's step that can run the loop itself.
 
@@ -71,8 +78,7 @@ def open_runner(backend: str, plan: Path, precision: str, name: str = "") -> Run
     if backend == "onnxruntime":
         from runtime.runner_ort import OrtRunner  # a backend's library is imported when it is used
 
-        # What runs once in a video need not be quick at any price in memory.
-        return OrtRunner(plan, precision, in_place=name in TEXT_ENCODERS)
+        return OrtRunner(plan, precision, once=name in TEXT_ENCODERS)
     if backend in tensorrt.FLAVOURS:
         from runtime.runner_trt import TrtRunner
 
@@ -147,6 +153,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        return_memory()  # of what was widened and ordered anew on the way
 
     def _runner(self, name: str) -> Runner:
         """A graph's, opened at its first use."""
@@ -221,6 +228,7 @@ class Engine:
             _, runner = self._runners.popitem()
             with contextlib.suppress(Exception):  # the failure before it is the one to tell
                 runner.close()
+        return_memory()
 
 
 def _in_parts(
@@ -232,6 +240,8 @@ def _in_parts(
         return runner.infer(feeds, wanted)
     batch, _, frames, height, width = feeds["sample"].shape
     size = spec.samples_at_once(frames=frames, height=height, width=width)
+    if isinstance(runner, PartsRunner):
+        size = int(min(size, max(1, runner.positions_at_once // (frames * height * width))))
     if size >= batch:
         return runner.infer(feeds, wanted)
     parts = [

@@ -116,6 +116,28 @@ def test_large_samples_are_run_one_after_the_other_and_give_the_same(
     assert calls == ["context", "step", "step" if cache == 1 else "shallow"], "which are one call each to who counts"
 
 
+def test_on_a_cpu_samples_that_fill_it_are_run_one_after_the_other(
+    pipeline: Show1Pipeline, text: PromptEmbeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    keyframes = clip_of(5)
+    together = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)
+    with pipeline.engines.use("interp") as engine:
+        runner = engine._runner("step")
+        if runner.positions_at_once == np.inf:
+            pytest.skip("a GPU runs all at once")
+        monkeypatch.setattr(runner, "positions_at_once", 3 * 5 * keyframes[0, 0, 0].size + 1)
+
+        def infer(feeds: Any, wanted: Any = None, original: Any = runner.infer) -> Any:
+            batches.append(len(feeds["sample"]))
+            return original(feeds, wanted)
+
+        monkeypatch.setattr(runner, "infer", infer)
+        apart = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)
+    np.testing.assert_allclose(apart, together, rtol=0, atol=1e-5)
+    assert batches == [3, 3, 2] * 2  # in two steps, of four gaps and their negatives
+
+
 def test_samples_at_once_are_as_many_as_are_tuned_for(bundle: Path) -> None:
     spec = Bundle.open(bundle).engine("interp").graphs["step"].spec
     assert spec.samples_at_once(frames=5, height=40, width=64) == 14
@@ -482,6 +504,16 @@ def test_engines_are_kept_until_the_pipeline_is_left_or_dropped_after_their_stag
     with Show1Pipeline.from_bundle(bundle) as dropping:
         run_base(dropping.engines, text, DRAFT, SEED)
         assert runners == []
+
+
+def test_memory_is_returned_when_an_engine_has_been_loaded_and_when_it_was_dropped(
+    bundle: Path, runners: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    monkeypatch.setattr("runtime.runner.return_memory", lambda: loaded.append(len(runners)))
+    with EnginePool(Bundle.open(bundle)) as pool, pool.use("vae_decoder"):
+        pass
+    assert loaded == [1, 0]
 
 
 def test_an_engine_in_use_outlives_another_use_inside(bundle: Path, runners: list[str], text: PromptEmbeds) -> None:

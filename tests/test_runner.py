@@ -191,7 +191,39 @@ def test_half_precision_is_refused_where_it_is_inexact(
         Engine(opened, half)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+
+
+def held(plan: Path, precision: str, name: str, dtype: type, available: int = 2**40) -> float:
+    """MiB that a process holds besides files' pages for a network that turns [2, 4096] of ones into ones."""
+    code = (
+        "import re, sys, numpy as np; from pathlib import Path; from runtime import runner, runner_ort\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "_, plan, precision, name, dtype, available = sys.argv; before = held()\n"
+        "runner_ort.available_memory = lambda: int(available)\n"
+        "runner = runner.open_runner('onnxruntime', Path(plan), precision, name)\n"
+        "y = runner.infer({'x': np.ones((2, 4096), dtype)})['y']; assert (y == 1).all()\n"
+        "print(held() - before)"
+    )
+    command = [sys.executable, "-c", code, str(plan), precision, name, np.dtype(dtype).name, str(available)]
+    return float(subprocess.check_output(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}))
+
+
+@LINUX
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep little")
+def test_memory_between_blocks_in_use_is_returned_to_the_system() -> None:
+    code = (
+        "import re, numpy as np; from pathlib import Path; from engines.memory import return_memory\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "before = held(); blocks = [np.ones(2**16, np.uint8) for _ in range(4096)]; blocks = blocks[-1:]\n"
+        "print(held() - before); return_memory(); print(held() - before)"
+    )
+    kept, returned = map(float, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).split())
+    assert kept > 200, "MiB, which the C library keeps by itself: else there is nothing to return"
+    assert returned < 20
+
+
+@LINUX
 @pytest.mark.parametrize(("precision", "mib"), [pytest.param("fp16", 64, marks=HALF), ("fp32", 128), ("int8", 32)])
 def test_weights_of_a_text_encoder_are_not_copied_on_the_cpu(tmp_path: Path, precision: str, mib: int) -> None:
     """A session's usual way is to hold 128 MiB of float32, as its kernels like them, or int8 in blocks of its own."""
@@ -211,20 +243,30 @@ def test_weights_of_a_text_encoder_are_not_copied_on_the_cpu(tmp_path: Path, pre
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     plan = tmp_path / "encode.onnx"
     onnx.save(model, plan, save_as_external_data=True, location="encode.weights")
-    code = (
-        "import re, sys, numpy as np; from pathlib import Path; from runtime.runner import open_runner\n"
-        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
-        "_, plan, precision, name, dtype = sys.argv; before = held()\n"
-        "runner = open_runner('onnxruntime', Path(plan), precision, name)\n"
-        "y = runner.infer({'x': np.ones((2, 4096), dtype)})['y']; assert (y == 1).all()\n"
-        "print(held() - before)"
-    )
-    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    held = {}
-    for name in ("t5", "base"):
-        command = [sys.executable, "-c", code, str(plan), precision, name, np.dtype(dtype).name]
-        held[name] = float(subprocess.check_output(command, cwd=ROOT, env=on_cpu))
-    assert held["t5"] < mib / 2 < 0.75 * mib < held["base"], "a UNet, which runs in every step, keeps the copy"
+    t5, base = (held(plan, precision, name, dtype) for name in ("t5", "base"))
+    assert t5 < mib / 2 < 0.75 * mib < base, "a UNet, which runs in every step, keeps the copy"
+
+
+@LINUX
+@HALF
+def test_weights_in_half_precision_are_widened_one_by_one_where_memory_is_short(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the export extra")
+    helper, half = onnx.helper, onnx.TensorProto.FLOAT16
+    weights = []
+    for i in range(4):
+        matrix = np.full((4096, 4096), 2**-12, np.float16)
+        matrix[2 * i : 2 * i + 2, 0] = 2**-11, 0  # ones stay ones; equal weights would be held once
+        weights.append(onnx.numpy_helper.from_array(matrix, f"w{i}"))
+    nodes = [helper.make_node("MatMul", [f"x{i}" if i else "x", f"w{i}"], [f"x{i + 1}"]) for i in range(4)]
+    nodes[-1].output[0] = "y"
+    ends = ([helper.make_tensor_value_info(name, half, [2, 4096])] for name in "xy")
+    graph = helper.make_graph(nodes, "step", *ends, weights)
+    plan = tmp_path / "step.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, plan, save_as_external_data=True, location="step.weights")
+    mib = 4 * 64  # in float32
+    assert held(plan, "fp16", "base", np.float16) > 0.9 * mib
+    assert held(plan, "fp16", "base", np.float16, available=400 * 2**20) < 0.6 * mib
 
 
 def test_memory_that_is_short_in_a_run_is_told_with_what_to_ask_for(
