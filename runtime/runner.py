@@ -153,7 +153,6 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        return_memory()  # of what was widened and ordered anew on the way
 
     def _runner(self, name: str) -> Runner:
         """A graph's, opened at its first use."""
@@ -171,6 +170,7 @@ class Engine:
                     ) from None
                 again = self._bundle.rebuild_command(self._entry.name, force="")
                 raise BundleError(f"{error} Build it again: {again}.") from None
+            return_memory()  # of what was widened and ordered anew on the way
         return self._runners[name]
 
     def run(self, graph: str, wanted: Sequence[str] | None = None, /, **feeds: Array) -> dict[str, Array]:

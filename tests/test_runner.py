@@ -192,20 +192,25 @@ def test_half_precision_is_refused_where_it_is_inexact(
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+HELD = """
+import re, sys, numpy as np
+from pathlib import Path
+def held():
+    return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+"""
 
 
 def held(plan: Path, precision: str, name: str, dtype: type, available: int = 2**40) -> float:
     """MiB that a process holds besides files' pages for a network that turns [2, 4096] of ones into ones."""
     code = (
-        "import re, sys, numpy as np; from pathlib import Path; from runtime import runner, runner_ort\n"
-        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "from runtime import runner, runner_ort\n"
         "_, plan, precision, name, dtype, available = sys.argv; before = held()\n"
         "runner_ort.available_memory = lambda: int(available)\n"
         "runner = runner.open_runner('onnxruntime', Path(plan), precision, name)\n"
         "y = runner.infer({'x': np.ones((2, 4096), dtype)})['y']; assert (y == 1).all()\n"
         "print(held() - before)"
     )
-    command = [sys.executable, "-c", code, str(plan), precision, name, np.dtype(dtype).name, str(available)]
+    command = [sys.executable, "-c", HELD + code, str(plan), precision, name, np.dtype(dtype).name, str(available)]
     return float(subprocess.check_output(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}))
 
 
@@ -213,12 +218,11 @@ def held(plan: Path, precision: str, name: str, dtype: type, available: int = 2*
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep little")
 def test_memory_between_blocks_in_use_is_returned_to_the_system() -> None:
     code = (
-        "import re, numpy as np; from pathlib import Path; from engines.memory import return_memory\n"
-        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "from engines.memory import return_memory\n"
         "before = held(); blocks = [np.ones(2**16, np.uint8) for _ in range(4096)]; blocks = blocks[-1:]\n"
         "print(held() - before); return_memory(); print(held() - before)"
     )
-    kept, returned = map(float, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).split())
+    kept, returned = map(float, subprocess.check_output([sys.executable, "-c", HELD + code], cwd=ROOT).split())
     assert kept > 200, "MiB, which the C library keeps by itself: else there is nothing to return"
     assert returned < 20
 
