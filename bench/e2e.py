@@ -191,7 +191,7 @@ def difference_of(bundle: Bundle, source: Source, unet: Any, place: Place) -> fl
         return None
     engine = Engine(bundle, entry)
     try:
-        profile = engine.specs["step"].profiles["default"]
+        profile = engine.specs["step"].profile
         # Not the least: norms over one pixel or two at the coarsest level magnify every rounding.
         height, width = 4 * profile["height"].min, 4 * profile["width"].min
         channels = engine.specs["step"].inputs[0].axes[1]

@@ -263,7 +263,7 @@ def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
     spec = entry.graphs[graph].spec
     wanted = {"batch": 2, "tokens": 7, "frames": 3}
     sizes = {}
-    for name, axis in spec.profiles["default"].items():
+    for name, axis in spec.profile.items():
         sizes[name] = min(max(wanted.get(name, 2 * axis.min), axis.min), axis.max)
     random = np.random.default_rng(0)
     made: dict[str, Array] = {}
@@ -307,7 +307,7 @@ def compare_loops(bundle: Bundle, stage: str, tolerance: float, steps: int = 8) 
     Every second step is shallow. None where the backend offers no such loop. base and sr2: stages without a condition.
     """
     spec = bundle.engine(stage).graphs["step"].spec
-    profile = spec.profiles["default"]
+    profile = spec.profile
     channels = spec.outputs[0].axes[1]
     assert isinstance(channels, int)
     schedule = make_schedule(scheduler_of(bundle, stage), steps)

@@ -84,7 +84,7 @@ def text_graph(width: int, dtype: str, max_tokens: int | None = None) -> GraphSp
         "encode",
         tuple(Binding(name, "int64", axes) for name in names),
         (Binding("prompt_embeds", dtype, (*axes, width)),),
-        {"default": {"batch": _TEXT_BATCH, "tokens": tokens}},
+        {"batch": _TEXT_BATCH, "tokens": tokens},
     )
 
 
@@ -97,7 +97,7 @@ def context_graph(text_dim: int, text_kv: int, cond_emb: int | None, noise_level
     if cond_emb:
         outputs.append(Binding("cond_emb", dtype, ("batch", cond_emb)))
     profile = {"batch": _TEXT_BATCH, "tokens": _TOKENS}
-    return GraphSpec("context", tuple(inputs), tuple(outputs), {"default": profile})
+    return GraphSpec("context", tuple(inputs), tuple(outputs), profile)
 
 
 def step_graph(
@@ -123,13 +123,11 @@ def step_graph(
         (_pixels_of("sample", in_channels, dtype), Binding("timestep", "float32", ("batch",)), *context.outputs),
         tuple(_pixels_of(name, channels, dtype) for name, channels in outputs.items()),
         {
-            "default": {
-                "batch": Axis(*_BATCH[network]),
-                "frames": Axis(*_FRAMES[network]),
-                "height": _pixels(size[0], size_multiple, least),
-                "width": _pixels(size[1], size_multiple, least),
-                "tokens": _TOKENS,
-            }
+            "batch": Axis(*_BATCH[network]),
+            "frames": Axis(*_FRAMES[network]),
+            "height": _pixels(size[0], size_multiple, least),
+            "width": _pixels(size[1], size_multiple, least),
+            "tokens": _TOKENS,
         },
     )
 
@@ -140,11 +138,8 @@ def shallow_graph(step: GraphSpec, reads_text: bool) -> GraphSpec:
     *outputs, deep = step.outputs
     read = [binding for binding in context if reads_text or binding.name != "text_kv"]
     axes = {axis for binding in (sample, *read) for axis in binding.axes}
-    profiles = {
-        name: {axis: limits for axis, limits in profile.items() if axis in axes}
-        for name, profile in step.profiles.items()
-    }
-    return GraphSpec("shallow", (sample, timestep, deep, *read), tuple(outputs), profiles)
+    profile = {axis: limits for axis, limits in step.profile.items() if axis in axes}
+    return GraphSpec("shallow", (sample, timestep, deep, *read), tuple(outputs), profile)
 
 
 def predictions(graph: GraphSpec) -> list[str]:
@@ -171,7 +166,7 @@ def vae_encoder_graph(latent_channels: int, factor: int, size: tuple[int, int], 
         "encode",
         (Binding("image", dtype, ("frames", 3, "height", "width")),),
         (Binding("mean", dtype, latents), Binding("logvar", dtype, latents)),
-        {"default": profile},
+        profile,
     )
 
 
@@ -185,5 +180,5 @@ def vae_decoder_graph(latent_channels: int, factor: int, size: tuple[int, int], 
         "decode",
         (Binding("latents", dtype, ("frames", latent_channels, "height", "width")),),
         (Binding("image", dtype, ("frames", 3, f"height*{factor}", f"width*{factor}")),),
-        {"default": profile},
+        profile,
     )

@@ -96,18 +96,17 @@ def compile_trt(
 
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-        for profile in spec.profiles.values():
-            shapes = builder.create_optimization_profile()
-            for binding in spec.inputs:
-                limits = (
-                    trt.Dims(
-                        [getattr(profile[axis], limit) if isinstance(axis, str) else axis for axis in binding.axes]
-                    )
-                    for limit in ("min", "opt", "max")
+        shapes = builder.create_optimization_profile()
+        for binding in spec.inputs:
+            limits = (
+                trt.Dims(
+                    [getattr(spec.profile[axis], limit) if isinstance(axis, str) else axis for axis in binding.axes]
                 )
-                shapes.set_shape(binding.name, *limits)
-            if config.add_optimization_profile(shapes) < 0:
-                raise EngineError(f"{flavour} does not take the profile of {spec.name}: {logger.summary()}")
+                for limit in ("min", "opt", "max")
+            )
+            shapes.set_shape(binding.name, *limits)
+        if config.add_optimization_profile(shapes) < 0:
+            raise EngineError(f"{flavour} does not take the profile of {spec.name}: {logger.summary()}")
         if flavour == "tensorrt-rtx":
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):

@@ -9,7 +9,7 @@ from typing import Any
 from engines.errors import BundleError
 from engines.spec import Axis, Binding, GraphSpec
 
-FORMAT = 2
+FORMAT = 3
 _AGAIN = "Build the bundle again, in a new folder: `python -m export build --out NEW`."
 
 
@@ -84,7 +84,7 @@ class Manifest:
     """`schedulers` holds each stage's published scheduler configs, `defaults` the settings of the reference run."""
 
     versions: dict[str, str] = field(default_factory=dict)
-    size: tuple[int, int] = (576, 320)  # (width, height) of the finished video that the profiles are tuned for
+    size: tuple[int, int] = (576, 320)  # (width, height) of the finished video that profiles are tuned for
     defaults: dict[str, Any] = field(default_factory=dict)
     schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, FileEntry] = field(default_factory=dict)
@@ -135,10 +135,7 @@ def _graph(data: dict[str, Any]) -> GraphEntry:
             name=spec["name"],
             inputs=tuple(_binding(b) for b in spec["inputs"]),
             outputs=tuple(_binding(b) for b in spec["outputs"]),
-            profiles={
-                name: {axis: Axis(**limits) for axis, limits in profile.items()}
-                for name, profile in spec["profiles"].items()
-            },
+            profile={axis: Axis(**limits) for axis, limits in spec["profile"].items()},
         ),
         plan=FileEntry(**data["plan"]),
         weights=FileEntry(**data["weights"]) if data["weights"] else None,

@@ -1,4 +1,4 @@
-"""What a compiled network looks like from outside: bindings, axes, profiles, graphs."""
+"""What a compiled network looks like from outside: bindings, axes, profile, graphs."""
 
 import math
 from collections.abc import Mapping
@@ -47,23 +47,19 @@ class Binding:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of an engine. `profiles` maps a profile's name to the range of every dynamic axis."""
+    """One graph of an engine. `profile` has the range of every dynamic axis."""
 
     name: str
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
-    profiles: Mapping[str, Mapping[str, Axis]]
+    profile: Mapping[str, Axis]
 
     def narrowed(self) -> "GraphSpec":
         """For compilers whose plans reserve memory for, and choose kernels by, the largest size."""
-        profiles = {
-            name: {axis: limits.narrowed() for axis, limits in profile.items()}
-            for name, profile in self.profiles.items()
-        }
-        return replace(self, profiles=profiles)
+        return replace(self, profile={axis: limits.narrowed() for axis, limits in self.profile.items()})
 
     def check(self, engine: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ProfileError unless the inputs' shapes agree with each other and with one of the profiles."""
+        """Raises ProfileError unless the inputs' shapes agree with each other and with the profile."""
         sizes: dict[str, int] = {}
         for binding in self.inputs:
             shape = shapes.get(binding.name)
@@ -83,19 +79,17 @@ class GraphSpec:
 
     def samples_at_once(self, **sizes: int) -> int:
         """How many samples of these sizes take no more memory than the batch that is tuned for; one at least."""
-        profile = next(iter(self.profiles.values()))
-        tuned = math.prod(profile[axis].opt for axis in ("batch", *sizes))
+        tuned = math.prod(self.profile[axis].opt for axis in ("batch", *sizes))
         return max(1, tuned // math.prod(sizes.values()))
 
     def check_sizes(self, engine: str, sizes: Mapping[str, int]) -> None:
-        """Raises ProfileError unless one profile takes these sizes of its axes, some or all of them."""
-        if not any(all(size in profile[axis] for axis, size in sizes.items()) for profile in self.profiles.values()):
-            profile = next(iter(self.profiles.values()))
-            wrong = [
-                f"{axis} {size} (built for {profile[axis]})"
-                for axis, size in sizes.items()
-                if size not in profile[axis]
-            ]
+        """Raises ProfileError unless the profile takes these sizes of its axes, some or all of them."""
+        wrong = [
+            f"{axis} {size} (built for {self.profile[axis]})"
+            for axis, size in sizes.items()
+            if size not in self.profile[axis]
+        ]
+        if wrong:
             raise ProfileError(
                 f"{engine}/{self.name}: {', '.join(wrong)}. Ask for a size and a number of frames that fit."
             )

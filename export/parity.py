@@ -43,11 +43,11 @@ def parity_sizes(spec: GraphSpec) -> list[dict[str, int]]:
 
 
 def package_sizes(spec: GraphSpec) -> list[dict[str, int]]:
-    """Sizes to compare a package of inductor at: batches of 1, 2 and 14 by two frame counts, as far as profiles go.
+    """Sizes to compare a package of inductor at: batches of 1, 2 and 14 by two frame counts, as far as they fit.
 
     torch 2.13 has compiled dynamic shapes to packages that were wrong at batch 1 alone, without a word.
     """
-    by_frame = "batch" not in next(iter(spec.profiles.values()))  # the autoencoder: its frames are its batch
+    by_frame = "batch" not in spec.profile  # the autoencoder: its frames are its batch
     few = _few_frames(spec)
     sizes = [
         # A single pixel at the coarsest level once: normalisation of so few values magnifies every rounding.
@@ -64,12 +64,12 @@ def package_sizes(spec: GraphSpec) -> list[dict[str, int]]:
 
 def _few_frames(spec: GraphSpec) -> int:
     """One where the runtime gives one frame at a time."""
-    frames = next(iter(spec.profiles.values())).get("frames")
+    frames = spec.profile.get("frames")
     return 1 if frames and frames.opt == 1 else 2
 
 
 def _sizes(spec: GraphSpec, wanted: Mapping[str, int], pixels: tuple[int, int]) -> dict[str, int]:
-    profile = next(iter(spec.profiles.values()))
+    profile = spec.profile
 
     def clamp(axis: Axis, size: int) -> int:
         return min(max(size, axis.min), axis.max)

@@ -124,7 +124,7 @@ def tuned_sizes(spec: GraphSpec) -> dict[str, int]:
     Pixels are two at least at the coarsest level: one would be a graph of its own.
     """
     sizes: dict[str, int] = {}
-    for axis, limits in next(iter(spec.profiles.values())).items():
+    for axis, limits in spec.profile.items():
         size = max(limits.opt, 2 * limits.min if axis in ("height", "width") else 2)
         while size in sizes.values():
             size += limits.multiple

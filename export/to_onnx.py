@@ -45,9 +45,8 @@ def _quiet() -> Iterator[None]:
 
 def dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, Any], ...]:
     """The free axes of every input of a graph, in `torch.export`'s words."""
-    profile = next(iter(spec.profiles.values()))
     dims = {}
-    for name, axis in profile.items():
+    for name, axis in spec.profile.items():
         # A multiple is traced as such, so that halving and doubling cancel.
         least = axis.min // axis.multiple
         if name in ("height", "width"):  # traced with two pixels at the coarsest level: one would be a graph of its own

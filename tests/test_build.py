@@ -738,8 +738,8 @@ def test_profiles_hold_every_axis_of_the_inputs_with_the_ranges_of_the_contract(
     profiles = {}
     for name, graph, _ in graphs_of(bundle):
         axes = {axis for binding in graph.spec.inputs for axis in binding.axes if isinstance(axis, str)}
-        assert axes == set(graph.spec.profiles["default"]), name
-        ranges = {axis: f"{n.min} {n.opt} {n.max}" for axis, n in graph.spec.profiles["default"].items()}
+        assert axes == set(graph.spec.profile), name
+        ranges = {axis: f"{n.min} {n.opt} {n.max}" for axis, n in graph.spec.profile.items()}
         if "tokens" in ranges:
             assert ranges.pop("tokens") == ("1 77 77" if name == "clip/encode" else "1 77 512"), name
         if name in PROFILES:
@@ -755,7 +755,7 @@ def test_every_graph_was_compared_with_torch_at_two_batch_sizes_and_frame_counts
     for name, graph, _ in graphs_of(bundle):
         assert len(graph.parity) == 2, name
         assert all(row["max_error"] <= row["tolerance"] for row in graph.parity), name
-        for axis in {"batch", "frames"} & set(graph.spec.profiles["default"]):
+        for axis in {"batch", "frames"} & set(graph.spec.profile):
             assert len({row[axis] for row in graph.parity}) == 2, (name, axis)
 
 
@@ -811,9 +811,9 @@ def test_fp16_engines_have_half_precision_bindings_and_compute_the_same(golden: 
         (None, r"no manifest\.json there, so it is not a bundle\. Make one with `python -m export build"),
         (b"{", r"is not a bundle's manifest \(JSONDecodeError: .*Build the bundle again"),
         (b"[]", r"is not a bundle's manifest \(TypeError"),
-        (b'{"format": 2}', r"is not a bundle's manifest \(KeyError: 'size'\)"),
+        (b'{"format": 3}', r"is not a bundle's manifest \(KeyError: 'size'\)"),
         (b"[" * 100_000, r"is not a bundle's manifest \(RecursionError"),
-        (b'{"format": 99}', r"manifest format 99, this version reads 2\. Build the bundle again"),
+        (b'{"format": 99}', r"manifest format 99, this version reads 3\. Build the bundle again"),
     ],
 )
 def test_a_bundle_that_cannot_be_opened_says_why(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -278,7 +278,7 @@ def test_a_plan_of_the_right_length_that_is_none_is_one_line(
     ("name", "content", "message"),
     [
         ("manifest.json", b'{"format": 1,', "is not a bundle's manifest (JSONDecodeError"),
-        ("manifest.json", b'{"format": 7}', "manifest format 7, this version reads 2"),
+        ("manifest.json", b'{"format": 7}', "manifest format 7, this version reads 3"),
         ("tokenizers/t5.json", None, "t5.json: not a tokenizer.json"),
     ],
 )

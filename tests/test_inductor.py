@@ -198,7 +198,7 @@ def test_what_is_wrong_at_one_batch_size_alone_is_not_installed(golden: Path) ->
 @pytest.mark.parametrize("name", ["t5", "base", "interp", "if2", "sr1", "clip", "sr2", "vae_encoder", "vae_decoder"])
 def test_sizes_to_trace_and_to_compare_at_suit_every_network(golden: Path, name: str) -> None:
     for graph in networks.load(Source.find(CATALOG[name], golden / "models", "fp32"), "fp32", SIZE).graphs:
-        (profile,) = graph.spec.profiles.values()
+        profile = graph.spec.profile
         traced = tuned_sizes(graph.spec)
         assert len(set(traced.values())) == len(traced) and 1 not in traced.values()
         assert all(size in profile[axis] for axis, size in traced.items())

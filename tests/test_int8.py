@@ -71,7 +71,7 @@ def _traced() -> ir.Model:
         "tiny",
         (Binding("x", "float32", image), Binding("emb", "float32", ("batch", 16))),
         (Binding("y", "float32", image),),
-        {"default": {"batch": Axis(1, 2, 4)}},
+        {"batch": Axis(1, 2, 4)},
     )
     module = Tiny().eval().requires_grad_(False)
     return trace(module, spec, (torch.randn(2, 4, 8, 8), torch.randn(2, 16)))

@@ -48,7 +48,7 @@ SPEC = GraphSpec(
     "layers",
     (Binding("x", "float32", ("images", CHANNELS, "height", 5)), Binding("text", "float32", (2, "tokens", TEXT))),
     (Binding("y", "float32", ("images", CHANNELS, "height", 5)),),
-    {"default": {"images": Axis(2, 6, 64, 2), "height": Axis(2, 4, 64), "tokens": Axis(2, 7, 77)}},
+    {"images": Axis(2, 6, 64, 2), "height": Axis(2, 4, 64), "tokens": Axis(2, 7, 77)},
 )
 
 

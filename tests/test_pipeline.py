@@ -82,8 +82,8 @@ def test_more_gaps_than_the_engine_takes_at_once_are_split(
     together = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED)
     steps: list[tuple[str, int, int]] = []
     with pipeline.engines.use("interp") as engine:
-        batch = engine.specs["step"].profiles["default"]["batch"]
-        monkeypatch.setitem(engine.specs["step"].profiles["default"], "batch", replace(batch, min=1, opt=4, max=4))
+        batch = engine.specs["step"].profile["batch"]
+        monkeypatch.setitem(engine.specs["step"].profile, "batch", replace(batch, min=1, opt=4, max=4))
         split = fill_gaps(pipeline.engines, text, keyframes, DRAFT, SEED, progress=lambda *done: steps.append(done))
     np.testing.assert_allclose(split, together, rtol=0, atol=1e-5)
     # 5 gaps, guided, in batches of 2, 2 and 1, with two steps each
@@ -101,7 +101,7 @@ def test_large_samples_are_run_one_after_the_other_and_give_the_same(
     with pipeline.engines.use("base") as engine:
         monkeypatch.setattr(engine, "on_call", lambda graph, *_: calls.append(graph))
         for graph in ("step", "shallow"):
-            runner, profile = engine._runner(graph), engine.specs[graph].profiles["default"]
+            runner, profile = engine._runner(graph), engine.specs[graph].profile
             for axis in ("height", "width"):
                 monkeypatch.setitem(profile, axis, replace(profile[axis], opt=profile[axis].min))
 

@@ -71,7 +71,7 @@ def test_every_network_of_the_cascade_becomes_a_plan(plans: Path) -> None:
             assert bundle.damage(graph.plan) is None
             assert graph.plan.path.endswith(".plan") and graph.weights is None  # and no ONNX files beside it
             assert len(graph.parity) == 2 and len(graph.graph_sha256) == 64
-            profile = graph.spec.profiles["default"]
+            profile = graph.spec.profile
             assert all(profile[axis].min < profile[axis].max <= 2 * profile[axis].opt for axis in profile)
             dynamic = {axis for binding in graph.spec.inputs for axis in binding.axes if isinstance(axis, str)}
             assert dynamic == set(profile) and dynamic & {"batch", "frames"}
@@ -106,7 +106,7 @@ def attend(heads: int, dtype: torch.dtype = torch.float16) -> tuple[ir.Model, Gr
         "attend",
         (Binding("x", name, axes),),
         (Binding("y", name, axes),),
-        {"default": {"pixels": Axis(1, 4, 64), "frames": Axis(2, 5, 29)}},
+        {"pixels": Axis(1, 4, 64), "frames": Axis(2, 5, 29)},
     )
     module = Attend(heads).to(dtype).eval().requires_grad_(False)
     return trace(module, spec, (torch.randn(4, 5, 64).to(dtype),)), spec

@@ -160,7 +160,7 @@ def test_a_shallow_step_holds_the_finest_level_alone_and_reads_text_where_that_d
     attends = hasattr(step.module.unet.down_blocks[0], "attentions")
     assert ("text_kv" in read) == attends
     axes = {axis for binding in shallow.spec.inputs for axis in binding.axes if isinstance(axis, str)}
-    assert set(shallow.spec.profiles["default"]) == axes
+    assert set(shallow.spec.profile) == axes
 
 
 # Who sees whom

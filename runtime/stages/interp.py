@@ -56,7 +56,7 @@ def fill_gaps(
     with engines.use("interp") as engine:
         spec = engine.specs["step"]
         at_once = spec.samples_at_once(frames=INTERP_FRAMES, height=height, width=width)
-        most = max(1, min(spec.profiles["default"]["batch"].max, at_once) // (2 if guidance > 1 else 1))
+        most = max(1, min(spec.profile["batch"].max, at_once) // (2 if guidance > 1 else 1))
         batches = np.array_split(condition, -(-(count - 1) // most))  # alike: another size is another loop on a card
         for number, batch in enumerate(batches):
             noise = NoiseStream(seed)
