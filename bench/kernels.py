@@ -18,6 +18,7 @@ from bench.report import NOTHING, Content, Table, median, number, share, spread
 from bench.timing import Summary, measure_gpu, summarize
 from engines.errors import EngineError
 from engines.gpu import find_gpus
+from engines.memory import GIB
 from engines.tensorrt import installed_version
 from export.configs import SCHEDULERS
 from export.kernels import build_library, native
@@ -176,7 +177,7 @@ def describe_gpu(torch: Any) -> dict[str, Any]:
         "name": card.name,
         "compute_capability": f"{card.major}.{card.minor}",
         "multiprocessors": card.multi_processor_count,
-        "memory_gib": round(card.total_memory / 2**30, 1),
+        "memory_gib": round(card.total_memory / GIB, 1),
         "l2_mib": round(card.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda,
         "versions": {name: installed_version(name) for name in ("torch", "triton", "xformers")},

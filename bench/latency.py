@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import GIB
 from bench.plots import Bars
 from bench.report import NOTHING, Table, median, number, share, spread
 from bench.timing import Summary, measure, summarize
 from bench.work import ENGINES, STAGES
-from engines.memory import peak_memory
+from engines.memory import GIB, peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Settings, stage_sizes
 from runtime.ops import clip_to_frames

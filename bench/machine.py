@@ -14,6 +14,7 @@ import numpy as np
 
 from engines.errors import EngineError
 from engines.limits import processors
+from engines.memory import GIB
 from engines.tensorrt import installed_version
 from runtime.runner import INDUCTOR
 
@@ -26,7 +27,6 @@ except ImportError:
     psutil = None  # the kernels' benchmark does without
 
 ROOT = Path(__file__).resolve().parent.parent
-GIB = 2**30
 _ORT = "onnxruntime"
 _BACKENDS = (_ORT, "onnxruntime-gpu", "torch", "tensorrt-rtx", "tensorrt")  # packages that run engines
 

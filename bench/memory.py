@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.latency import PROMPT
-from bench.machine import GIB
 from bench.plots import Axis, Chart
 from bench.report import NOTHING, Table, number
 from engines.gpu import find_gpus
-from engines.memory import peak_memory
+from engines.memory import GIB, peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, Settings
 from runtime.pipeline import Show1Pipeline, check_run

@@ -5,6 +5,8 @@ import ctypes
 import re
 import sys
 
+GIB = 2**30  # bytes
+
 # ONNX Runtime, torch, the C++ libraries of GNU and Microsoft, Windows by number: its text is in the user's language.
 _SHORT = re.compile(
     r"out of memory|not enough memory|failed to allocate|allocate memory|bad.alloc|alloc(ation)?_failed|"

@@ -20,7 +20,7 @@ from runtime.config import parse_size
 from runtime.runner import INDUCTOR
 
 if TYPE_CHECKING:
-    from export.build import Backend
+    from export.job import Backend
 
 CHECKPOINTS = Path("checkpoints")
 SIZE = "576x320"  # that engines are tuned for, where nothing else is asked for
@@ -29,7 +29,8 @@ DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `trai
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from export.build import Backend, build  # torch: only when something is built
+    from export.build import build  # torch: only when something is built
+    from export.job import Backend
 
     targets = [target.strip().lower() for target in arguments.target.split(",")] if arguments.target else []
     if arguments.jobs is not None and arguments.jobs < 1:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
+from engines.memory import GIB
 from engines.store import move
 from export.configs import PUBLISHED, SCHEDULERS
 from export.demo import cascade
 from export.modules.vae import Autoencoder, VAEDecoder
 
 STAMP = "random-checkpoint.json"  # what was asked for; by it `renew` knows a folder of its own
-_SHARD = 2 * 2**30  # bytes
+_SHARD = 2 * GIB
 _LEVELS = 5  # a weight is one of 11 values: they pack to a quarter and are exact in float16
 
 

@@ -672,7 +672,7 @@ def _has_variance(entry: EngineEntry) -> bool:
 
 def _build_with_variance(entry: EngineEntry, checkpoint: Path, size: tuple[int, int], folder: Path) -> EngineEntry:
     """Runs in a process of its own: tracing keeps one processor busy for the better part of a minute."""
-    from export.build import Backend, Job, build_engine  # torch, for these cases only
+    from export.job import Backend, Job, build_engine  # torch, for these cases only
     from export.networks import Source
 
     folder.mkdir()

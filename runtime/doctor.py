@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from engines.errors import Show1Error, install
 from engines.gpu import TURING, Gpu, find_gpus, old_driver
+from engines.memory import GIB
 from engines.tensorrt import (
     FLAVOURS,
     TARGETS,
@@ -41,7 +42,7 @@ def diagnose() -> Diagnosis:
     for index, gpu in enumerate(gpus):
         driver = "{}.{}".format(*gpu.driver)
         result.found[f"GPU {index}"] = (
-            f"{gpu.name}, {gpu.target}, {gpu.memory / 2**30:.0f} GiB, driver for CUDA up to {driver}"
+            f"{gpu.name}, {gpu.target}, {gpu.memory / GIB:.0f} GiB, driver for CUDA up to {driver}"
         )
     if not gpus:
         result.found["GPU"] = "none that an NVIDIA driver shows"

@@ -10,8 +10,7 @@ import pytest
 from bench.__main__ import main
 from bench.memory import Result, Sample, Sampler, device_memory
 from engines.gpu import find_gpus
-
-GIB = 2**30
+from engines.memory import GIB
 
 
 def test_samples_are_booked_to_the_stage_in_which_they_were_taken() -> None:

@@ -37,11 +37,11 @@ from engines.errors import BundleError, CheckpointError, EngineError, ParityErro
 from engines.manifest import Manifest
 from engines.spec import Binding
 from engines.store import Bundle, BundleWriter
-from export import build as builder
-from export import networks
+from export import networks, workers
 from export.__main__ import main
-from export.build import Backend, Job, build, build_engine
+from export.build import build
 from export.checkpoint import file_hash
+from export.job import Backend, Job, _exporter_hash, build_engine
 from export.kernels import build_library
 from export.networks import Source
 from export.parity import example_sizes, package_sizes, parity_sizes
@@ -73,7 +73,7 @@ class InThisProcess(Executor):
 def build_text_encoders(checkpoint: Path, out: Path, in_this_process: bool = True, **options: Any) -> Bundle:
     with pytest.MonkeyPatch.context() as patch:
         if in_this_process:
-            patch.setattr("export.build.ProcessPoolExecutor", InThisProcess)
+            patch.setattr("export.workers.ProcessPoolExecutor", InThisProcess)
         patch.setattr("export.build.networks_of", lambda stages: [CATALOG["t5"], CATALOG["clip"]])
         return build(checkpoint, out, **{"jobs": 1, **options})
 
@@ -108,7 +108,7 @@ def pending(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(bundle: Bundle, jobs: list[Job], *_: Any) -> None:
         names.extend(job.source.network.name for job in jobs)
 
-    monkeypatch.setattr("export.build._build_all", note)
+    monkeypatch.setattr("export.build.build_all", note)
     return names
 
 
@@ -293,7 +293,7 @@ def test_engines_are_stale_where_their_own_size_is_another(golden: Path, monkeyp
     assert stale((640, 384)) == latent | {"base", "interp", "if2", "sr1"}
     job = Job(Source.find(CATALOG["base"], golden / "models", "fp32"), "fp32", (576, 320))
     before = job.made_from()
-    monkeypatch.setattr(builder, "stage_sizes", lambda size: {"base": size})
+    monkeypatch.setattr("export.job.stage_sizes", lambda size: {"base": size})
     assert job.made_from() != before
 
 
@@ -302,7 +302,7 @@ def test_engines_do_not_depend_on_the_devices_that_torch_was_built_for(
 ) -> None:
     job, made = Job(Source.find(CATALOG["clip"], checkpoint, "fp32"), "fp32", (576, 320)), []
     for version in ("2.13.0", "2.13.0+cpu", "2.13.1"):
-        monkeypatch.setattr(builder, "version", lambda _, version=version: version)
+        monkeypatch.setattr("export.job.version", lambda _, version=version: version)
         made.append(job.made_from())
     assert made[0] == made[1] != made[2]
 
@@ -330,10 +330,10 @@ def test_code_that_decides_what_is_in_an_engine_makes_it_stale(
     monkeypatch: pytest.MonkeyPatch, file: str, backends: set[str]
 ) -> None:
     every = ("onnxruntime", "tensorrt-rtx", "inductor")
-    before = {backend: builder._exporter_hash(backend) for backend in every}
+    before = {backend: _exporter_hash(backend) for backend in every}
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == ROOT / file))
-    assert {backend for backend in every if builder._exporter_hash(backend) != before[backend]} == backends
+    assert {backend for backend in every if _exporter_hash(backend) != before[backend]} == backends
 
 
 # What a failure leaves behind
@@ -357,7 +357,7 @@ def test_a_failing_build_keeps_what_was_finished_and_nothing_half_done(
     assert "--size 640x384" in Bundle.open(tmp_path / "other").rebuild_command("t5")
 
     weights.write_bytes(whole)
-    monkeypatch.setattr("export.build._build_all", lambda *_: None)
+    monkeypatch.setattr("export.build.build_all", lambda *_: None)
     capsys.readouterr()
     build_text_encoders(checkpoint, out)
     assert reasons(capsys) == {"t5": "not built yet", "clip": "up to date"}
@@ -369,8 +369,8 @@ def fail_to_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise EngineError(f"{name} failed")
         return run_before(job, folder)
 
-    run_before = builder._run_job
-    monkeypatch.setattr(builder, "_run_job", run)
+    run_before = workers._run_job
+    monkeypatch.setattr(workers, "_run_job", run)
 
 
 def test_what_was_finished_with_a_failure_is_kept(
@@ -479,11 +479,11 @@ def test_an_interruption_ends_the_workers_before_what_they_write_to_goes(
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builder, "_run_job", sleep_as_a_worker)
-    monkeypatch.setattr(builder, "wait", interrupt)
+    monkeypatch.setattr(workers, "_run_job", sleep_as_a_worker)
+    monkeypatch.setattr(workers, "wait", interrupt)
     job = Job(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", (576, 320))
     with Bundle.writer(tmp_path / "bundle") as bundle, pytest.raises(KeyboardInterrupt):
-        builder._build_all(bundle, [job], 1)
+        workers.build_all(bundle, [job], 1)
     assert not psutil.pid_exists(int(pid.read_text()))
     assert not list((tmp_path / "bundle").glob(".tmp-*"))
 
@@ -499,7 +499,7 @@ def test_workers_share_the_processors_with_what_they_start(
     name = "TORCHINDUCTOR_COMPILE_THREADS"
     monkeypatch.setenv(name, asked) if asked else monkeypatch.delenv(name, raising=False)
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=builder._start_worker, initargs=(None, 37)) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=workers._start_worker, initargs=(None, 37)) as pool:
         assert pool.submit(torch.get_num_threads).result() == 37
         assert pool.submit(processes_of_inductor).result() == given
 
@@ -576,7 +576,7 @@ def test_a_disk_that_fills_up_during_a_build_leaves_nothing_half_made(
         plan.write_bytes(b"half a pl")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("export.build.compile_ort.compile_ort", fill)
+    monkeypatch.setattr("export.job.compile_ort.compile_ort", fill)
     with pytest.raises(BundleError, match=r"cannot be written \(No space left on device\)\. Nothing of it was kept"):
         build_text_encoders(checkpoint, tmp_path / "new")
     assert not Bundle.open(tmp_path / "new").manifest.engines
@@ -594,7 +594,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(checkpoint: Path
 
 
 def test_fp16_is_not_built_where_it_is_inexact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.build.why_not_half", lambda: "it is inexact here")
+    monkeypatch.setattr("export.job.why_not_half", lambda: "it is inexact here")
     with pytest.raises(SettingsError, match=r"^it is inexact here: use --precision fp32\."):
         Backend.choose("onnxruntime", "fp16")
     assert Backend.choose("onnxruntime", "fp32").name == "onnxruntime"
@@ -927,7 +927,7 @@ def test_check_of_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_onnxruntime_gpu_is_onnx_runtime_too(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"onnxruntime-gpu": "1.32.0", "torch": "2.13.0"}
-    monkeypatch.setattr(builder.tensorrt, "installed_version", installed.get)
+    monkeypatch.setattr("export.job.tensorrt.installed_version", installed.get)
     assert Backend().version == "1.32.0"
 
 
@@ -969,7 +969,7 @@ def test_on_a_gpu_onnx_runtimes_engines_are_built_one_at_a_time_unless_asked(
 ) -> None:
     """They are compared there, and might not fit side by side."""
     noted: list[int | None] = []
-    monkeypatch.setattr(builder, "_build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    monkeypatch.setattr("export.build.build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: on_gpu)
     build_text_encoders(checkpoint, tmp_path / "out", jobs=asked)
     assert noted == [built]

@@ -34,7 +34,8 @@ from engines.gpu import Gpu
 from engines.store import Bundle
 from export import networks
 from export.__main__ import main
-from export.build import Backend, Job, build, build_engine, why_stale
+from export.build import build, why_stale
+from export.job import Backend, Job, build_engine
 from export.kernels import build_for, prepare_inductor
 from export.modules.layers import GroupNorm
 from export.modules.unet import UNetConfig, VideoUNet
@@ -267,7 +268,7 @@ def test_another_machine_torch_or_kernels_make_an_engine_stale(
 ) -> None:
     current = job(checkpoint, "fp32")
     assert why_stale(float32, current) is None
-    monkeypatch.setattr(f"export.build.{name}", value)
+    monkeypatch.setattr(f"export.job.{name}", value)
     assert why_stale(float32, job(checkpoint, "fp32")) == f"changed: {key}"
 
 
@@ -345,7 +346,7 @@ def test_engines_without_autotuning_are_built_again_without_it(
         ("cpu-x86-64-v3", False, True),
         ("sm75", True, False),
     ):
-        monkeypatch.setattr("export.build.target", lambda target=target: target)
+        monkeypatch.setattr("export.job.target", lambda target=target: target)
         assert Backend.choose(INDUCTOR, "fp16", autotune=asked).autotune == autotune
     with pytest.raises(SettingsError, match=r"Turing \(sm75\) does not compute in bf16"):
         Backend.choose(INDUCTOR, "bf16")
@@ -371,7 +372,7 @@ def test_a_card_that_torch_leaves_idle_is_told_before_a_build_and_a_run(
     message: str,
 ) -> None:
     card = Gpu("GeForce RTX 4070", (8, 9), 12 * 2**30, driver)
-    monkeypatch.setattr("export.build.find_gpus", lambda: [card])
+    monkeypatch.setattr("export.job.find_gpus", lambda: [card])
     monkeypatch.setattr(runner_inductor, "find_gpus", lambda: [card])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -401,7 +402,7 @@ def test_engines_are_built_side_by_side_as_the_card_has_room(
     built: int,
 ) -> None:
     noted: list[int | None] = []
-    monkeypatch.setattr("export.build._build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    monkeypatch.setattr("export.build.build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
     monkeypatch.setattr("export.build.kernels.prepare_inductor", lambda _: None)
     monkeypatch.setattr("export.build.find_gpus", lambda: [Gpu("a card", (8, 9), mib * 2**20, (13, 0))])
     backend = Backend(INDUCTOR, ("sm89",), autotune=autotune)

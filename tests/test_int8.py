@@ -27,9 +27,9 @@ from engines.spec import INT8, Axis, Binding, GraphSpec
 from engines.store import Bundle
 from export import int8
 from export.__main__ import main
-from export.build import Backend
 from export.demo.faithfulness import Faithfulness, Prompt, load_prompts
 from export.int8 import LEAST_LAYER_SQNR, build_int8, choose, measure_layers, plans_of
+from export.job import Backend
 from export.replay import Take
 from export.to_onnx import trace
 from runtime.config import Settings

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from engines import limits
+from engines.memory import GIB
 
-GIB = 2**30
 Write = Callable[[dict[str, str]], None]
 
 

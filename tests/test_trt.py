@@ -29,9 +29,10 @@ from engines.gpu import Gpu
 from engines.quantize import LayerPlan, layers, main_graph
 from engines.spec import Axis, Binding, GraphSpec
 from engines.store import Bundle
-from export import build as builder
+from export import networks, workers
 from export.__main__ import main
-from export.build import Backend, Job, build
+from export.build import build, why_stale
+from export.job import Backend, Job, build_engine
 from export.modules.ops import temporal_attention
 from export.networks import Source
 from export.to_onnx import trace
@@ -133,20 +134,20 @@ def test_other_precisions_build(tmp_path: Path, dtype: torch.dtype, precision: s
 def test_a_network_is_built_with_layers_in_int8(
     golden: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
 ) -> None:
-    load = builder.networks.load
+    load = networks.load
 
     def main_alone(*arguments: Any) -> Any:  # nothing of the others is quantised
         loaded = load(*arguments)
         return replace(loaded, graphs=[part for part in loaded.graphs if part.spec.name == main_graph(name)])
 
-    monkeypatch.setattr(builder.networks, "load", main_alone)
+    monkeypatch.setattr(networks, "load", main_alone)
     source = Source.find(CATALOG[name], golden / "models", "fp16")
     job = Job(source, "fp16", (576, 320), Backend.choose(RTX, "fp16", ["sm89"]), keep_onnx=True)
     graph, other = main_graph(name), Bundle.open(bundle)
     # Tracing again would take long: ONNX Runtime's graph has the same layers under the same names.
     names = layers(ir.load(other.path(other.engine(name).graphs[graph].plan)).graph)
     job = replace(job, layers={layer: LayerPlan(mode, 4.0, 4.0) for layer in names})
-    entry = builder.build_engine(job, tmp_path)
+    entry = build_engine(job, tmp_path)
     assert entry.precision == "int8" and entry.source["precision"] == "int8"
     assert entry.source["layers"] != replace(job, layers={next(iter(names)): LayerPlan("float")}).made_from()["layers"]
     model = ir.load(tmp_path / f"{graph}.onnx")
@@ -160,7 +161,7 @@ def test_a_bfloat16_network_is_built_and_compared(golden: Path, tmp_path: Path) 
     source = Source.find(CATALOG["clip"], golden / "models", "bf16")
     phases: list[str] = []
     job = Job(source, "bf16", (576, 320), Backend.choose(RTX, "bf16", ["sm89"]))
-    entry = builder.build_engine(job, tmp_path, phases.append)
+    entry = build_engine(job, tmp_path, phases.append)
     (graph,) = entry.graphs.values()
     assert graph.spec.outputs[0].dtype == "float32"  # NumPy has no bfloat16
     assert all(row["max_error"] <= row["tolerance"] for row in graph.parity)
@@ -268,12 +269,12 @@ def test_a_plan_is_stale_when_targets_attention_or_version_change(
 ) -> None:
     bundle = Bundle.open(plans)
     job = Job(Source.find(CATALOG["clip"], golden / "models", "fp16"), "fp16", (576, 320), Backend.choose(RTX, "fp16"))
-    assert builder.why_stale(bundle, job) is None
+    assert why_stale(bundle, job) is None
     for changed, what in (("targets", ("sm86",)), ("attention", "padded")):
         other = replace(job, backend=replace(job.backend, **{changed: what}))
-        assert builder.why_stale(bundle, other) == f"changed: {changed}"
+        assert why_stale(bundle, other) == f"changed: {changed}"
     monkeypatch.setattr(tensorrt, "installed_version", lambda _: "9.9")
-    assert builder.why_stale(bundle, job) == "changed: backend version"
+    assert why_stale(bundle, job) == "changed: backend version"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_an_entry_that_was_edited_is_told_and_rebuilt(
     manifest = replace(bundle.manifest, engines={**bundle.manifest.engines, "clip": edited})
     (bundle.root / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     job = Job(Source.find(CATALOG["clip"], golden / "models", "fp16"), "fp16", (576, 320), Backend.choose(RTX, "fp16"))
-    assert "its part of the manifest has been changed" in str(builder.why_stale(Bundle.open(bundle.root), job))
+    assert "its part of the manifest has been changed" in str(why_stale(Bundle.open(bundle.root), job))
     assert main(["list", str(bundle.root)]) == 0
     assert main(["check", str(bundle.root)]) == 1
     out, err = capsys.readouterr()
@@ -340,10 +341,10 @@ def test_builds_never_run_side_by_side_beyond_memory(golden: Path, monkeypatch: 
     large, small = 8 * 2**30, 2 * 2**30
     needs = {id(jobs[0]): large, id(jobs[1]): large, id(jobs[2]): small}
     monkeypatch.setattr(Job, "memory", property(lambda job: needs[id(job)]))
-    assert builder._next(jobs, [], 2, available=4 * 2**30) is jobs[0]  # alone, if too large: there is no better time
-    assert builder._next(jobs[1:], jobs[:1], 2, available=12 * 2**30) is jobs[2]  # what fits beside it
-    assert builder._next(jobs[1:2], jobs[:1], 2, available=12 * 2**30) is None
-    assert builder._next(jobs[2:], jobs[:2], 2, available=64 * 2**30) is None  # two at once were asked for
+    assert workers._next(jobs, [], 2, available=4 * 2**30) is jobs[0]  # alone, if too large: there is no better time
+    assert workers._next(jobs[1:], jobs[:1], 2, available=12 * 2**30) is jobs[2]  # what fits beside it
+    assert workers._next(jobs[1:2], jobs[:1], 2, available=12 * 2**30) is None
+    assert workers._next(jobs[2:], jobs[:2], 2, available=64 * 2**30) is None  # two at once were asked for
 
 
 # Types

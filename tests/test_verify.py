@@ -16,7 +16,7 @@ from engines.manifest import EngineEntry
 from engines.spec import INT8
 from engines.store import Bundle
 from export.__main__ import main
-from export.build import Job
+from export.job import Job
 from export.networks import Source
 from export.verify import _build_with_variance, verify
 
@@ -126,7 +126,7 @@ def test_an_int8_bundles_variance_is_that_of_the_precision_it_was_made_from(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, precision: str
 ) -> None:
     jobs: list[Job] = []
-    monkeypatch.setattr("export.build.build_engine", lambda job, folder: jobs.append(job))
+    monkeypatch.setattr("export.job.build_engine", lambda job, folder: jobs.append(job))
     entry = EngineEntry("base", backend, "1", INT8, (), {}, {}, {})
     _build_with_variance(entry, golden / "models", (576, 320), tmp_path / "base")
     source = Source.find(CATALOG["base"], golden / "models", precision)
