@@ -241,7 +241,7 @@ def _in_parts(
     batch, _, frames, height, width = feeds["sample"].shape
     size = spec.samples_at_once(frames=frames, height=height, width=width)
     if isinstance(runner, PartsRunner):
-        size = int(min(size, max(1, runner.positions_at_once // (frames * height * width))))
+        size = int(min(size, max(1, runner.positions_at_once / (frames * height * width))))  # `//` makes a NaN of inf
     if size >= batch:
         return runner.infer(feeds, wanted)
     parts = [

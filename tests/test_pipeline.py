@@ -116,17 +116,20 @@ def test_large_samples_are_run_one_after_the_other_and_give_the_same(
     assert calls == ["context", "step", "step" if cache == 1 else "shallow"], "which are one call each to who counts"
 
 
-def test_on_a_cpu_samples_that_fill_it_are_run_one_after_the_other(
-    pipeline: Show1Pipeline, text: PromptEmbeds, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("samples", "expected"), [(3, [3, 3, 2]), (0.5, [1] * 8), (np.inf, [8])])
+def test_on_a_cpu_samples_that_fill_it_are_run_one_after_the_other_and_on_a_gpu_together(
+    pipeline: Show1Pipeline,
+    text: PromptEmbeds,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: float,
+    expected: list[int],
 ) -> None:
     batches: list[int] = []
     keyframes = clip_of(5)
     together = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)
     with pipeline.engines.use("interp") as engine:
         runner = engine._runner("step")
-        if runner.positions_at_once == np.inf:
-            pytest.skip("a GPU runs all at once")
-        monkeypatch.setattr(runner, "positions_at_once", 3 * 5 * keyframes[0, 0, 0].size + 1)
+        monkeypatch.setattr(runner, "positions_at_once", samples * 5 * keyframes[0, 0, 0].size)
 
         def infer(feeds: Any, wanted: Any = None, original: Any = runner.infer) -> Any:
             batches.append(len(feeds["sample"]))
@@ -135,7 +138,7 @@ def test_on_a_cpu_samples_that_fill_it_are_run_one_after_the_other(
         monkeypatch.setattr(runner, "infer", infer)
         apart = run_interp(pipeline.engines, text, keyframes, DRAFT, SEED)
     np.testing.assert_allclose(apart, together, rtol=0, atol=1e-5)
-    assert batches == [3, 3, 2] * 2  # in two steps, of four gaps and their negatives
+    assert batches == expected * 2  # in two steps, of four gaps and their negatives
 
 
 def test_samples_at_once_are_as_many_as_are_tuned_for(bundle: Path) -> None:
