@@ -19,13 +19,13 @@ class NoiseStream:
 
     def __init__(self, seed: int) -> None:
         try:
-            possible = 0 <= index(seed) < 2**64
+            number = index(seed)  # Python's, also of NumPy's integers, which may be too short for the mask
         except TypeError:
-            possible = False
-        if not possible:
+            number = -1
+        if not 0 <= number < 2**64:
             raise SettingsError(f"seed is {seed}; allowed: 0 to {2**64 - 1}.")
         # torch seeds its Mersenne Twister with the low 32 bits only.
-        self._words = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._words = np.random.RandomState(number & 0xFFFFFFFF)
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Draw float32 of any shape with at least 16 elements, filled in C order."""

@@ -41,6 +41,11 @@ def test_seeds_differ_in_their_low_32_bits_only() -> None:
     assert not np.any(NoiseStream(5).normal((64,)) == NoiseStream(6).normal((64,)))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint64])
+def test_a_seed_of_numpy_is_the_number_that_it_is(kind: type[np.integer]) -> None:
+    np.testing.assert_array_equal(NoiseStream(kind(5)).normal((64,)), NoiseStream(5).normal((64,)))  # type: ignore[arg-type]
+
+
 def test_small_draws_are_refused_because_torch_makes_them_differently() -> None:
     with pytest.raises(ValueError, match="15 elements; torch draws fewer than 16 by another algorithm"):
         NoiseStream(0).normal((3, 5))
