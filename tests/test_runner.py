@@ -33,10 +33,14 @@ def clip(bundle: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def test_inputs_are_converted_to_the_bindings_types_and_outputs_to_float32(clip: Engine) -> None:
+def test_inputs_are_converted_to_the_bindings_types_and_outputs_to_float32(
+    clip: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = clip.run("encode", input_ids=np.array([[1, 2, 3]], np.int64))["prompt_embeds"]
+    seen: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(clip, "on_feeds", lambda graph, feeds: seen.update(feeds))
     actual = clip.run("encode", input_ids=np.array([[1, 2, 3]], np.int16))["prompt_embeds"]
-    assert expected.dtype == actual.dtype == np.float32
+    assert expected.dtype == actual.dtype == np.float32 and seen["input_ids"].dtype == np.int64
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -101,6 +105,36 @@ def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
     damaged = replace(encode, plan=replace(encode.plan, sha256="another"))
     with pytest.raises(BundleError, match=r"cannot load it\. Build it again: `python -m .* --stage sr2 .*--force`"):
         Engine(opened, replace(entry, graphs={"encode": damaged}))
+
+
+@pytest.mark.parametrize("part", ["plan", "weights"])
+def test_a_file_that_is_cut_short_is_named_before_a_backend_reads_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: pytest.fail("opened"))
+    opened = Bundle.open(bundle)
+    entry = opened.engine("vae_decoder")
+    file = getattr(entry.graphs["decode"], part)
+    longer = replace(entry.graphs["decode"], **{part: replace(file, bytes=file.bytes + 1)})
+    with pytest.raises(BundleError, match=rf"{file.path} is missing or cut short"):
+        Engine(opened, replace(entry, graphs={"decode": longer}))
+
+
+def test_graphs_that_were_loaded_are_closed_when_another_of_their_engine_is_not(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def load(_: str, plan: Path, *__: str) -> SimpleNamespace:
+        if plan.stem == "step":
+            raise EngineError("too little memory")
+        return SimpleNamespace(close=partial(closed.append, plan.stem))
+
+    monkeypatch.setattr("runtime.runner.open_runner", load)
+    opened = Bundle.open(bundle)
+    with pytest.raises(EngineError, match="too little memory"):
+        Engine(opened, opened.engine("base"))
+    assert closed == ["context"]
 
 
 def test_a_pool_may_be_closed_while_an_engine_is_in_use(bundle: Path) -> None:
@@ -332,9 +366,11 @@ def test_float32_on_a_gpu_is_not_tf32_and_half_precision_has_the_matrix_units(
 ) -> None:
     """ONNX Runtime's convolutions leave out every engine on matrix units, of any precision, where TF32 is forbidden."""
     session = wheel(True, 1)
-    OrtRunner(tmp_path / "step.onnx", precision)
+    runner = OrtRunner(tmp_path / "step.onnx", precision)
     (cuda, settings), cpu = session.asked
     assert (cuda, settings["use_tf32"], cpu) == (runner_ort._CUDA, tf32, runner_ort._CPU)
+    assert settings["arena_extend_strategy"] == "kSameAsRequested", "a power of two may be more than the card has"
+    assert runner.positions_at_once == np.inf, "a card takes a batch at once, however large"
 
 
 class Polygraphy:
