@@ -1,6 +1,8 @@
 """The denoising loop against recorded trajectories of the reference, and what guidance and batching may not change."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,6 +268,18 @@ def test_progress_is_reported_after_each_step_and_the_input_stays_as_it_was() ->
     assert progress == [(0, 3), (1, 3), (2, 3)]
     np.testing.assert_array_equal(x, before)
     assert result.shape == x.shape and result.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["base", "if2"])
+def test_a_loop_elsewhere_is_given_noise_where_its_step_adds_some_and_its_result_is_kept(name: str) -> None:
+    schedule, buffer = make_schedule(published(name), 3), np.zeros((1, 3, 4, 6, 8), np.float32)
+    given: list[bool] = []
+    loop = SimpleNamespace(step=lambda noise: given.append(noise is not None), sample=lambda: buffer)
+    unet: Any = SimpleNamespace(start_loop=lambda _: loop)
+    result = denoise(unet, random_clips(1), schedule, guidance_scale=2.0, noise=NoiseStream(SEED))
+    assert given == [schedule.adds_noise(index) for index in range(3)] and not given[-1]
+    buffer += 1  # by the next loop
+    assert not result.any()
 
 
 def test_ddpm_without_a_noise_stream_is_an_error() -> None:
