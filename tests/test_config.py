@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.errors import SettingsError
-from runtime.config import DIFFUSION_STAGES, PRESETS, Settings, StageSettings
+from runtime.config import DIFFUSION_STAGES, PRESETS, Settings, StageSettings, stage_sizes
 
 # A bundle's own, unlike the reference in everything.
 OWN = Settings(
@@ -86,8 +86,11 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
         ({"strength": "x"}, r"settings that cannot be read \("),
         ({"fps": None}, r"settings that cannot be read \("),
         ({"base": None}, r"settings that cannot be read \("),
+        ({"base": StageSettings(7, -1.0)}, r"guidance of base: -1\.0; allowed: 0 to 1000"),
         ({"base": StageSettings(7, 1e308)}, r"guidance of base: 1e\+308; allowed: 0 to 1000"),
         ({"keyframes": 5.0}, r"keyframes: 5\.0; allowed"),
+        ({"strength": 0}, "strength: 0; allowed: above 0, up to 1"),
+        ({"sr1_window": 1}, "sr1_window: 1; allowed: 2 or more frames"),
         ({"size": "big"}, r"size: 'big'; allowed: \(width, height\) in pixels"),
         ({"size": (64.0, 64)}, r"size: \(64\.0, 64\); allowed"),
         ({"size": (8200, 64)}, "size 8200x64; allowed: width and height in multiples of 8, from 64 to 8192"),
@@ -98,6 +101,15 @@ def test_settings_come_back_from_json_and_from_manifests_that_know_less() -> Non
 def test_what_cannot_work_is_refused_when_it_is_said(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("size", "base"),
+    [((576, 320), (64, 40)), ((432, 240), (48, 32)), ((1152, 640), (128, 80)), ((64, 64), (8, 8))],
+)
+def test_stages_have_the_ratios_of_the_reference(size: tuple[int, int], base: tuple[int, int]) -> None:
+    sr1 = (4 * base[0], 4 * base[1])
+    assert stage_sizes(size) == {"base": base, "interp": base, "if2": sr1, "sr1": sr1, "sr2": size}
 
 
 @pytest.mark.parametrize("wrong", [None, "{}", {"size": 576}])
