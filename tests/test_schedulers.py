@@ -147,6 +147,11 @@ def test_logsnr_steps_are_equal_in_lambda_and_begin_where_x0_can_be_told(name: s
     np.testing.assert_allclose(h[1:-2], h[1:-2].mean(), rtol=0.1)  # the ends' training steps lie too far apart
 
 
+def test_logsnr_begins_no_noisier_than_the_scheduler_does() -> None:
+    config = SchedulerConfig.from_dict({**PUBLISHED["base"], "lambda_min_clipped": -3.0}, "x")
+    assert max_inference_steps(config, "logsnr") == max_inference_steps(config)
+
+
 def test_logsnr_is_what_diffusers_calls_lu_lambdas() -> None:
     diffusers = pytest.importorskip("diffusers", reason="compares with the bench extra")
     theirs = diffusers.DPMSolverMultistepScheduler.from_config({**PUBLISHED["sr2"], "use_lu_lambdas": True})
