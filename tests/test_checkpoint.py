@@ -249,6 +249,7 @@ def test_too_little_memory_is_not_blamed_on_the_checkpoint(golden: Path, monkeyp
 )
 def test_libraries_that_get_no_memory_are_understood_on_every_system(text: str, short: bool) -> None:
     assert is_short_of_memory(RuntimeError(text)) is short
+    assert is_short_of_memory(MemoryError()), "which says nothing, as Python raises it"
 
 
 def test_another_stages_checkpoint_in_a_folder_is_recognised(golden: Path, tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_a_machine_without_limits_is_all_there(machine: Write) -> None:
 def test_a_container_leaves_what_its_cgroup_does(machine: Write) -> None:
     machine({"proc": "0::/\n", "cgroup/cpu.max": "250000 100000\n", **memory("", limit=32, used=10, cache=4)})
     assert allowed() == (2, 26)  # two and a half processors; pages of files can go
-    machine({"cgroup/cpu.max": "50000 100000\n"})
-    assert limits.processors() == 1
+    machine({"cgroup/cpu.max": "50000 100000\n", **memory("", limit=32, used=33, cache=0)})
+    assert allowed() == (1, 0)
 
 
 def test_the_strictest_of_nested_groups_counts(machine: Write) -> None:
@@ -68,6 +68,14 @@ def test_version_1_is_read_where_a_container_sees_it(machine: Write) -> None:
     machine({"cgroup/memory/memory.limit_in_bytes": f"{8 * GIB}", "cgroup/memory/memory.stat": stat})
     machine({"cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}", "cgroup/cpu/cpu.cfs_quota_us": "-1"})
     assert allowed() == (64, 6)
+
+
+def test_version_2_beside_version_1_is_read_where_it_is_mounted(machine: Write) -> None:
+    machine(
+        {"proc": "3:cpu:/\n0::/\n", "cgroup/cpu/cpu.cfs_quota_us": "800000", "cgroup/cpu/cpu.cfs_period_us": "100000"}
+    )
+    machine(memory("unified/", limit=16, used=6, cache=0))
+    assert allowed() == (8, 10)
 
 
 def test_an_affinity_mask_counts(machine: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,11 @@ def test_an_axis_holds_multiples_between_its_limits(size: int, fits: bool) -> No
     assert (size in Axis(8, 40, 80, multiple=8)) is fits
 
 
+@pytest.mark.parametrize(("most", "narrowed"), [(64, 16), (16, 16), (12, 12)])
+def test_a_narrowed_axis_ends_at_twice_what_is_tuned_for_or_where_it_did(most: int, narrowed: int) -> None:
+    assert Axis(4, 8, most, multiple=4).narrowed() == Axis(4, 8, narrowed, multiple=4)
+
+
 @pytest.mark.parametrize("limits", [(0, 1, 2), (3, 2, 4), (1, 5, 4), (8, 12, 16, 8)])
 def test_limits_out_of_order_or_off_the_multiple_are_no_axis(limits: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="not a range"):
