@@ -63,11 +63,27 @@ def test_truncated_archive_raises_and_leaves_nothing(tmp_path: Path, kept: int) 
     assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_members_outside_the_target_are_refused(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path / "outside.tar.xz", {"../outside.txt": b""})
-    with pytest.raises(CheckpointError, match=r"holds '\.\./outside\.txt'"):
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "..\\outside.txt", "C:outside.txt"])
+def test_members_outside_the_target_are_refused(tmp_path: Path, name: str) -> None:
+    archive = write_archive(tmp_path / "outside.tar.xz", {name: b""})
+    with pytest.raises(CheckpointError, match=r"holds .*outside.*only plain files and folders below the target"):
         unpack(archive, tmp_path / "golden")
-    assert not (tmp_path / "outside.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".golden.lock", "outside.tar.xz"]
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "links.tar.xz", "w:xz") as tar:
+        link = tarfile.TarInfo("config.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "meta.json"
+        tar.addfile(link)
+    with pytest.raises(CheckpointError, match=r"holds 'config\.json': only plain files and folders"):
+        unpack(tmp_path / "links.tar.xz", tmp_path / "golden")
+    assert not (tmp_path / "golden").exists()
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, archive: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    assert (unpack(archive, tmp_path / "golden") / "meta.json").is_file()
 
 
 def test_folder_with_other_files_is_left_alone(tmp_path: Path, archive: Path) -> None:
