@@ -104,8 +104,10 @@ def test_a_missing_shard_is_named(golden: Path, tmp_path: Path) -> None:
     weights = load_file(golden / "models/sr2/text_encoder/model.safetensors")
     write_shards(tmp_path, "model.safetensors.index.json", weights)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    (tmp_path / "model.fp16.safetensors").touch()  # not taken in their place, without a word
     with pytest.raises(CheckpointError, match=r"index\.json: shards model-00002-of-00003\.safetensors are missing"):
         weight_files(tmp_path, prefer_fp16=False)
+    assert weight_files(tmp_path, prefer_fp16=True) == [tmp_path / "model.fp16.safetensors"]
 
 
 def write_shards(folder: Path, index: str, weights: Mapping[str, Tensor]) -> None:
@@ -187,6 +189,7 @@ def test_every_missing_unexpected_and_misshapen_parameter_is_listed(tmp_path: Pa
         {
             "0.weight": torch.ones(2, 2),
             "1.weight": torch.ones(3, 3, 1),
+            "2.weight": torch.ones(3, 3, 3, 3),
             "2.bias": torch.ones(3),
             "ema.decay": torch.ones(1),
             "3.weight": torch.ones(3, 3),
@@ -198,9 +201,10 @@ def test_every_missing_unexpected_and_misshapen_parameter_is_listed(tmp_path: Pa
         load_weights(module, [tmp_path / "model.safetensors"], torch.float32, "base/unet")
     assert str(caught.value) == (
         "base/unet: the weights do not fit the config beside them. "
-        "3 missing: 0.bias, 1.bias, 2.weight; "
+        "2 missing: 0.bias, 1.bias; "
         "2 unexpected: 3.weight, ema.decay; "
-        "2 misshapen: 0.weight [2, 2], wanted [3, 3], 1.weight [3, 3, 1], wanted [3, 3]."
+        "3 misshapen: 0.weight [2, 2], wanted [3, 3], 1.weight [3, 3, 1], wanted [3, 3], "
+        "2.weight [3, 3, 3, 3], wanted [3, 3]."
     )
 
 
@@ -415,6 +419,14 @@ def test_a_missing_file_of_a_checkpoint_is_named(golden: Path, tmp_path: Path, p
     (tmp_path / "base" / path).unlink()
     with pytest.raises(CheckpointError, match=rf"base/{path} is missing. Download the whole folder again"):
         Source.find(CATALOG["base"], tmp_path, "fp32")
+
+
+def test_a_schedule_of_noise_that_does_not_exist_is_told_before_a_build(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "models/sr1", tmp_path / "sr1")
+    path = tmp_path / "sr1/image_noising_scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**read_json(path), "beta_schedule": "other"}))
+    with pytest.raises(CheckpointError, match=r"sr1/image_noising_scheduler/scheduler_config\.json.*beta_schedule"):
+        networks.schedulers([Source.find(CATALOG["sr1"], tmp_path, "fp32")])
 
 
 # Published sizes
