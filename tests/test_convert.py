@@ -1,6 +1,7 @@
 """Weights that were published as pickles: written as safetensors, and never run."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -195,6 +196,9 @@ def test_numbers_that_half_precision_has_not_are_not_made_infinite(tmp_path: Pat
         convert(tmp_path, fp16=True)
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
     assert len(convert(tmp_path, fp16=False)) == 1
+    infinite = {"mask": torch.tensor([-math.inf, 1.0])}  # which half precision has
+    torch.save(infinite, tmp_path / "pytorch_model.bin")
+    assert_equal(contents(convert(tmp_path, fp16=True)), {"mask": infinite["mask"].half()})
 
 
 @pytest.mark.parametrize("remove", [True, False])
@@ -279,3 +283,7 @@ def test_a_download_of_pickles_ends_as_safetensors_and_is_not_repeated(
         assert {Path(file).name for file in asked} == small and "pickles" not in capsys.readouterr().err
         assert len(list(folder.glob("*.bin"))) == 1, "what it has not fetched it leaves alone"
         (folder / "pytorch_model-00001-of-00002.bin").unlink()
+        for index in folder.glob("model.safetensors.index*"):  # what a run that was interrupted had not come to
+            index.unlink()
+        hub.download(out, ["text"], precision)
+        assert_equal(contents(weight_files(folder, prefer_fp16=precision == "fp16")), expected)

@@ -67,6 +67,26 @@ def test_only_what_a_build_reads_is_fetched(
     assert asked == {"showlab/show-1-interpolation": wanted}
 
 
+@pytest.mark.parametrize(("precision", "weights"), [("fp16", "model.safetensors"), ("fp32", "model.fp16.safetensors")])
+def test_weights_of_the_other_precision_are_fetched_where_there_are_no_others(
+    asked: dict[str, list[str]], tmp_path: Path, published: list[str], precision: str, weights: str
+) -> None:
+    published[:] = ["unet/config.json", f"unet/diffusion_pytorch_{weights}"]
+    download(tmp_path, ["interp"], precision)
+    assert asked == {"showlab/show-1-interpolation": published}
+
+
+@pytest.mark.parametrize(("stage", "tokenizer"), [("text", True), ("base", False), ("sr2", True)])
+def test_tokenizers_are_fetched_with_the_encoders_that_read_them(
+    asked: dict[str, list[str]], tmp_path: Path, published: list[str], stage: str, tokenizer: bool
+) -> None:
+    folders = {"text": ["text_encoder"], "base": ["unet"], "sr2": ["text_encoder", "unet", "vae"]}[stage]
+    published[:] = ["tokenizer/vocab.json", *(f"{folder}/model.safetensors" for folder in folders)]
+    download(tmp_path, [stage])
+    ((_, files),) = asked.items()
+    assert ("tokenizer/vocab.json" in files) == tokenizer
+
+
 @pytest.mark.parametrize(
     "stray",
     [
