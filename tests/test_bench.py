@@ -15,7 +15,7 @@ from bench.__main__ import _settings, main
 from bench.exporter import run_export
 from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
 from bench.machine import describe_host, describe_machine, device, git_commit
-from bench.report import Table, check_output, facts, number, share, spread, write_json
+from bench.report import Table, check_output, facts, number, share, spread, write_json, write_text
 from bench.timing import Summary, measure, summarize
 from engines.errors import EngineError, OutputError, SettingsError
 from engines.memory import peak_memory
@@ -179,9 +179,19 @@ def test_engines_of_another_backend_have_its_conditions_and_a_file_of_their_own(
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": "inf"}})
+    content = {"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": "inf"}, "e": (float("inf"), 2)}
+    write_json(tmp_path / "x.json", content)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": None, "d": "inf"}}
+    expected = {"a": [None, 1.5], "b": {"c": None, "d": "inf"}, "e": [None, 2]}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_results_tell_no_folder_of_this_machine_and_others_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.report.os.path.expanduser", lambda _: "/home/me")
+    write_text(tmp_path / "x.md", f"{ROOT}/bundle {ROOT} {ROOT}-2/bundle /home/me/x.mp4 /home/meg/x.mp4")
+    assert (tmp_path / "x.md").read_text() == f"./bundle . {ROOT}-2/bundle ~/x.mp4 /home/meg/x.mp4"
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
@@ -236,6 +246,8 @@ def test_a_place_that_takes_no_result_is_told_before_anything_is_measured(
 ) -> None:
     check_output(tmp_path / "new" / "x.json")
     assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(OutputError, match=r"--out .*x\.md; allowed: a \.json file"):
+        check_output(tmp_path / "x.md")
 
     def refuse(**_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -93,6 +93,7 @@ def test_gaps_and_windows_are_counted_one_by_one() -> None:
     short = Settings(keyframes=3)  # 9 frames: windows of 8 and of 2
     assert calls("interp", short).count == 2 * 75 and calls("interp", short).shape[0] == 2
     assert calls("sr1", short).count == 2 * 125
+    assert [calls("sr1", Settings(keyframes=k)).shape[2] for k in (2, 3)] == [5, 8]  # no longer than the video
     assert calls("vae_encoder", short).count == 9
 
 

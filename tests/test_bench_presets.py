@@ -103,6 +103,26 @@ def test_equal_videos_and_no_change_can_be_shown(tmp_path: Path) -> None:
     assert [video["psnr"] for video in kept["fast"]["videos"]] == ["equal"] * 3
 
 
+def test_every_preset_is_compared_with_the_first_and_its_worst_video_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SETTINGS, "draft", Settings().with_preset("draft"))
+    monkeypatch.setitem(COSTS, "draft", Cost(SETTINGS["draft"]))
+    away = {"reference": (0, 0, 0), "fast": (1, 1, 1), "draft": (4, 8, 16)}  # in steps of brightness
+
+    def gray(prompt: Prompt, settings: Settings) -> Frames:
+        preset = next(name for name, chosen in SETTINGS.items() if chosen == settings)
+        return np.full((5, 64, 112, 3), 128 + away[preset][PROMPTS.index(prompt)], np.uint8)
+
+    table = presets.table(compare(tmp_path, gray))
+    rows = [dict(zip(table.headers, row, strict=True)) for row in table.rows]
+    assert [(row["preset"], row["PSNR dB"], row["worst"]) for row in rows] == [
+        ("reference", "-", "-"),
+        ("fast", "48.1", "48.1"),
+        ("draft", "30.1", "24.0"),
+    ]
+
+
 def test_the_command_compares_small_videos_of_few_prompts(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,14 @@ def test_the_table_tells_one_thing_from_two() -> None:
     assert rows["background"][-2:] == ["6 / 6", "2 / 2"] and rows["shape"][-2:] == ["0 / 6", "0 / 4"]
 
 
+@pytest.mark.torch
+def test_what_is_there_for_a_part_of_the_video_is_not_counted(videos: list[Frames]) -> None:
+    video = videos[0].copy()
+    assert len(read(video).things) == 1
+    video[12:] = video[0, 0, 0]  # its background
+    assert read(video).things == ()
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_an_empty_video_shows_nothing(level: int) -> None:
     assert read(np.full((29, 160, 288, 3), level, np.uint8)).things == ()
@@ -224,8 +232,10 @@ def test_a_run_keeps_clips_continues_and_compares(tmp_path: Path, videos: list[F
     (third := tmp_path / "third").mkdir()
     with pytest.raises(OutputError, match="another prompt or seed"):
         quality.run_quality(PROMPTS[1:3], pytest.fail, third, reference=first)
-    with pytest.raises(OutputError, match=r"00\.npz has frames of .* Give the --video and --keyframes"):
-        quality.run_quality(prompts, lambda prompt: make(prompt)[:2], third, reference=first)
+    for number, part in enumerate((np.s_[:2], np.s_[:, ::2])):
+        (other := tmp_path / str(number)).mkdir()
+        with pytest.raises(OutputError, match=r"00\.npz has frames of .* Give the --video and --keyframes"):
+            quality.run_quality(prompts, lambda prompt, part=part: make(prompt)[part], other, reference=first)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a foreign file", b"\x93NUMPY"])
@@ -246,6 +256,13 @@ def test_the_median_of_an_equal_video_and_another_is_not_equal() -> None:
     assert quality.middle([20.0, math.inf]) == 20.0
     assert quality.middle([20.0, math.inf, math.inf]) == math.inf
     assert quality.middle([20.0, 30.0]) == 25.0
+
+
+def test_the_worst_video_is_the_least_like_the_reference_and_the_one_that_flickers_most() -> None:
+    measures = ("flicker", "psnr", "ssim", "feature_distance")
+    rows = [dict.fromkeys(measures, value) for value in (0.25, 0.5, 1.0)]
+    table = quality.distance_table(rows)
+    assert [row[1:] for row in table.rows] == [["0.500", w] for w in ("1.00", "0.250", "0.250", "1.00")]
 
 
 def test_a_prompt_count_out_of_range_is_refused() -> None:
