@@ -22,7 +22,7 @@ from export.__main__ import main
 from export.demo import cascade, stages
 from export.demo.captions import evaluation_scenes, held_out, training_scenes, words
 from export.demo.muon import Muon
-from export.demo.scenes import lay_out, render
+from export.demo.scenes import HALF_HEIGHT, HALF_WIDTH, centres, lay_out, render
 from export.demo.stages import Lesson, Pool
 from export.demo.train import RECIPES, Run, Trainer, train
 from export.modules.ops import attention, temporal_attention
@@ -59,6 +59,17 @@ def test_training_never_shows_what_evaluation_asks_for() -> None:
     # Every word of the questions is known from other combinations.
     for field in ("shape", "colour", "motion"):
         assert {getattr(thing, field) for thing in asked} <= {getattr(thing, field) for thing in trained}
+
+
+def test_things_stay_in_the_frame_and_apart() -> None:
+    scenes = [scene for scene, _ in training_scenes(400, 1)]
+    clips = lay_out(scenes, 1)
+    reach, there = clips.radius.amax(dim=2), clips.radius.amax(dim=2) > 0
+    at = centres(clips, torch.arange(29.0).expand(len(scenes), -1))  # [B, 2 things, x and y, F]
+    room = torch.tensor([HALF_WIDTH, HALF_HEIGHT]) - at.abs().amax(dim=3) - reach[..., None]
+    assert room[there].min() >= 0
+    between = (at[:, 0, 0] - at[:, 1, 0]).abs().amin(dim=1) - reach.sum(dim=1)
+    assert between[there.all(dim=1)].min() >= 0
 
 
 def test_small_frames_are_large_ones_averaged() -> None:
