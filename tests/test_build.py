@@ -44,7 +44,7 @@ from export.checkpoint import file_hash
 from export.job import Backend, Job, _exporter_hash, build_engine
 from export.kernels import build_library
 from export.networks import Source
-from export.parity import example_sizes, package_sizes, parity_sizes
+from export.parity import check_parity, example_sizes, package_sizes, parity_sizes
 from runtime.kernels import REFERENCE, missing_programs
 from runtime.runner import Engine
 
@@ -192,6 +192,19 @@ def test_exactly_what_changed_is_rebuilt_and_the_reason_is_said(
     build_text_encoders(checkpoint, out, **options)
     assert reasons(capsys) == {"t5": "up to date", "clip": "up to date", **expected}
     assert pending == list(expected)
+    if not pending:  # else with the first engine that is installed
+        assert Bundle.open(out).manifest.size == options["size"]
+
+
+def test_schedulers_of_the_checkpoint_replace_those_of_the_bundle_and_no_others(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = {"beta_start": 1e-4}, {"beta_start": 2e-4}
+    manifest = replace(Bundle.open(out).manifest, schedulers={"base": old, "sr2": old})
+    (out / "manifest.json").write_text(manifest.to_json())
+    monkeypatch.setattr(networks, "schedulers", lambda sources: {"sr2": new})
+    build_text_encoders(checkpoint, out)
+    assert Bundle.open(out).manifest.schedulers == {"base": old, "sr2": new}
 
 
 def test_a_part_of_a_bundle_is_not_built_for_another_size(checkpoint: Path, out: Path) -> None:
@@ -295,6 +308,19 @@ def test_engines_are_stale_where_their_own_size_is_another(golden: Path, monkeyp
     before = job.made_from()
     monkeypatch.setattr("export.job.stage_sizes", lambda size: {"base": size})
     assert job.made_from() != before
+
+
+def test_the_latent_stage_is_stale_where_its_autoencoder_is_another(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [Source.find(CATALOG[name], golden / "models", "fp32") for name in ("sr1", "sr2")]
+    before = [source.fingerprint()["config"] for source in sources]
+    read = networks.read_config
+    monkeypatch.setattr(networks, "read_config", lambda path: {**read(path), "block_out_channels": [32, 64]})
+    assert [source.fingerprint()["config"] == config for source, config in zip(sources, before, strict=True)] == [
+        True,
+        False,
+    ]
 
 
 def test_engines_do_not_depend_on_the_devices_that_torch_was_built_for(
@@ -558,6 +584,18 @@ def test_a_graph_that_differs_from_torch_is_not_installed(
         build_text_encoders(checkpoint, out)
     assert Bundle.open(out).manifest.engines == before.engines
     assert_tidy(out)
+
+
+def test_a_graph_that_gives_no_numbers_is_not_installed(golden: Path) -> None:
+    (graph,) = networks.load(Source.find(CATALOG["clip"], golden / "models", "fp32"), "fp32", (576, 320)).graphs
+
+    class Numberless:
+        def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            with torch.no_grad():
+                return {"prompt_embeds": graph.module(torch.from_numpy(feeds["input_ids"])).numpy() * np.nan}
+
+    with pytest.raises(ParityError, match=r"clip/encode: .* differs from its torch module by nan"):
+        check_parity(graph, "clip", Numberless(), "fp32")
 
 
 def test_too_full_a_disk_is_noticed_before_anything_is_built(
