@@ -1,5 +1,6 @@
 """`export build`: from checkpoint folders to a bundle of engines, rebuilding only what changed."""
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -113,9 +114,13 @@ def build(
 def _of_checkpoint(bundle: Bundle, network: Network, checkpoint: Path) -> bool:
     """Whether a bundle's engine was made from these weights, in whatever precision they are there."""
     entry = bundle.manifest.engines.get(network.name)
-    return entry is None or any(
-        Source.find(network, checkpoint, precision).made(entry.source) for precision in ("fp32", "fp16")
-    )
+    if entry is None:
+        return True
+    for precision in ("fp32", "fp16"):
+        with contextlib.suppress(CheckpointError):  # of what is not asked for a part alone may be there
+            if Source.find(network, checkpoint, precision).made(entry.source):
+                return True
+    return False
 
 
 def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:

@@ -437,6 +437,19 @@ def test_a_rebuild_of_the_same_weights_that_fails_leaves_what_there_was(
     assert {name: entry.precision for name, entry in engines.items()} == {"clip": "fp16", "t5": "fp32"}
 
 
+def test_an_unfinished_download_of_another_precision_is_no_hindrance(
+    checkpoint: Path, out: Path, pending: list[str]
+) -> None:
+    change_weights(checkpoint)
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (checkpoint / CLIP / shards[0]).touch()
+    (checkpoint / CLIP / "model.safetensors.index.fp16.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", shards, strict=True))})
+    )
+    build_text_encoders(checkpoint, out)
+    assert pending == ["clip"]
+
+
 def test_a_first_build_that_fails_at_its_tokenizers_can_be_run_again(
     checkpoint: Path, tmp_path: Path, pending: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
