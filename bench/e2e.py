@@ -29,7 +29,7 @@ from export.configs import SCHEDULERS
 from export.modules.vae import downscaling
 from export.random_checkpoint import CONFIGS
 from runtime.config import Settings
-from runtime.runner import Engine
+from runtime.engine import Engine
 
 REFERENCE_STEPS = {stage: getattr(Settings(), stage).num_inference_steps for stage in UNETS}
 

@@ -25,8 +25,9 @@ from engines.errors import EngineError
 from engines.limits import processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
+from runtime.engine import INDUCTOR, Engine, EnginePool
 from runtime.noise import NoiseStream
-from runtime.runner import INDUCTOR, Array, Engine, EnginePool, LoopStart, first_line
+from runtime.runner import Array, LoopStart, first_line
 from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
@@ -262,9 +263,7 @@ def _inputs(entry: EngineEntry, graph: str) -> dict[str, Array]:
     """Seeded inputs of a small size: two texts of 7 tokens, three frames."""
     spec = entry.graphs[graph].spec
     wanted = {"batch": 2, "tokens": 7, "frames": 3}
-    sizes = {}
-    for name, axis in spec.profile.items():
-        sizes[name] = min(max(wanted.get(name, 2 * axis.min), axis.min), axis.max)
+    sizes = {name: axis.nearest(wanted.get(name, 2 * axis.min)) for name, axis in spec.profile.items()}
     random = np.random.default_rng(0)
     made: dict[str, Array] = {}
     for binding in spec.inputs:

@@ -19,9 +19,9 @@ from bench.work import ENGINES, STAGES
 from engines.memory import GIB, peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, SR1_SCALE, Settings, stage_sizes
+from runtime.engine import Engine, EnginePool
 from runtime.ops import clip_to_frames
 from runtime.pipeline import check_run
-from runtime.runner import Engine, EnginePool
 from runtime.sampler import guidance_scales
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import Progress, PromptEmbeds, stage_schedule

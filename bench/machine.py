@@ -16,7 +16,7 @@ from engines.errors import EngineError
 from engines.limits import processors
 from engines.memory import GIB
 from engines.tensorrt import installed_version
-from runtime.runner import INDUCTOR
+from runtime.engine import INDUCTOR
 
 if TYPE_CHECKING:
     from engines.store import Bundle

@@ -19,8 +19,8 @@ from engines.gpu import find_gpus
 from engines.memory import GIB, peak_memory
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, Settings
+from runtime.engine import EnginePool
 from runtime.pipeline import Show1Pipeline, check_run
-from runtime.runner import EnginePool
 
 INTERVAL = 0.02  # s between samples
 _PLOTTED = 600  # samples at most: a plot has no more columns

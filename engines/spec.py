@@ -28,6 +28,10 @@ class Axis:
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max and size % self.multiple == 0
 
+    def nearest(self, size: int) -> int:
+        """`size`, or the end of the range that lies nearer."""
+        return min(max(size, self.min), self.max)
+
     def narrowed(self) -> "Axis":
         """At most twice the size tuned for."""
         return Axis(self.min, self.opt, min(self.max, 2 * self.opt), self.multiple)

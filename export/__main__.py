@@ -17,7 +17,7 @@ from engines.store import Bundle
 from export.unpack import unpack
 from runtime.command import path, run_command
 from runtime.config import parse_size
-from runtime.runner import INDUCTOR
+from runtime.engine import INDUCTOR
 
 if TYPE_CHECKING:
     from export.job import Backend
@@ -244,7 +244,7 @@ def _unusable(bundle: Bundle, entry: EngineEntry) -> list[str]:
 
     `shallow`, which few runs need, is not loaded.
     """
-    from runtime.runner import Engine
+    from runtime.engine import Engine
     from runtime.stages.diffusion import scheduler_of
 
     reasons = bundle.problems(entry)

@@ -21,7 +21,7 @@ from export.networks import Source
 from export.tokenizers import convert_clip, convert_t5
 from export.workers import build_all
 from runtime.config import Settings, stage_sizes
-from runtime.runner import INDUCTOR
+from runtime.engine import INDUCTOR
 
 _PACKAGES = ("show1-rt", "torch", "onnx", "onnxscript", *ORT_PACKAGES, "tokenizers")
 _ON_CARD = 12 * GIB  # of a GPU, for an engine that inductor builds: T5's weights alone are 9 in half precision

@@ -35,9 +35,10 @@ from export.demo.judge import read
 from export.networks import Source
 from export.replay import Take, make_videos
 from runtime.config import SEED, Settings
+from runtime.engine import Engine, EnginePool, open_runner
 from runtime.ops import psnr
 from runtime.pipeline import check_run
-from runtime.runner import Array, Engine, EnginePool, open_runner
+from runtime.runner import Array
 
 # Plain scenes: any text-to-video model can be asked for them, and the demo checkpoint knows the words.
 CALIBRATION_PROMPTS = (
@@ -55,7 +56,7 @@ _CODE = ("engines/compile_ort.py", "engines/passes.py", "engines/quantize.py", "
 _CODE += tuple(f"export/demo/{name}.py" for name in ("captions", "faithfulness", "judge"))
 _RUNTIME = ("noise", "ops", "runner_ort", "sampler", "schedulers", "tokenizer", "stages/*")
 _CODE += tuple(f"runtime/{name}.py" for name in _RUNTIME)
-_EQUAL = 99.0  # dB, of equal videos: JSON has no infinity
+_EQUAL = 99.0  # dB, of equal videos
 _FIRST_JUDGED = 4  # videos; where they are less than these points above chance, the others are not made
 _LEAST_HOPE = 5.0
 JUDGE_PROMPTS = 16  # that faithfulness is judged by, where nothing else is asked for

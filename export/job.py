@@ -31,8 +31,9 @@ from export.parity import BF16_TOLERANCE, SEED, DetachedRunner, check_parity, ex
 from export.to_inductor import compile_inductor
 from export.to_onnx import trace
 from runtime.config import stage_sizes
+from runtime.engine import INDUCTOR, open_runner, why_not_half
 from runtime.kernels import ABI
-from runtime.runner import INDUCTOR, Runner, open_runner, why_not_half
+from runtime.runner import Runner
 from runtime.runner_inductor import target, torch_version, why_idle
 
 ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # either brings ONNX Runtime

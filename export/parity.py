@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from engines.compile_trt import DetachedModel
 from engines.errors import ParityError
-from engines.spec import Axis, GraphSpec
+from engines.spec import GraphSpec
 from export.networks import Graph
 from runtime.runner import Runner
 from runtime.runner_ort import OrtRunner, ort, session_options  # telemetry turned off
@@ -70,15 +70,9 @@ def _few_frames(spec: GraphSpec) -> int:
 
 def _sizes(spec: GraphSpec, wanted: Mapping[str, int], pixels: tuple[int, int]) -> dict[str, int]:
     profile = spec.profile
-
-    def clamp(axis: Axis, size: int) -> int:
-        return min(max(size, axis.min), axis.max)
-
-    sizes = {axis: clamp(profile[axis], size) for axis, size in wanted.items() if axis in profile}
-    for axis, units in zip(("height", "width"), pixels, strict=True):
-        if axis in profile:
-            sizes[axis] = clamp(profile[axis], units * profile[axis].min)
-    return sizes
+    units = zip(("height", "width"), pixels, strict=True)
+    wanted = {**wanted, **{axis: count * profile[axis].min for axis, count in units if axis in profile}}
+    return {axis: profile[axis].nearest(size) for axis, size in wanted.items() if axis in profile}
 
 
 def check_parity(

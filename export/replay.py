@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from runtime.config import NEGATIVE_PROMPT, Settings
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames
-from runtime.runner import EnginePool
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import Progress, step_counter
 from runtime.stages.interp import run_interp

@@ -30,9 +30,9 @@ from engines.store import Bundle
 from export.config_file import read_config
 from export.configs import NOISING, SCHEDULERS
 from runtime.config import Settings, StageSettings
+from runtime.engine import Engine, EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import clip_to_frames, resize_frames
-from runtime.runner import Engine, EnginePool
 from runtime.sampler import OnStep, denoise
 from runtime.schedulers import SchedulerConfig, add_noise, alphas_cumprod, log_snr, make_schedule
 from runtime.stages.base import run_base

@@ -18,8 +18,8 @@ from engines.tensorrt import (
     serves,
     why_not_here,
 )
+from runtime.engine import why_not_half
 from runtime.kernels import CUDA, REFERENCE, missing_headers, missing_programs
-from runtime.runner import why_not_half
 
 _EXPORT = ("torch", "onnx", "onnxscript", "safetensors", "sentencepiece")
 

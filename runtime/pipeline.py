@@ -12,9 +12,9 @@ from engines.catalog import TOKENIZERS, networks_of
 from engines.errors import BundleError, EngineError, ProfileError, SettingsError
 from engines.store import Bundle
 from runtime.config import INTERP_FRAMES, NEGATIVE_PROMPT, SEED, Settings, stage_sizes
+from runtime.engine import EnginePool, why_unusable
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, Frames, clip_to_frames
-from runtime.runner import EnginePool, why_unusable
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import Progress, scheduler_of, stage_schedule
 from runtime.stages.interp import run_interp

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from engines.gpu import find_gpus
 from export.unpack import unpack
-from runtime.runner import why_not_half
+from runtime.engine import why_not_half
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = pytest.mark.skipif(bool(why_not_half()), reason="half precision is inexact on this processor")

@@ -45,8 +45,8 @@ from export.job import Backend, Job, _exporter_hash, build_engine
 from export.kernels import build_library
 from export.networks import Source
 from export.parity import check_parity, example_sizes, package_sizes, parity_sizes
+from runtime.engine import Engine
 from runtime.kernels import REFERENCE, missing_programs
-from runtime.runner import Engine
 
 pytestmark = pytest.mark.torch
 

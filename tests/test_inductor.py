@@ -45,9 +45,9 @@ from export.to_inductor import tuned_sizes
 from export.verify import verify
 from runtime import runner_inductor
 from runtime.config import ALL_STEPS, Interval
+from runtime.engine import INDUCTOR, Engine, EnginePool
 from runtime.kernels import CUDA, REFERENCE, find_library, missing_programs
 from runtime.noise import NoiseStream
-from runtime.runner import INDUCTOR, Engine, EnginePool
 from runtime.runner_inductor import InductorRunner, group_norm, plain_temporal_attention, temporal_attention
 from runtime.sampler import denoise
 from runtime.schedulers import SchedulerConfig, make_schedule

@@ -33,8 +33,8 @@ from export.job import Backend
 from export.replay import Take
 from export.to_onnx import trace
 from runtime.config import Settings
+from runtime.engine import EnginePool
 from runtime.pipeline import Show1Pipeline
-from runtime.runner import EnginePool
 from runtime.runner_ort import OrtRunner
 from runtime.schedulers import executed_steps
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,13 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("package", ARROWS)
+def test_no_modules_of_a_package_import_each_other_in_a_circle(package: str) -> None:
+    names = {name for name, _ in modules(package)} - {package}
+    circles = TopologicalSorter({name: imports(path) & names for name, path in modules(package) if name in names})
+    circles.prepare()  # raises CycleError, with the circle
+
+
 @pytest.mark.parametrize("package", ["engines", "runtime"])
 def test_engines_and_runtime_never_name_an_exporter_library(package: str) -> None:
     wrong = [
@@ -111,7 +119,7 @@ def test_engines_and_runtime_never_name_an_exporter_library(package: str) -> Non
 
 
 def test_no_module_of_the_runtime_imports_torch_before_an_engine_asks_for_it() -> None:
-    """Inside functions alone: `runtime.runner` and `runtime.doctor` name the module that has torch."""
+    """Inside functions alone: `runtime.engine` and `runtime.doctor` name the module that has torch."""
     for module, path in modules("runtime"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         at_import = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
@@ -123,7 +131,7 @@ def test_videos_are_judged_without_what_training_needs() -> None:
 
 
 def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
-    code = "from pathlib import Path\nfrom runtime.runner import open_runner\n"
+    code = "from pathlib import Path\nfrom runtime.engine import open_runner\n"
     code += "open_runner('inductor', Path('x.pt2'), 'fp32')\n"
     process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)
     assert "EngineError: torch is not usable (No module" in process.stderr

@@ -18,10 +18,10 @@ import pytest
 from engines.errors import BundleError, EngineError, ProfileError, SettingsError, Show1Error
 from engines.store import Bundle
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video, check_run
-from runtime.runner import EnginePool
 from runtime.stages import interp, sr1
 from runtime.stages.base import run_base
 from runtime.stages.diffusion import PromptEmbeds
@@ -481,17 +481,17 @@ def test_metadata_are_plain_json_from_which_the_settings_come_back(video: Video)
 @pytest.fixture
 def runners(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Plans that are loaded at present, by the name of their engine's folder and their own."""
-    from runtime import runner
+    from runtime import engine
 
     loaded: list[str] = []
-    open_runner = runner.open_runner
+    open_runner = engine.open_runner
 
     def noted(backend: str, plan: Path, *of: str) -> Any:
         opened, name = open_runner(backend, plan, *of), f"{plan.parent.name.partition('-')[0]}/{plan.stem}"
         loaded.append(name)
         return SimpleNamespace(infer=opened.infer, close=lambda: (loaded.remove(name), opened.close()))
 
-    monkeypatch.setattr(runner, "open_runner", noted)
+    monkeypatch.setattr(engine, "open_runner", noted)
     return loaded
 
 
@@ -513,7 +513,7 @@ def test_memory_is_returned_when_an_engine_has_been_loaded_and_when_it_was_dropp
     bundle: Path, runners: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[int] = []
-    monkeypatch.setattr("runtime.runner.return_memory", lambda: loaded.append(len(runners)))
+    monkeypatch.setattr("runtime.engine.return_memory", lambda: loaded.append(len(runners)))
     with EnginePool(Bundle.open(bundle)) as pool, pool.use("vae_decoder"):
         pass
     assert loaded == [1, 0]

@@ -7,8 +7,8 @@ import numpy as np
 from engines.store import Bundle
 from export.replay import ORDER, Take, make_videos
 from runtime.config import Settings
+from runtime.engine import Engine, EnginePool
 from runtime.pipeline import Show1Pipeline
-from runtime.runner import Engine, EnginePool
 
 SETTINGS = Settings(size=(112, 64), keyframes=2).with_steps({"base": 2, "interp": 2, "if2": 2, "sr1": 1, "sr2": 2})
 

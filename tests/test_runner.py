@@ -21,7 +21,7 @@ from engines.errors import BundleError, EngineError, ProfileError
 from engines.gpu import Gpu
 from engines.store import Bundle
 from runtime import runner_ort, runner_trt
-from runtime.runner import Engine, EnginePool, _TimedLoop, open_runner, why_not_half, why_unusable
+from runtime.engine import Engine, EnginePool, _TimedLoop, open_runner, why_not_half, why_unusable
 from runtime.runner_ort import OrtRunner
 
 
@@ -96,7 +96,7 @@ def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
     def refuse(_backend: str, plan: Path, *_: str) -> None:
         raise BundleError(f"{plan}: cannot load it.")
 
-    monkeypatch.setattr("runtime.runner.open_runner", refuse)
+    monkeypatch.setattr("runtime.engine.open_runner", refuse)
     opened = Bundle.open(bundle)
     entry = opened.engine("clip")
     with pytest.raises(EngineError, match=r"cannot load it\. Its files are as they were built; `show1-rt doctor`"):
@@ -111,7 +111,7 @@ def test_a_plan_that_cannot_be_loaded_is_built_again_only_where_it_is_damaged(
 def test_a_file_that_is_cut_short_is_named_before_a_backend_reads_it(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("runtime.engine.open_runner", lambda *_: pytest.fail("opened"))
     opened = Bundle.open(bundle)
     entry = opened.engine("vae_decoder")
     file = getattr(entry.graphs["decode"], part)
@@ -130,7 +130,7 @@ def test_graphs_that_were_loaded_are_closed_when_another_of_their_engine_is_not(
             raise EngineError("too little memory")
         return SimpleNamespace(close=partial(closed.append, plan.stem))
 
-    monkeypatch.setattr("runtime.runner.open_runner", load)
+    monkeypatch.setattr("runtime.engine.open_runner", load)
     opened = Bundle.open(bundle)
     with pytest.raises(EngineError, match="too little memory"):
         Engine(opened, opened.engine("base"))
@@ -149,7 +149,7 @@ def test_an_engine_is_closed_whatever_its_runners_say(bundle: Path, monkeypatch:
     def infer(*_: object) -> None:
         raise EngineError("the first failure")
 
-    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: SimpleNamespace(infer=infer, close=fail))
+    monkeypatch.setattr("runtime.engine.open_runner", lambda *_: SimpleNamespace(infer=infer, close=fail))
     with (
         pytest.raises(EngineError, match="the first failure"),
         EnginePool(Bundle.open(bundle)) as pool,
@@ -237,10 +237,10 @@ def held():
 def held(plan: Path, precision: str, name: str, dtype: type, available: int = 2**40) -> float:
     """MiB that a process holds besides files' pages for a network that turns [2, 4096] of ones into ones."""
     code = (
-        "from runtime import runner, runner_ort\n"
+        "from runtime import engine, runner_ort\n"
         "_, plan, precision, name, dtype, available = sys.argv; before = held()\n"
         "runner_ort.available_memory = lambda: int(available)\n"
-        "runner = runner.open_runner('onnxruntime', Path(plan), precision, name)\n"
+        "runner = engine.open_runner('onnxruntime', Path(plan), precision, name)\n"
         "y = runner.infer({'x': np.ones((2, 4096), dtype)})['y']; assert (y == 1).all()\n"
         "print(held() - before)"
     )

@@ -36,7 +36,7 @@ from export.job import Backend, Job, build_engine
 from export.modules.ops import temporal_attention
 from export.networks import Source
 from export.to_onnx import trace
-from runtime.runner import Engine
+from runtime.engine import Engine
 
 pytestmark = pytest.mark.torch
 
@@ -259,7 +259,7 @@ def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkey
 def test_a_plan_that_cannot_run_is_not_opened(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(plans)
     monkeypatch.setattr(tensorrt, "find_gpus", list)
-    monkeypatch.setattr("runtime.runner.open_runner", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("runtime.engine.open_runner", lambda *_: pytest.fail("opened"))
     with pytest.raises(BundleError, match="clip: needs an NVIDIA GPU"):
         Engine(bundle, bundle.engine("clip"))
 

@@ -1,9 +1,9 @@
 """Key frames in pixels from noise: the first stage of the cascade."""
 
 from runtime.config import Settings, stage_sizes
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray
-from runtime.runner import EnginePool
 from runtime.sampler import denoise
 from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 

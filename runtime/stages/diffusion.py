@@ -9,8 +9,9 @@ from engines.catalog import DEEP, predictions
 from engines.errors import BundleError, SettingsError
 from engines.store import Bundle
 from runtime.config import StageSettings
+from runtime.engine import Engine
 from runtime.ops import FloatArray
-from runtime.runner import Engine, Loop, LoopStart
+from runtime.runner import Loop, LoopStart
 from runtime.sampler import OnStep
 from runtime.schedulers import Schedule, SchedulerConfig, make_schedule
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from runtime.config import INTERP_FRAMES, Settings
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, cross_fade
-from runtime.runner import EnginePool
 from runtime.sampler import denoise
 from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, stage_schedule, step_counter
 

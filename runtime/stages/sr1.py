@@ -4,9 +4,9 @@ import numpy as np
 
 from engines.store import Bundle
 from runtime.config import SR1_SCALE, Settings, StageSettings
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, resize_bilinear
-from runtime.runner import EnginePool
 from runtime.sampler import OnStep, Unet, denoise
 from runtime.schedulers import add_noise
 from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, scheduler_of, stage_schedule, step_counter

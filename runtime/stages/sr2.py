@@ -3,9 +3,9 @@
 import numpy as np
 
 from runtime.config import Settings
+from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, Frames, frames_to_clip, resize_frames
-from runtime.runner import EnginePool
 from runtime.sampler import OnStep, denoise
 from runtime.schedulers import add_noise
 from runtime.stages.diffusion import Progress, PromptEmbeds, prompted, stage_schedule, step_counter

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from runtime.runner import EnginePool
+from runtime.engine import EnginePool
 from runtime.stages.diffusion import PromptEmbeds
 from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 
