@@ -4,6 +4,7 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
+import contextlib
 import gc
 import sys
 import time
@@ -21,7 +22,8 @@ from bench.report import NOTHING, Content, Report, Table, median, number
 from bench.timing import Clock, Summary, TimeIsUp, measure, summarize
 from bench.work import Setup
 from engines import tensorrt
-from engines.errors import EngineError
+from engines.catalog import CATALOG
+from engines.errors import BundleError, EngineError
 from engines.limits import processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -59,8 +61,8 @@ class Plan:
             return list(self.setup.bundles)
         if "engines" in self.parts:
             return self.built
-        before = (_golden_folder(backend, "fp16") for backend in backends())
-        return [Bundle.open(folder) for folder in before if folder.is_dir()]
+        before = (_whole_bundle(_golden_folder(backend, "fp16")) for backend in backends())
+        return [bundle for bundle in before if bundle]
 
 
 def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> list[str]:
@@ -221,6 +223,14 @@ def backends() -> list[str]:
 
 def _golden_folder(backend: str, precision: str) -> Path:
     return ROOT / "build" / f"gpu-{backend}-{precision}"
+
+
+def _whole_bundle(folder: Path) -> Bundle | None:
+    """None where there is none, or no more than an interrupted build has left."""
+    with contextlib.suppress(BundleError):
+        bundle = Bundle.open(folder)
+        return bundle if bundle.manifest.engines.keys() >= CATALOG.keys() else None
+    return None
 
 
 def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str) -> Bundle:

@@ -216,6 +216,12 @@ def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
     )
     assert [opened.root for opened in a_plan("golden", []).videos_by()] == [bundle]
     assert a_plan("published", []).videos_by() == []
+    # Of an interrupted build there is a part of the engines: it is left out.
+    whole = Bundle.open(bundle)
+    part = Bundle(tmp_path / "no", replace(whole.manifest, engines={"base": whole.engine("base")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.Bundle, "open", lambda folder: whole if folder == bundle else part)
+        assert a_plan("golden", []).videos_by() == [whole]
     # Where the engines' part runs, nothing of an earlier run is taken for this one's.
     plan = replace(a_plan("golden", []), parts=["engines", "e2e"])
     assert plan.videos_by() == []
