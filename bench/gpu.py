@@ -148,7 +148,11 @@ def rates(clock: Clock, save: Any) -> Content:
 def kernels(clock: Clock, save: Callable[[Content], None]) -> Content:
     from bench import kernels
 
-    return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50, save=save)
+    def saved(sofar: Content) -> None:
+        save(sofar)
+        clock.check()  # a row takes seconds, most of them torch.compile's
+
+    return kernels.run_kernels(kernels.torch_with_gpu(), "native", warmup=10, repeats=50, save=saved)
 
 
 # ---- Engines against ONNX Runtime on the CPU

@@ -229,6 +229,20 @@ def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
     assert [opened.root for opened in plan.videos_by()] == [bundle]
 
 
+def test_the_end_of_the_time_ends_the_kernels_after_a_row(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(torch: Any, architectures: str, warmup: int, repeats: int, save: Any) -> gpu.Content:
+        clock._end = 0
+        save(({"kernels": [1]}, [], {}))
+        pytest.fail("goes on")
+
+    clock = gpu.Clock(1)
+    monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
+    monkeypatch.setattr("bench.kernels.run_kernels", run)
+    gpu.run_parts([gpu.Part("kernels", gpu.kernels)], clock, report)
+    result = saved(report)["kernels"]
+    assert "the time was up" in result["state"] and result["kernels"] == [1]
+
+
 @pytest.mark.torch
 def test_the_end_of_the_time_keeps_what_was_measured(bundle: Path, report: Report) -> None:
     pytest.importorskip("diffusers", reason="needs the bench extra")
