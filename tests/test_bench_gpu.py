@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -125,6 +125,9 @@ def test_a_wrong_engine_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not any(check.passed for check in checks)
     _, (table,), _ = gpu._engines_content(checks, {"tensorrt": "no card"})
     assert table.rows[0][3] == "NO" and table.rows[-1][3] == "not run: no card"
+    right, none = np.ones(3), np.full(3, np.nan)
+    for given in ({"a": right, "b": none}, {"a": none, "b": right}):
+        assert np.isnan(gpu._difference(given, {"a": right, "b": right})), "one output of two"
 
 
 def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +139,7 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         """Has a loop of its own where `factor` is a number: what the sampler computes, that many times as much."""
 
         factor: float | None = None
+        shallow: ClassVar[list[bool]] = []
 
         def __init__(self, *arguments: Any, **keywords: Any):
             self.unet = plain(*arguments, **keywords)
@@ -143,6 +147,7 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         def start_loop(self, start: LoopStart) -> "Looping | None":
             if self.factor is None:
                 return None
+            self.shallow.append(not start.whole.all())
             run = partial(denoise, x=start.x, schedule=start.schedule, cache_interval=1 if start.whole.all() else 2)
             result = run(lambda *a, **k: self.unet(*a, **k), guidance_scale=float(start.guidance[0]))
             self.result = result * self.factor
@@ -165,6 +170,7 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
     monkeypatch.setattr(Looping, "factor", 1.5)
     off = gpu.compare_loops(opened, "base", 1e-6, steps=2)
     assert off is not None and not off.passed
+    assert all(Looping.shallow), "whole steps and shallow ones"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +188,72 @@ def test_wrong_requests_are_one_line(capsys: pytest.CaptureFixture[str], argumen
 def a_plan(size: str, bundles: list[Bundle]) -> gpu.Plan:
     fast = Settings(size=(64, 64), keyframes=2).with_steps({"base": 2, "interp": 1, "if2": 1, "sr1": 1, "sr2": 2})
     return gpu.Plan(["e2e", "memory"], Setup(size, None, bundles, fast, ["base"], [], 1, 3))
+
+
+def test_the_reference_is_built_off_the_card_and_inductor_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    monkeypatch.setattr(gpu, "run_export", lambda *words, **more: asked.update({words[-1].name: (words, more)}))
+    monkeypatch.setattr(gpu.Bundle, "open", lambda folder: folder)
+    clock = gpu.Clock(1)
+    for backend, precision in (("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("inductor", "fp16")):
+        gpu._golden_bundle(clock, Path("random"), backend, precision)
+    assert asked["gpu-onnxruntime-fp32"][1] == {"clock": clock, "CUDA_VISIBLE_DEVICES": "-1"}
+    for name in ("gpu-onnxruntime-fp16", "gpu-inductor-fp16"):
+        words, more = asked[name]
+        assert more == {"clock": clock} and ("--no-autotune" in words) == ("inductor" in name)
+
+
+def test_the_reference_runs_on_the_cpu_whatever_else_there_is(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.runner_ort import ort
+
+    asked: list[Any] = []
+    session = ort.InferenceSession
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda *words, **more: (asked.append(more["providers"]), session(*words, **more))[1]
+    )
+    opened = Bundle.open(bundle)
+    entry = opened.engine("clip")
+    gpu._on_cpu(opened, entry, "encode", gpu._inputs(entry, "encode"))
+    assert asked == [["CPUExecutionProvider"]]
+
+
+def test_only_backends_that_may_use_a_card_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(gpu.tensorrt, "installed_version", lambda name: "1" if name == "torch" else None)
+    for provider, found in (("CPUExecutionProvider", []), ("CUDAExecutionProvider", ["onnxruntime"])):
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda provider=provider: [provider])
+        assert gpu.backends() == [*found, "inductor"]
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [(EngineError("no kernel"), True), (gpu.TimeIsUp("late"), False)])
+def test_a_backend_that_fails_is_a_row_and_the_end_of_the_time_an_end(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, goes_on: bool
+) -> None:
+    def build(clock: gpu.Clock, checkpoint: Path, backend: str, precision: str) -> Any:
+        if backend == "inductor":
+            raise error
+        return backend
+
+    checked = gpu.Check("tensorrt-rtx", 0.0, 1.0, None, None)
+    monkeypatch.setattr(gpu, "backends", lambda: ["inductor", "tensorrt-rtx"])
+    monkeypatch.setattr(gpu, "random_checkpoint", lambda size, clock: Path("random"))
+    monkeypatch.setattr(gpu, "_golden_bundle", build)
+    monkeypatch.setattr(gpu, "compare_bundles", lambda *_: [checked])
+    monkeypatch.setattr(gpu, "compare_loops", lambda *_: None)
+    built: list[Any] = []
+    if not goes_on:
+        with pytest.raises(gpu.TimeIsUp):
+            gpu.engines(gpu.Clock(1), lambda content: None, built)
+        return
+    numbers, (table,), _ = gpu.engines(gpu.Clock(1), lambda content: None, built)
+    assert built == ["tensorrt-rtx"] and numbers["failed"] == ["inductor"]
+    assert [row[3] for row in table.rows] == [
+        "yes",
+        "not run: not installed for a GPU",
+        "not run: not installed for a GPU",
+        "not run: no kernel",
+    ]
 
 
 def test_memory_needs_a_bundle() -> None:
