@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,23 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
 
 from bench.__main__ import main
-from bench.e2e import Contender, Result, StageTime, Work, from_latency, loops, run_e2e, sources
+from bench.baseline import Measured, Place, Source
+from bench.e2e import (
+    Contender,
+    Result,
+    StageTime,
+    Work,
+    _stage_time,
+    difference_of,
+    from_latency,
+    loops,
+    run_e2e,
+    sources,
+)
 from bench.latency import EngineCall, StageResult, StageRun
+from bench.timing import Summary
 from bench.work import Calls, Setup, matrix_rate
-from engines.errors import SettingsError
+from engines.errors import EngineError, SettingsError
 from engines.store import Bundle
 from export.random_checkpoint import random_checkpoint
 from runtime.config import Settings
@@ -43,6 +57,10 @@ def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
     calls = [EngineCall("step", start, 1.5) for start in (1.0, 11.0, 13.0)]
     slow_start = StageResult("interp", [StageRun(0.0, 15.5, calls, [11.0, 13.0, 15.0], [True] * 3)], 0.1, 2**30)
     assert from_latency(slow_start, 7, INTERP).seconds == pytest.approx(1 + 7 * 2 + 0.5), "as baselines: the median"
+    # Two windows of two steps: 1 s before each, 0.5 s after the last.
+    calls = [EngineCall("step", start, 1.5) for start in (1.0, 3.0, 6.0, 8.0)]
+    windows = StageResult("interp", [StageRun(0.0, 10.5, calls, [3.0, 5.0, 8.0, 10.0], [True] * 2)], 0.1, 2**30)
+    assert from_latency(windows, 7, INTERP).seconds == pytest.approx(2 + 2 * 7 * 2 + 0.5), "every window's steps"
     single = from_latency(interp_run(1), 7, INTERP)
     assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
 
@@ -61,6 +79,36 @@ def test_ratios_and_rates_are_of_useful_work() -> None:
     assert "ours ran in full" in video.title and "eager" not in video.title
     assert json.loads(json.dumps(result.to_json()))["contenders"]["compile"]["total_s"] is None
     assert "not measured" in result.plots()["stages"].svg()
+
+
+def test_a_stage_is_not_told_by_a_part_of_its_networks() -> None:
+    work = {name: Work(Calls(name, 2, (1, 4, 8, 8)), 1) for name in ("sr2", "vae_decoder")}
+    measured = {name: Measured(Summary(3, 5.0, 4.0, 6.0), 9.0) for name in work}
+    assert _stage_time("sr2", measured, work) == StageTime(20.0, False, 5.0, (4.0, 6.0))
+    measured["vae_decoder"] = Measured(None, None, "OutOfMemoryError")
+    assert _stage_time("sr2", measured, work) is None
+
+
+def test_only_networks_of_the_same_weights_are_compared(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.safetensors").touch()
+    other = Source("base", {}, (tmp_path / "other.safetensors",))
+    assert difference_of(Bundle.open(bundle), other, None, Place("cpu", "float32")) is None
+
+
+def test_a_bundle_that_fails_does_not_stop_the_next(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(opened: Bundle, setup: Setup, lengths: Any, work: Any, contender: Contender, on_stage: Any) -> None:
+        if contender.name == "onnxruntime":
+            raise EngineError("too small a card")
+        contender.stages["base"] = StageTime(1.0, True, 1.0)
+
+    monkeypatch.setattr("bench.e2e.run_bundle", run)
+    monkeypatch.setattr("bench.e2e.matrix_rate", lambda *_: 1e12)
+    setup = Setup("golden", None, [Bundle.open(bundle)] * 2, Settings(), ["base"], [], 1, 1)
+    told: list[str] = []
+    result = run_e2e(setup, lambda what, _: told.append(what)).to_json()["contenders"]
+    assert told == ["onnxruntime: too small a card"]
+    assert result["onnxruntime"]["failures"] == {"engines": "too small a card"}
+    assert result["onnxruntime 2"]["total_s"] == 1.0
 
 
 def test_matrix_rate_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
