@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from bench.__main__ import _settings, main
 from bench.exporter import run_export
-from bench.latency import EngineCall, StageResult, StageRun, loop_lengths, tables, total_wall
+from bench.latency import Cascade, EngineCall, StageResult, StageRun, _guided, loop_lengths, tables, total_wall
 from bench.machine import describe_host, describe_machine, device, git_commit
 from bench.report import Table, check_output, facts, number, share, spread, write_json, write_text
 from bench.timing import Summary, measure, summarize
@@ -21,6 +22,7 @@ from engines.errors import EngineError, OutputError, SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, Settings
+from runtime.engine import EnginePool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,6 +136,24 @@ def test_steps_of_different_work_have_rows_of_their_own() -> None:
     ]
 
 
+def test_steps_are_guided_where_the_scale_is_above_one() -> None:
+    settings = Settings().with_guidance({"base": 1.0}).with_guided({"interp": (0.0, 0.5)})
+    assert [_guided(settings, stage, 2) for stage in ("base", "interp", "sr1")] == [
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
+
+
+def test_a_stage_takes_what_the_one_before_made(bundle: Path) -> None:
+    kept = {"t5_text": object(), "keyframes": object()}
+    cascade = Cascade(EnginePool(Bundle.open(bundle)), Settings(), 1, dict(kept))
+    cascade.prepare("interp")
+    assert cascade.arrays == kept
+    cascade.prepare("if2")
+    assert cascade.arrays.pop("clip").shape == (1, 3, 29, 40, 64) and cascade.arrays == kept
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_compared_with_the_reference_runs_whole_guided_steps(preset: str) -> None:
     asked = argparse.Namespace(preset=preset, steps=None, keyframes=None, video=None)
@@ -196,6 +216,21 @@ def test_results_tell_no_folder_of_this_machine_and_others_stay_as_they_are(
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_the_checkouts_own_and_results_are_no_change(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["init", "-q"], ["commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    assert git_commit(tmp_path / "bench") is None, "a copy of the code in another's checkout"
+    (results / "x.json").touch()
+    commit = git_commit(tmp_path)
+    assert commit and commit.isalnum()
+    (tmp_path / "code.py").touch()
+    assert git_commit(tmp_path) == f"{commit} + changes"
 
 
 def test_benchmarks_do_not_import_torch() -> None:
@@ -301,6 +336,8 @@ def test_latency_of_the_whole_cascade(bundle: Path, tmp_path: Path, capsys: pyte
 
 def test_a_stage_alone_gets_random_input(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
-    options = ["--video", "128x64", "--keyframes", "2", "--warmup", "0", "--repeats", "1", "--steps", "if2=2"]
+    options = ["--video", "128x64", "--keyframes", "2", "--warmup", "1", "--repeats", "2", "--steps", "if2=2"]
     assert main(["latency", "--bundle", str(bundle), "--stages", "if2", *options, "--out", str(out)]) == 0
-    assert list(json.loads(out.read_text(encoding="utf-8"))["stages"]) == ["if2"]
+    ((stage, result),) = json.loads(out.read_text(encoding="utf-8"))["stages"].items()
+    assert stage == "if2" and len(result["wall_s"]) == 2
+    assert result["engine_calls"] == {"context": 1, "step": 2}, "of one run"
