@@ -23,10 +23,11 @@ def test_samples_are_booked_to_the_stage_in_which_they_were_taken() -> None:
 
 
 def test_the_card_is_counted_above_what_others_use() -> None:
-    samples = [Sample(0.0, GIB, 10 * GIB), Sample(1.0, GIB, 14 * GIB)]
-    result = Result(samples, {"base": 2.0}, GIB)
-    assert result.table().rows[0][-2:] == ["14.0", "4.00"]
+    samples = [Sample(0.0, GIB, 10 * GIB), Sample(1.0, GIB, 14 * GIB), Sample(3.0, GIB, 13 * GIB)]
+    result = Result(samples, {"base": 2.0, "interp": 4.0}, GIB)
+    assert [row[-2:] for row in result.table().rows] == [["14.0", "4.00"], ["13.0", "3.00"], ["14.0", "4.00"]]
     assert "card" in result.plot().lines
+    assert result.plot().marks == [(0.0, "base"), (2.0, "interp")], "each where its stage begins"
 
 
 def test_thinning_keeps_the_peak() -> None:

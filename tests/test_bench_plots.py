@@ -44,6 +44,17 @@ def test_a_line_goes_through_its_points_and_marks_are_named() -> None:
     assert "<base>" in [text.text for text in root.iter(f"{SVG}text")]
 
 
+def test_the_legend_has_the_colours_of_lines_and_points() -> None:
+    root = parsed(Chart("t", Axis("x"), Axis("y"), {"a": [(0, 0), (1, 2)]}, {"b": [(1, 1)]}).svg())
+    legend = [rect.get("fill") for rect in root.iter(f"{SVG}rect") if rect.get("y") == "35"]
+    (line,), (point,) = root.iter(f"{SVG}polyline"), root.iter(f"{SVG}circle")
+    assert legend == [line.get("stroke"), point.get("fill")]
+
+
+def test_heights_are_shown_from_zero() -> None:
+    assert Axis("y").range([2.0, 4.0])[0] == 0
+
+
 @pytest.mark.parametrize(
     ("axis", "low", "high", "ticks"),
     [
