@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 pytest.importorskip("torch", reason="needs the export extra")
 
 from engines.catalog import CATALOG
+from engines.errors import CheckpointError
 from engines.manifest import EngineEntry
 from engines.spec import INT8
 from engines.store import Bundle
 from export.__main__ import main
 from export.job import Job
 from export.networks import Source
-from export.verify import _build_with_variance, verify
+from export.verify import _AXES, Arrays, Row, _build_with_variance, verify
 
 pytestmark = pytest.mark.torch
 
@@ -119,6 +120,30 @@ def test_an_unusable_reference_folder_is_one_clear_line(
     assert code == 1
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_a_mean_beyond_its_tolerance_is_a_miss() -> None:
+    assert Row("sr1", 1e-2, 1e-3, 3e-2, 2e-3).ok
+    assert not Row("sr1", 1e-2, 3e-3, 3e-2, 2e-3).ok and not Row("sr1", 4e-2, 1e-3, 3e-2, 2e-3).ok
+
+
+@pytest.mark.parametrize(
+    ("file", "arrays", "message"),
+    [
+        (
+            "pipe_sr1_cond",
+            {"video": np.zeros((1, 3, 8, 5, 6)), "first_frame_cond": np.zeros((1, 3, 1, 20, 20))},
+            r"x\.npz: first_frame_cond has shape \(1, 3, 1, 20, 20\), wanted \[1, 3, 1, 4H, 4W\], .*H = 5, W = 6\.",
+        ),
+        ("pipe_if2", {"image": np.zeros((1, 3, 8))}, r"image has shape \(1, 3, 8\), wanted \[1, 3, H, W\]\."),
+        ("pipe_if2", {"image": np.zeros((1, 3, 0, 8))}, r"image has shape \(1, 3, 0, 8\)"),
+        ("pipe_sr2", {"frames_in": np.zeros((2, 8, 8, 3))}, r"frames_in is float64, wanted uint8\."),
+    ],
+    ids=["of another size", "an axis less", "nothing", "no bytes"],
+)
+def test_inputs_of_other_axes_are_told_before_they_are_used(file: str, arrays: dict[str, Array], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Arrays(arrays).check_axes("x.npz", _AXES[file])
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "fp32"), ("tensorrt-rtx", "fp16")])
