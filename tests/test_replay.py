@@ -27,8 +27,11 @@ def test_a_video_made_again_from_any_engine_on_is_the_whole_cascades(bundle: Pat
     takes = make_videos(pool, [Take("a red circle", 7, SETTINGS), Take("a blue ring", 8, SETTINGS)])
     assert opened == list(ORDER)  # each once for both
     np.testing.assert_array_equal(takes[0].frames, expected)
+    before = dict(takes[0].made)
     for first in ("if2", "sr2", "vae_decoder"):
         opened.clear()
         (again,) = make_videos(pool, takes[:1], first)
         assert opened == list(ORDER[ORDER.index(first) :])
         np.testing.assert_array_equal(again.frames, expected)
+        assert again.frames is not before["vae_decoder"]
+    assert all(takes[0].made[name] is made for name, made in before.items()), "what was given stays as it was"
