@@ -17,6 +17,7 @@ from runtime.tokenizer import Tokenizer, normalize_t5_prompt
 
 pytest.importorskip("sentencepiece", reason="conversion needs the export extra")
 
+from export.demo import cascade
 from export.tokenizers import convert_clip, convert_t5
 
 AWKWARD = [
@@ -116,6 +117,14 @@ def test_t5_ids_are_those_of_sentencepiece_on_random_text(t5: Tokenizer, t5_fold
     for _ in range(1000):
         text = "".join(draw.choices(draw.choice(pools), k=draw.randrange(40)))
         assert ids_of(t5, text) == sentencepiece_ids(t5_folder, text), ascii(text)
+
+
+def test_t5_ids_are_those_of_sentencepiece_where_no_map_makes_marks_spaces(tmp_path: Path) -> None:
+    cascade.save_tokenizers(tmp_path)  # the demo's model has none, the published one has
+    folder = tmp_path / "base/tokenizer"
+    demo = load(convert_t5(folder), tmp_path)
+    for text in ("a red circle", "▁", "circle▁", " red ▁▁ ", "▁a▁b▁"):
+        assert ids_of(demo, text) == sentencepiece_ids(folder, text), text
 
 
 def test_t5_ids_are_those_of_transformers(t5: Tokenizer, t5_folder: Path) -> None:
