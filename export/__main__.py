@@ -41,8 +41,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.no_autotune and arguments.engine != INDUCTOR:
         raise SettingsError(f"--no-autotune is for {INDUCTOR}; this is for {arguments.engine}.")
     precision, layers, size = arguments.precision, None, parse_size(arguments.size or SIZE)
-    of_plans = "fp16" if precision == INT8 else precision
-    backend = Backend.choose(arguments.engine, of_plans, targets, arguments.attention, not arguments.no_autotune)
+    made_of = "fp32" if precision == INT8 else precision  # ONNX Runtime's; nothing asks this of plans in fp16
+    backend = Backend.choose(arguments.engine, made_of, targets, arguments.attention, not arguments.no_autotune)
     if backend.name not in tensorrt.FLAVOURS and (arguments.keep_onnx or arguments.attention != "fused"):
         raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {backend.name}.")
     if precision == INT8:
@@ -53,7 +53,7 @@ def _build(arguments: argparse.Namespace) -> None:
             return
         from export.int8 import plans_of
 
-        precision, layers, size = of_plans, plans_of(judged), judged.manifest.size
+        precision, layers, size = "fp16", plans_of(judged), judged.manifest.size
         print(f"int8 in TensorRT's plans, fast here or not: {', '.join(layers) or 'none'}", file=sys.stderr)
     bundle = build(
         _checkpoint(arguments.checkpoint),

@@ -423,6 +423,13 @@ def test_the_command_says_by_how_many_prompts_engines_are_judged(
     assert main(command(bundle, tmp_path / "out", *options)) == 0 and asked == [count]
 
 
+def test_int8_needs_no_half_precision(
+    asked: list[int], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.job.why_not_half", lambda: "it is inexact here")
+    assert main(command(bundle, tmp_path / "out")) == 0 and asked == [16]
+
+
 # The float32 bundle that is given
 
 
