@@ -390,10 +390,11 @@ def test_batches_whose_loss_is_not_a_number_change_nothing(
             assert not cascade.has_network(tmp_path / str(steps_asked), "clip")
 
 
-def test_weights_that_are_not_finite_are_not_shipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [1e5, 65504.0], ids=["beyond float16", "rounded up"])
+def test_weights_that_are_not_finite_are_not_shipped(tmp_path: Path, value: float) -> None:
     network = cascade.make_network("clip")
     with torch.no_grad():
-        next(network.parameters()).fill_(1e5)  # beyond float16
+        next(network.parameters()).fill_(value)
     with pytest.raises(CheckpointError, match=r"clip: .* is not finite in float16"):
         cascade.save_network(tmp_path, "clip", network)
     assert not cascade.has_network(tmp_path, "clip")

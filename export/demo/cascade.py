@@ -114,10 +114,9 @@ def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
     write_json(checkpoint / folder / "config.json", config)
     state = {}
     for key, value in module.state_dict().items():
-        half = value.detach().half().cpu().contiguous()
-        if not half.isfinite().all():
+        state[key] = _rounded(value.detach().half().cpu().contiguous())
+        if not state[key].isfinite().all():
             raise CheckpointError(f"{name}: {key} is not finite in float16. Train it again, with another --seed.")
-        state[key] = _rounded(half)
     write_atomically(_weights(checkpoint, name), save(state))
 
 
