@@ -162,6 +162,49 @@ def test_super_resolution_is_trained_on_the_runtimes_condition(
         np.testing.assert_allclose(condition[i], theirs, rtol=0, atol=1e-5)
 
 
+def test_a_window_begins_with_its_first_frame_clean(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = make("sr1", checkpoint)
+    stage.lesson = Lesson(1, (48, 32), 2)
+    monkeypatch.setattr(stage, "random", lambda generator, *shape, like=None: torch.zeros_like(like))
+    large, condition = stage.clip(torch.tensor([0, 3]), torch.tensor([250, 250]), torch.Generator().manual_seed(0))
+    assert condition is not None and torch.equal(condition[:, :, 0], large[:, :, 0])
+    assert not torch.equal(condition[:, :, 1], large[:, :, 1])
+
+
+def test_parts_of_frames_lie_within_them_where_the_autoencoder_cuts(checkpoint: Path) -> None:
+    stage = make("vae", checkpoint)
+    stage.lesson = Lesson(1, (560, 304))
+    index, numbers = torch.arange(4).repeat(100), torch.zeros(400, 1)
+    left, top, size = stage.window(index, numbers, stages.FULL_SIZE, torch.Generator().manual_seed(0))
+    assert size == (560, 304)
+    for corner in (left, top):
+        assert set(corner.flatten().tolist()) == {0, 8, 16}
+
+
+def test_latents_are_seen_as_the_runtime_scales_them(checkpoint: Path) -> None:
+    stage = make("sr2", checkpoint)
+    stage.lesson = Lesson(1, (64, 64), 2)
+    stage.vae = lambda frames: (torch.ones(len(frames), 4, 8, 8), torch.tensor(-99.0))
+    latents, _ = stage.clip(torch.tensor([0]), None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(latents, torch.full((1, 4, 2, 8, 8), 0.18215))
+
+
+def test_captions_are_left_out_now_and_then(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = make("if2", checkpoint)
+    stage.lesson = Lesson(1, (16, 8))
+    for share, without in ((0.0, False), (1.0, True)):
+        monkeypatch.setattr(stages, "NO_TEXT", share)
+        _, _, embeds, _, _ = stage.draw(2, torch.Generator().manual_seed(0))
+        assert torch.equal(embeds, stage.no_text.float().expand_as(embeds)) == without
+
+
+def test_conditions_are_noised_as_in_a_run_or_by_other_levels(checkpoint: Path) -> None:
+    stage = make("sr1", checkpoint)
+    levels = stage.draw_levels(4000, torch.Generator().manual_seed(0))
+    assert 0.45 < (levels == 250).float().mean() < 0.55
+    assert levels.min() < 10 and 490 < levels.max() < 500
+
+
 def test_interpolation_is_trained_on_the_runtimes_condition(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = make("interp", checkpoint)
     stage.lesson = Lesson(1, (16, 8), 5)
@@ -352,6 +395,30 @@ def test_a_stage_in_progress_can_be_shipped_as_it_is(tmp_path: Path) -> None:
     assert train(tmp_path, ["text"], ship=True, **options)
     assert cascade.has_network(tmp_path, "clip")
     assert not list((tmp_path / "state").glob("*"))
+
+
+def test_averaged_weights_are_shipped(tmp_path: Path, checkpoint: Path) -> None:
+    trainer = Trainer(make("base", checkpoint), RECIPES["base"], Run(0, 2, 4, 10))
+    trainer.average["networks.base.conv_in.bias"].fill_(0.25)
+    trainer.finish(tmp_path)
+    assert (cascade.load_network(tmp_path, "base").conv_in.bias == 0.25).all()
+
+
+def test_a_state_is_written_while_a_stage_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.demo.train._REPORT_EVERY", 0.0)
+    kept: list[bool] = []
+    options = {"steps": 3, "pool": 8, "batch": 1, "save_every": 0.0}
+    state = tmp_path / "state" / "text.safetensors"
+    assert train(tmp_path, ["text"], report=lambda _: kept.append(state.is_file()), **options)
+    assert kept == [False, False, True, True], "before the steps, and after each"
+
+
+def test_nothing_is_packed_before_all_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / "x.tar.xz"
+    command = ["train-demo", "--stage", "text", "--steps", "1", "--pool", "4", "--batch", "1"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--pack", str(packed)]) == 0
+    assert "x.tar.xz: not written yet, for want of vae, base, interp," in capsys.readouterr().out
+    assert not packed.exists()
 
 
 def test_an_autoencoder_is_finished_from_its_state(tmp_path: Path) -> None:
