@@ -110,7 +110,8 @@ def compile_trt(
         if flavour == "tensorrt-rtx":
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
-                config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+                if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
+                    raise EngineError(f"{flavour} does not build for {target}: {logger.summary()}")
         config.progress_monitor = monitor
 
         built = builder.build_serialized_network_to_stream(network, config, writer)

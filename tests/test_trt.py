@@ -201,6 +201,15 @@ def test_a_graph_without_a_kernel_is_an_error_in_tensorrts_words(tmp_path: Path)
         compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm89",), silent)
 
 
+def test_a_card_that_tensorrt_does_not_build_for_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt.load(RTX).IBuilderConfig, "set_compute_capability", lambda _, target, index: not index)
+    model, spec = attend(16)
+    with pytest.raises(EngineError, match="tensorrt-rtx does not build for sm120: it gave no reason"):
+        compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm80", "sm120", "sm89"), silent)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_reported_as_such() -> None:
     model, spec = attend(4)
