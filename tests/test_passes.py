@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from engines.compile_trt import detach_weights
+from engines.compile_trt import detach_weights, prepare
+from engines.errors import ParityError
 from engines.passes import (
     decompose_attention,
     fuse_spatial_attention,
@@ -99,6 +100,16 @@ def test_a_pass_changes_the_graph_and_nothing_it_computes(model: ir.Model, name:
     np.testing.assert_allclose(run(model), expected, rtol=0, atol=2e-6)
 
 
+def test_an_axis_that_tracing_fixed_is_told() -> None:
+    class First(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:2]
+
+    bindings = [(Binding(name, "float32", ("batch", 4)),) for name in "xy"]
+    with pytest.raises(ParityError, match=r"^first: tracing fixed y's batch axis at 2\.$"):
+        trace(First(), GraphSpec("first", *bindings, {"batch": Axis(2, 3, 8)}), (torch.randn(3, 4),))
+
+
 def test_norms_are_of_operators_that_the_cpu_and_cuda_both_have(model: ir.Model) -> None:
     """ONNX Runtime registers CUDA's InstanceNormalization for opsets below 22 alone; GroupNormalization, nowhere."""
     assert "GroupNormalization" in operators(model)
@@ -126,6 +137,18 @@ def test_attention_is_decomposed_where_asked(model: ir.Model) -> None:
     decompose_attention(model.graph, is_temporal)
     assert operators(model).count("Attention") == 1
     assert operators(model).count("Softmax") == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "form", "left"),
+    [("fp16", "fused", 3), ("fp16", "padded", 3), ("fp16", "decomposed", 1), ("fp32", "fused", 0)],
+)
+def test_tensorrt_is_left_attention_that_it_has_kernels_for(
+    model: ir.Model, precision: str, form: str, left: int
+) -> None:
+    """Of three, one is over pixels, which is fused whatever is asked for."""
+    prepare(model, precision, form)
+    assert operators(model).count("Attention") == left
 
 
 def test_weights_are_stored_as_the_checkpoint_has_them(model: ir.Model) -> None:

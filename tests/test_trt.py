@@ -123,11 +123,19 @@ def test_every_form_of_attention_builds_whatever_the_size_of_its_heads(tmp_path:
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
-def test_other_precisions_build(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
+def test_other_precisions_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
+) -> None:
+    trt, cleared = tensorrt.load(RTX), []
+    clear = trt.IBuilderConfig.clear_flag
+    monkeypatch.setattr(
+        trt.IBuilderConfig, "clear_flag", lambda config, flag: (cleared.append(flag), clear(config, flag))[1]
+    )
     model, spec = attend(4, dtype)
     compile_trt.prepare(model, precision, "fused")
     compile_plan(RTX, compile_trt.detach_weights(model), spec, tmp_path / "plan", ("sm80", "sm120"), silent)
     assert (tmp_path / "plan").stat().st_size > 1000
+    assert trt.BuilderFlag.TF32 in cleared, "float32 means float32"
 
 
 @pytest.mark.parametrize(("name", "mode"), [("base", "int8"), ("clip", "weights")])
