@@ -348,6 +348,7 @@ def test_graphs_are_compared_with_the_frames_that_the_runtime_gives(golden: Path
     ("file", "backends"),
     [
         ("export/networks.py", {"onnxruntime", "tensorrt-rtx", "inductor"}),
+        ("engines/catalog.py", {"onnxruntime", "tensorrt-rtx", "inductor"}),
         ("runtime/runner_inductor.py", {"inductor"}),
         ("engines/compile_trt.py", {"tensorrt-rtx"}),
     ],
@@ -435,6 +436,22 @@ def test_a_rebuild_of_the_same_weights_that_fails_leaves_what_there_was(
         build_text_encoders(checkpoint, out, precision="fp16")
     engines = Bundle.open(out).manifest.engines
     assert {name: entry.precision for name, entry in engines.items()} == {"clip": "fp16", "t5": "fp32"}
+
+
+def test_engines_of_other_weights_are_told_from_those_of_another_precision(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign: list[set[str]] = []
+    monkeypatch.setattr("export.build.build_all", lambda bundle, *_: foreign.append(bundle._announced[0]))
+    clip = checkpoint / CLIP / "model.safetensors"
+    shutil.copyfile(clip, clip.with_name("model.fp16.safetensors"))  # the bundle's, beside what asks for another
+    change_weights(checkpoint)
+    for options in ({}, {"force": True}):
+        build_text_encoders(checkpoint, out, **options)
+    clip.with_name("model.fp16.safetensors").unlink()
+    for options in ({}, {"force": True}):
+        build_text_encoders(checkpoint, out, **options)
+    assert foreign == [set(), set(), {"clip"}, {"clip"}]
 
 
 def test_an_unfinished_download_of_another_precision_is_no_hindrance(
@@ -938,15 +955,20 @@ def test_check_names_the_damaged_file(
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "message"),
+    ("changes", "name", "messages"),
     [
-        ({"schedulers": {}}, "sr2", "no scheduler for sr2. Build its stage"),
-        ({"defaults": {"strength": 5}}, "settings", "strength: 5; allowed: above 0, up to 1."),
+        ({"schedulers": {}}, "sr1", [f"no scheduler for {name}. Build its stage" for name in ("sr1", "sr1.noising")]),
+        ({"defaults": {"strength": 5}}, "settings", ["strength: 5; allowed: above 0, up to 1."]),
     ],
     ids=["schedulers", "settings"],
 )
 def test_check_finds_what_a_run_would_refuse(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], name: str, message: str
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    name: str,
+    messages: list[str],
 ) -> None:
     for folder in ("engines", "tokenizers"):
         (tmp_path / folder).symlink_to(bundle / folder)
@@ -954,7 +976,7 @@ def test_check_finds_what_a_run_would_refuse(
     assert main(["check", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
-    assert message in line
+    assert all(message in line for message in messages)
     assert "unusable. Build again: `python -m export build" in err
 
 
