@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -505,6 +506,21 @@ def test_plans_are_built_for_the_size_of_the_float32_bundle(
 
 
 # The gate
+
+
+def test_speed_is_in_float32s_and_of_the_fastest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    seconds = iter([4.0, 2.0, 3.0, 1.0, 5.0, 6.0])  # of float32 and int8, in turns
+
+    def open_runner(backend: str, plan: Path, precision: str, engine: str) -> Any:
+        return SimpleNamespace(infer=lambda *_: {"y": np.ones(3)}, close=lambda: closed.append(precision))
+
+    monkeypatch.setattr(int8, "open_runner", open_runner)
+    monkeypatch.setattr(int8, "_timed", lambda call: next(seconds))
+    decibels, speed, rows = int8._compare("base", Path("float"), Path("int8"), [{}, {}], ["y"])
+    assert speed == 3.0 and len(rows) == 2 and closed == ["fp32", INT8]
+    verdict = int8.Verdict(True, "", speed, decibels, 0.0, None, 1, 2, {}).with_psnr(np.inf)
+    assert verdict.kept and verdict.psnr_db == 99.0, "JSON has no infinity"
 
 
 def test_what_is_for_memory_is_judged_although_it_is_slow(
