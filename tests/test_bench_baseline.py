@@ -115,6 +115,25 @@ def test_random_weights_leave_no_layer_at_zero() -> None:
     assert all(parameter.isfinite().all() for parameter in unet.parameters())
 
 
+def test_steps_are_timed_to_their_ends_by_torch_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two go before: on a GPU they compile and capture."""
+    events: list[str] = []
+
+    class Watched(Place):
+        def synchronize(self) -> None:
+            events.append("wait")
+
+    monkeypatch.setattr(DenoisingLoop, "step", lambda *_: events.append(f"step, {torch.backends.cudnn.benchmark}"))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as the runtime has it
+    base = Source("base", CONFIGS["golden"]["base/unet"])
+    small = calls("base", Settings(size=(64, 64), keyframes=2))
+    place = Watched("cpu", "float32")
+    result = measure_network(base, {"_class_name": "DDPMScheduler"}, small, place, ["eager"], 3)["eager"]
+    assert result.call and result.call.n == 3
+    assert events == ["wait", "step, False", "wait"] * 5
+    assert torch.backends.cudnn.benchmark
+
+
 def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("too little memory\nsecond line")

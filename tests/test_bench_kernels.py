@@ -54,6 +54,12 @@ def test_every_kernel_is_checked_and_compared(bench: kernels.KernelBench) -> Non
     assert svg.count("<circle") == len(rows) and "denoising step" in svg
 
 
+def test_the_yardstick_is_the_faster_of_two_copies(bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([[2e-6], [1e-6]])
+    monkeypatch.setattr(kernels, "measure_gpu", lambda *_, graph: next(times))
+    assert bench.copy(2**10).median == bench.copy(2**10).median == 1e-6
+
+
 def test_a_wrong_result_is_told_in_its_row_and_at_the_end(
     bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
