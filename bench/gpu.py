@@ -24,6 +24,7 @@ from bench.work import Setup
 from engines import tensorrt
 from engines.catalog import CATALOG
 from engines.errors import BundleError, EngineError
+from engines.gpu import find_gpus
 from engines.limits import processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -34,7 +35,7 @@ from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
-_NOT_HERE = "not installed for a GPU"
+_NOT_HERE = "not installed for this GPU, or not made for it"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
 
 
@@ -221,7 +222,8 @@ def backends() -> list[str]:
         found += ["onnxruntime"] if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
     except ImportError:
         pass
-    found += [flavour for flavour in tensorrt.FLAVOURS if tensorrt.installed_version(flavour)]
+    if gpus := find_gpus():  # a plan for another card would be found out after minutes, when it is opened
+        found += [flavour for flavour in tensorrt.FLAVOURS if not tensorrt.why_not_here(flavour, gpus[0])]
     return found + ([INDUCTOR] if tensorrt.installed_version("torch") else [])
 
 

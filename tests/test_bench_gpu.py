@@ -15,7 +15,7 @@ from bench.exporter import run_export
 from bench.report import Report, Table
 from bench.work import Setup
 from engines.errors import EngineError
-from engines.gpu import find_gpus
+from engines.gpu import Gpu, find_gpus
 from engines.store import Bundle
 from runtime.config import Settings
 from runtime.runner import LoopStart
@@ -226,6 +226,16 @@ def test_only_backends_that_may_use_a_card_are_asked(monkeypatch: pytest.MonkeyP
         assert gpu.backends() == [*found, "inductor"]
 
 
+@pytest.mark.parametrize(("target", "found"), [("sm89", ["tensorrt-rtx"]), ("sm90", [])])
+def test_plans_are_built_for_a_card_that_they_are_made_for(
+    monkeypatch: pytest.MonkeyPatch, target: str, found: list[str]
+) -> None:
+    card = Gpu("card", (int(target[2]), int(target[3])), 2**37, (13, 0))
+    monkeypatch.setattr(gpu, "find_gpus", lambda: [card])
+    monkeypatch.setattr(gpu.tensorrt, "installed_version", lambda name: "1" if name == "tensorrt-rtx" else None)
+    assert [backend for backend in gpu.backends() if backend != "onnxruntime"] == found
+
+
 @pytest.mark.parametrize(("error", "goes_on"), [(EngineError("no kernel"), True), (gpu.TimeIsUp("late"), False)])
 def test_a_backend_that_fails_is_a_row_and_the_end_of_the_time_an_end(
     monkeypatch: pytest.MonkeyPatch, error: Exception, goes_on: bool
@@ -250,8 +260,8 @@ def test_a_backend_that_fails_is_a_row_and_the_end_of_the_time_an_end(
     assert built == ["tensorrt-rtx"] and numbers["failed"] == ["inductor"]
     assert [row[3] for row in table.rows] == [
         "yes",
-        "not run: not installed for a GPU",
-        "not run: not installed for a GPU",
+        f"not run: {gpu._NOT_HERE}",
+        f"not run: {gpu._NOT_HERE}",
         "not run: no kernel",
     ]
 
