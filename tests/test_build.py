@@ -41,7 +41,7 @@ from export import networks, workers
 from export.__main__ import main
 from export.build import build
 from export.checkpoint import file_hash
-from export.job import Backend, Job, _exporter_hash, build_engine
+from export.job import Backend, Job, _compare, _exporter_hash, build_engine
 from export.kernels import build_library
 from export.networks import Source
 from export.parity import check_parity, example_sizes, package_sizes, parity_sizes
@@ -626,6 +626,16 @@ def test_a_graph_that_gives_no_numbers_is_not_installed(golden: Path) -> None:
 
     with pytest.raises(ParityError, match=r"clip/encode: .* differs from its torch module by nan"):
         check_parity(graph, "clip", Numberless(), "fp32")
+
+
+def test_what_differs_is_closed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open engine holds its memory, and on Windows its files."""
+    closed: list[str] = []
+    monkeypatch.setattr("export.job.check_parity", lambda *_: (_ for _ in ()).throw(ParityError("differs")))
+    job, graph = SimpleNamespace(name="clip", precision="fp32"), SimpleNamespace(spec=SimpleNamespace(name="encode"))
+    with pytest.raises(ParityError, match="differs"):
+        _compare(job, graph, SimpleNamespace(close=lambda: closed.append("clip")), lambda _: None, {"parity_s": 0.0})
+    assert closed == ["clip"]
 
 
 def test_too_full_a_disk_is_noticed_before_anything_is_built(
