@@ -50,10 +50,11 @@ def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple
             raise SettingsError("tensorrt builds on the GPU it builds for, and there is none here. Use tensorrt-rtx.")
         if list(targets) not in ([], [gpus[0].target]):
             raise SettingsError(f"tensorrt builds for the GPU it runs on, {gpus[0].target}; leave --target out.")
-        return (gpus[0].target,)
-    targets = tuple(dict.fromkeys(targets)) or _default_targets()
-    if unknown := [target for target in targets if target not in TARGETS]:
-        raise SettingsError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(TARGETS)}.")
+        targets = (gpus[0].target,)
+    else:
+        targets = tuple(dict.fromkeys(targets)) or _default_targets()
+        if unknown := [target for target in targets if target not in TARGETS]:
+            raise SettingsError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(TARGETS)}.")
     if TURING in targets and len(targets) > 1:
         raise SettingsError(
             f"TensorRT-RTX builds for Turing ({TURING}) alone: give --target {TURING}, and another bundle."

@@ -104,7 +104,8 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
         rtx = flavour == "tensorrt-rtx"
         if exports and (rtx or gpus):
             targets = f" for {', '.join(TARGETS)} ({TURING} alone, and not in bf16)" if rtx else ""
-            result.builds.append(f"{flavour} (fp16, bf16, fp32, int8){targets}")
+            bf16 = ", bf16" if rtx or gpus[0].target != TURING else ""
+            result.builds.append(f"{flavour} (fp16{bf16}, fp32, int8){targets}")
         if find_spec("polygraphy") is None:
             result.problems.append(f"{flavour} runs through polygraphy, which is missing: {install(flavour)}.")
         elif gpus:

@@ -130,10 +130,11 @@ def test_a_torch_that_cannot_see_the_card_is_told(machine, monkeypatch: pytest.M
     assert "inductor (CPU)" in found.runs and "GeForce RTX 4090 is idle." in found.hints
 
 
-def test_turing_is_not_offered_bf16_by_inductor(machine) -> None:
+def test_turing_is_not_offered_bf16_by_what_builds_for_this_card(machine) -> None:
     turing = Gpu("GeForce RTX 2080 Ti", (7, 5), 11 * 2**30, (13, 0))
-    found = machine([turing], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
-    assert found.builds[-1] == "inductor (fp32, fp16) for sm75"
+    packages = {"onnxruntime-gpu": "1.31", "tensorrt": "11.0", "polygraphy": "1", **EXPORT}
+    found = machine([turing], packages, ("CUDA", "CPU"))
+    assert found.builds[1:] == ["tensorrt (fp16, fp32, int8)", "inductor (fp32, fp16) for sm75"]
 
 
 def test_inductor_without_its_kernels_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,6 +347,9 @@ def test_tensorrt_proper_wants_the_gpu_it_builds_for(monkeypatch: pytest.MonkeyP
     assert tensorrt.check_targets("tensorrt", [], "fp16") == ("sm90",)
     with pytest.raises(SettingsError, match="leave --target out"):
         tensorrt.check_targets("tensorrt", ["sm80"], "fp16")
+    monkeypatch.setattr(tensorrt, "find_gpus", lambda: [TURING])
+    with pytest.raises(SettingsError, match="use --precision fp16"):
+        tensorrt.check_targets("tensorrt", [], "bf16")
 
 
 # Memory
