@@ -87,7 +87,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         _drop_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         _drop_output()  # which it may have been
         print(f"error: a file, or what was to be printed, cannot be written ({error.strerror}).", file=sys.stderr)

@@ -502,6 +502,18 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
     assert process.stderr == "error: a file, or what was to be printed, cannot be written (No space left on device).\n"
 
 
+def test_a_quota_is_a_full_disk_and_other_errors_of_the_system_are_not() -> None:
+    code = (
+        "import argparse, errno, sys; from runtime.command import run_command; parser = argparse.ArgumentParser()\n"
+        "def run(_): raise OSError(int(sys.argv[1]), 'what it was')\n"
+        "parser.set_defaults(run=run); sys.exit(run_command(parser, [], ''))"
+    )
+    for number, start in ((errno.EDQUOT, "error: a file, or what was"), (errno.ENOENT, "Traceback (most recent")):
+        command = [sys.executable, "-c", code, str(number)]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 1 and process.stderr.startswith(start) and "what it was" in process.stderr
+
+
 def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
