@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +23,12 @@ from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, Settings
 from runtime.engine import EnginePool
 from runtime.noise import NoiseStream
 from runtime.ops import FloatArray, clip_to_frames
-from runtime.pipeline import Show1Pipeline, Video, check_run
+from runtime.pipeline import Show1Pipeline, Video, check_finite, check_run
+from runtime.sampler import guidance_scales, whole_steps
+from runtime.schedulers import make_schedule
 from runtime.stages import interp, sr1
 from runtime.stages.base import run_base
-from runtime.stages.diffusion import PromptEmbeds
+from runtime.stages.diffusion import PromptEmbeds, scheduler_of
 from runtime.stages.interp import fill_gaps, run_interp
 from runtime.stages.sr1 import run_if2, run_sr1
 from runtime.stages.sr2 import run_sr2
@@ -312,6 +316,10 @@ def test_sizes_out_of_an_engines_profile_are_refused_before_any_engine_runs(
     assert_refused(bundle, ProfileError, message, settings=replace(DRAFT, **changes))
 
 
+def test_a_window_may_be_longer_than_the_clip(bundle: Path) -> None:
+    check_run(Bundle.open(bundle), replace(DRAFT, sr1_window=40))
+
+
 @pytest.mark.parametrize("name", ["if2_noise_level", "sr1_noise_level"])
 def test_noise_levels_that_no_schedule_has_are_refused(bundle: Path, name: str) -> None:
     assert_refused(bundle, SettingsError, f"{name}: 1000; allowed: 0 to 999", settings=replace(DRAFT, **{name: 1000}))
@@ -334,6 +342,12 @@ def test_a_text_encoder_that_overflowed_is_named(
     monkeypatch.setattr(f"runtime.pipeline.{name}", lambda *_: PromptEmbeds(broken, broken))
     with pytest.raises(EngineError, match=f"{network}: its fp32 engines made values that are not finite"):
         pipeline(PROMPT, settings=DRAFT)
+
+
+def test_an_overflow_in_half_precision_comes_with_the_command_for_float32(bundle: Path) -> None:
+    half = with_engine(Bundle.open(bundle), "base", precision="fp16")
+    with pytest.raises(EngineError, match=r"base: its fp16 .* `python -m export build .* --precision fp32 "):
+        check_finite(half, "base", np.float32([np.inf]))
 
 
 @pytest.mark.parametrize(
@@ -370,8 +384,14 @@ def test_settings_are_settings(pipeline: Show1Pipeline) -> None:
 
 def test_threads_that_call_one_pipeline_wait_for_each_other(bundle: Path, video: Video) -> None:
     with Show1Pipeline.from_bundle(bundle) as pipeline, ThreadPoolExecutor(3) as pool:
-        for made in pool.map(lambda _: pipeline(PROMPT, seed=SEED, settings=DRAFT), range(3)):
+        steps: list[int] = []
+
+        def make(number: int) -> Video:
+            return pipeline(PROMPT, seed=SEED, settings=DRAFT, progress=lambda *_: steps.append(number))
+
+        for made in pool.map(make, range(3)):
             np.testing.assert_array_equal(made.frames, video.frames)
+    assert sum(before != after for before, after in pairwise(steps)) == 2, "one video after the other"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
@@ -382,6 +402,11 @@ def test_seeds_out_of_range_are_refused(bundle: Path, seed: int) -> None:
 def without(bundle: Bundle, part: str, name: str) -> Bundle:
     parts = {key: value for key, value in getattr(bundle.manifest, part).items() if key != name}
     return Bundle(bundle.root, replace(bundle.manifest, **{part: parts}))
+
+
+def with_engine(bundle: Bundle, name: str, **changes: Any) -> Bundle:
+    engines = {**bundle.manifest.engines, name: replace(bundle.engine(name), **changes).sealed()}
+    return Bundle(bundle.root, replace(bundle.manifest, engines=engines))
 
 
 @pytest.mark.parametrize("name", ["t5", "sr1", "vae_decoder"])
@@ -415,6 +440,11 @@ def test_an_engine_that_was_edited_in_the_manifest_is_refused_before_any_engine_
     engines = {**opened.manifest.engines, "sr2": edited}
     broken = Bundle(opened.root, replace(opened.manifest, engines=engines))
     assert_refused(broken, BundleError, r"sr2: its part of the manifest has been changed\. Build it again: `python -m")
+
+
+def test_a_late_engine_that_cannot_run_here_is_named_before_any_engine_runs(bundle: Path) -> None:
+    for_cards = with_engine(Bundle.open(bundle), "vae_decoder", backend="tensorrt", backend_version="0.1")
+    assert_refused(for_cards, BundleError, r"vae_decoder: (needs|built by) tensorrt 0\.1")
 
 
 # Stages and the pipeline around them
@@ -460,18 +490,41 @@ def test_every_stage_reports_its_steps_and_its_clip(pipeline: Show1Pipeline) -> 
     }
 
 
+def test_every_stage_has_the_steps_that_were_asked_of_it(
+    pipeline: Show1Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {**dict.fromkeys(DIFFUSION_STAGES, 3), "sr2": 4}
+    settings = DRAFT.with_steps(counts).with_spacing(dict.fromkeys(counts, "logsnr"))
+    settings = settings.with_cache(dict.fromkeys(counts, 2)).with_guided(dict.fromkeys(counts, (0.0, 0.5)))
+    seen: dict[str, list[tuple[str, int, int]]] = {stage: [] for stage in counts}
+
+    def note(stage: str, graph: str, feeds: Any) -> None:
+        if graph != "context":
+            seen[stage].append((graph, int(feeds["timestep"][0]), len(feeds["sample"])))
+
+    for stage in counts:
+        with pipeline.engines.use(stage) as engine:
+            monkeypatch.setattr(engine, "on_feeds", partial(note, stage))
+    pipeline(PROMPT, settings=settings)
+    for stage, count in counts.items():
+        scheduler = scheduler_of(pipeline.engines.bundle, stage)
+        timesteps = make_schedule(scheduler, count, 0.8 if stage == "sr2" else 1.0, "logsnr").timesteps
+        guidance = guidance_scales(len(timesteps), 2.0, (0.0, 0.5))
+        graphs = np.where(whole_steps(guidance, 2), "step", "shallow")
+        assert seen[stage] == list(zip(graphs, timesteps, guidance, strict=True)), stage
+
+
 def test_engines_built_before_features_could_be_reused_are_refused_where_that_is_asked(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    entry = opened.engine("sr1")
-    old = replace(entry, graphs={name: graph for name, graph in entry.graphs.items() if name != "shallow"})
-    opened = Bundle(opened.root, replace(opened.manifest, engines={**opened.manifest.engines, "sr1": old.sealed()}))
+    graphs = {name: graph for name, graph in opened.engine("sr1").graphs.items() if name != "shallow"}
+    opened = with_engine(opened, "sr1", graphs=graphs)
     check_run(opened, DRAFT)
     with pytest.raises(BundleError, match=r"sr1: built before steps could reuse features: .*python -m export build"):
         check_run(opened, DRAFT.with_cache({"sr1": 2}))
 
 
 def test_metadata_are_plain_json_from_which_the_settings_come_back(video: Video) -> None:
-    about = json.loads(json.dumps(video.metadata()))
+    about = json.loads(json.dumps(replace(video, seed=np.int64(SEED)).metadata()))
     assert about["prompt"] == PROMPT
     assert about["negative_prompt"] == NEGATIVE_PROMPT
     assert about["seed"] == SEED
