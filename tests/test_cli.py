@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from PIL import Image
 from engines.store import Bundle
 from runtime.cli import _Bars, _free_name, main
 from runtime.command import run_command
-from runtime.config import Settings
+from runtime.config import Settings, StageSettings
 from runtime.ops import clip_to_frames
 from runtime.pipeline import Show1Pipeline, Video
 from runtime.video import read_metadata, save_video
@@ -96,7 +97,7 @@ def file_of(bundle: Path, engine: str, graph: str, kind: str) -> Path:
 def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[..., Result], bundle: Path) -> None:
     result = generate(
         *("--seed", "7", "--guidance", "sr1=3.5", "--guided", "base=0.5,sr1=0.1-0.6", "--json"),
-        *("--save-stages", "deep/stages", "--out", "x.mp4"),
+        *("--negative-prompt", "dark", "--save-stages", "deep/stages", "--out", "x.mp4"),
     )
     assert result.code == 0, result.err
     about = json.loads(result.out)
@@ -109,7 +110,7 @@ def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[
     metadata = read_metadata(Path("x.mp4"))
     assert metadata["prompt"] == about["prompt"] == PROMPT
     assert metadata["seed"] == 7
-    assert metadata["negative_prompt"] == "low resolution, blur"
+    assert metadata["negative_prompt"] == "dark"
     assert metadata["software"].startswith("show1-rt ")
     assert metadata["bundle"] == f"{bundle.name} {Bundle.open(bundle).id}"
     settings = Settings.from_dict(metadata["settings"])
@@ -128,7 +129,7 @@ def test_a_prompt_becomes_a_video_that_knows_how_it_was_made(generate: Callable[
 
     # The same settings from Python give the same video.
     with Show1Pipeline.from_bundle(bundle) as pipeline:
-        video = pipeline(PROMPT, seed=7, settings=settings)
+        video = pipeline(PROMPT, negative_prompt="dark", seed=7, settings=settings)
     np.testing.assert_array_equal(video.clip, np.load("deep/stages/sr2.npy"))
 
 
@@ -137,6 +138,7 @@ def test_without_out_the_video_is_named_after_its_prompt(generate: Callable[...,
     assert result.code == 0, result.err
     assert result.out == "a-panda-taking-a-selfie-345.mp4\n"
     assert os.listdir() == ["a-panda-taking-a-selfie-345.mp4"]
+    assert read_metadata(Path("a-panda-taking-a-selfie-345.mp4"))["negative_prompt"] == "low resolution, blur"
     assert [line for line in result.err.splitlines() if line.endswith(" steps")] == [
         f"{stage}: 1 steps" for stage in STAGES
     ]
@@ -218,7 +220,9 @@ def test_a_bad_argument_is_one_line_and_no_file(
     generate: Callable[..., Result], arguments: list[str], message: str
 ) -> None:
     Path("taken").touch()
-    generate("--out", "x.mp4", *arguments).assert_one_line(message)
+    result = generate("--out", "x.mp4", *arguments)
+    result.assert_one_line(message)
+    assert len(result.err.splitlines()) == 1, "nothing was computed before"
     assert os.listdir() == ["taken"]
 
 
@@ -347,6 +351,20 @@ def test_memory_that_is_short_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.startswith("error: too little memory (Unable to allocate 9.00 GiB). Close")
 
 
+def test_a_command_runs_in_any_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_command, parser_of(lambda _: None), [], "").result() == 0
+
+
+def test_a_crash_of_machine_code_says_where_it_was() -> None:
+    code = (
+        "import argparse, ctypes; from runtime.command import run_command; parser = argparse.ArgumentParser(); "
+        "parser.set_defaults(run=lambda _: ctypes.string_at(0)); run_command(parser, [], '')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode and "in run_command" in process.stderr
+
+
 def test_a_name_that_cannot_be_printed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii", write_through=True))
@@ -375,6 +393,13 @@ def made_already(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None
         monkeypatch.setattr(Show1Pipeline, "__call__", call)
 
     return stand_in
+
+
+def test_options_win_over_a_preset(generate: Callable[..., Result], made_already: Any) -> None:
+    made_already()
+    assert generate("--preset", "fast", "--guidance", "interp=3", "--out", "x.mp4").code == 0
+    interp = Settings.from_dict(read_metadata(Path("x.mp4"))["settings"]).interp
+    assert interp == StageSettings(2, 3.0, (0, 0.5), "logsnr", cache_interval=2)
 
 
 def disk_full(*_: Any) -> None:
@@ -530,6 +555,23 @@ def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(
     with _Bars() as bars:
         for done in (1, 2, 3):
             bars("base", done, 8)
+
+
+def test_a_cut_prompt_that_nobody_is_told_of_is_no_reason_to_stop(
+    generate: Callable[..., Result], made_already: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_already()
+    make, closed = Show1Pipeline.__call__, io.StringIO()
+    closed.close()
+
+    def cut(*arguments: Any, on_cut: Callable[[str, str], None], **options: Any) -> Video:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", closed)
+            on_cut("T5", "the end")
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(Show1Pipeline, "__call__", cut)
+    assert generate("--out", "x.mp4").out == "x.mp4\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
