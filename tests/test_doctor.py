@@ -76,6 +76,8 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(machine) -> None:
     found = machine([], {"onnxruntime": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT})
     assert any(built.startswith("tensorrt-rtx") and "sm89" in built for built in found.builds)
     assert found.runs == ["onnxruntime (CPU)", "inductor (CPU)"]
+    proper = machine([], {"onnxruntime": "1.31", "tensorrt": "11.0", "polygraphy": "1", **EXPORT})
+    assert not any(built.startswith("tensorrt") for built in proper.builds), "which builds on its card"
 
 
 def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
@@ -85,6 +87,59 @@ def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
     assert found.builds[-1] == "inductor (fp32, fp16, bf16) for sm89"
     assert "RTX 4090, sm89, 24 GiB" in found.found["GPU 0"]
     assert not found.problems and not found.hints
+
+
+def test_tensorrt_without_what_it_runs_by_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(flavour: str) -> None:
+        raise EngineError(f"{flavour} is not usable.")
+
+    machine([ADA], {"onnxruntime-gpu": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT}, ("CUDA", "CPU"))
+    monkeypatch.setattr(doctor, "_no_cuda_runtime", lambda: "libcudart is not found")
+    found = doctor.diagnose()
+    assert "tensorrt-rtx" not in found.runs and found.hints == ["libcudart is not found."]
+    monkeypatch.setattr(doctor, "load", broken)
+    found = doctor.diagnose()
+    assert found.problems == ["tensorrt-rtx is not usable."]
+    assert not any("tensorrt" in name for name in found.runs + found.builds)
+
+
+def test_onnx_runtime_for_gpus_runs_on_the_cpu_where_there_is_no_card(machine) -> None:
+    assert machine([], {"onnxruntime-gpu": "1.31"}, ("CUDA", "CPU")).runs == ["onnxruntime (CPU)"]
+
+
+def test_tensorrt_rtx_is_not_recommended_for_a_card_that_it_does_not_serve(machine) -> None:
+    hopper = Gpu("H200", (9, 0), 2**37, (13, 0))
+    assert not machine([hopper], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU")).hints
+
+
+def test_cards_are_described_as_their_driver_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tells(**answers: int) -> SimpleNamespace:
+        def answer(value: Any) -> Callable[..., int]:
+            return lambda place, *_: setattr(getattr(place, "_obj", place), "value", value) or 0
+
+        return SimpleNamespace(
+            cuInit=lambda _: answers.get("init", 0),
+            cuDeviceGetCount=answer(2),
+            cuDriverGetVersion=answer(12040),
+            cuDeviceGet=lambda _, index: answers.get("first", 0) if index == 0 else 0,
+            cuDeviceGetName=answer(b"GeForce RTX 4090"),
+            cuDeviceTotalMem_v2=answer(24 * 2**30),
+            cuDeviceGetAttribute=lambda place, attribute, _: answer({75: 8, 76: 9}[attribute])(place),
+            cuDeviceGetPCIBusId=answer(b"0000:01:00.0"),
+        )
+
+    card = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (12, 4), b"0000:01:00.0")
+    for driver, cards in ((tells(), [card, card]), (tells(first=46), [card]), (tells(init=100), [])):
+        monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _, driver=driver: driver)
+        assert find_gpus() == cards
+
+
+@pytest.mark.parametrize(("driver", "runs"), [((13, 0), True), ((12, 9), False), ((14, 0), True)], ids=str)
+def test_a_driver_runs_every_minor_version_of_cuda_that_it_has_the_major_one_of(
+    driver: tuple[int, int], runs: bool
+) -> None:
+    told = gpu.old_driver(Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, driver), "torch", (13, 2))
+    assert told is None if runs else "the driver is for CUDA 12.9, torch needs 13.2: install" in str(told)
 
 
 def test_both_onnx_runtimes_are_a_conflict(machine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +240,20 @@ def test_the_cuda_runtime_of_nvidias_wheel_is_found(monkeypatch: pytest.MonkeyPa
 def test_a_wheel_has_no_sources_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BUILD", tmp_path / "build" / "kernels")
     assert any("clone the repository" in line for line in kernels.missing_programs(kernels.REFERENCE))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the programs of this test are shell scripts")
+def test_programs_that_pip_installed_go_before_those_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("environment", "system"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cmake").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    assert kernels.find_program("cmake") != str(tmp_path / "environment" / "cmake")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+    assert kernels.find_program("cmake") == str(tmp_path / "environment" / "cmake")
 
 
 @pytest.fixture
