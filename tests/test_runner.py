@@ -401,18 +401,35 @@ class Polygraphy:
         del self.output_allocator
 
 
-def test_a_plan_copies_what_is_wanted_and_frees_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Polygraphy()
+def on_card(card: Polygraphy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> runner_trt.TrtRunner:
     backend = SimpleNamespace(EngineFromBytes=lambda plan: plan, TrtRunner=card.of)
     monkeypatch.setattr(runner_trt, "polygraphy", lambda _: backend)
     monkeypatch.setattr(runner_trt, "load_cuda_runtime", lambda: None)
-    (tmp_path / "step.plan").write_bytes(b"a plan")
-    runner = runner_trt.TrtRunner(tmp_path / "step.plan", "tensorrt-rtx")
+    (folder / "step.plan").write_bytes(b"a plan")
+    return runner_trt.TrtRunner(folder / "step.plan", "tensorrt-rtx")
+
+
+def test_a_plan_copies_what_is_wanted_and_frees_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Polygraphy()
+    runner = on_card(card, tmp_path, monkeypatch)
     outputs = runner.infer({"sample": np.ones(3)}, ["noise_pred"])
     assert (list(outputs), card.copied) == (["noise_pred"], ["noise_pred"])
     assert set(runner.infer({"sample": np.ones(3)})) == {"noise_pred", "deep"}
     runner.close()
     assert sorted(card.freed) == ["deep", "noise_pred"]
+
+
+def test_a_plan_that_fails_on_its_card_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a kernel was not launched\nand more")
+
+    card = Polygraphy()
+    monkeypatch.setattr(card, "infer", fail)
+    with pytest.raises(EngineError, match=r"^TensorRT failed: a kernel was not launched$"):
+        on_card(card, tmp_path, monkeypatch).infer({})
+    monkeypatch.setattr(card, "activate", fail)
+    with pytest.raises(BundleError, match=r"step\.plan: tensorrt-rtx cannot load it \(a kernel was not launched\)"):
+        on_card(card, tmp_path, monkeypatch)
 
 
 def test_polygraphy_logs_elsewhere_than_where_results_go() -> None:

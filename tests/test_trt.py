@@ -271,6 +271,13 @@ def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkey
     assert f"{command.format(RTX)} --target sm75 --attention fused --size 576x320 --out {bundle.root}`" in turing
     newer = str(reason(bundle, monkeypatch, ADA, version="9.9"))
     assert "9.9 is installed" in newer and "pip install 'tensorrt-rtx==" in newer
+    assert reason(bundle, monkeypatch, Gpu("GB10", (12, 1), 128 * 2**30, (13, 0))) is None, "sm120 is for all of 12.x"
+    assert "install a newer NVIDIA driver" in str(reason(bundle, monkeypatch, replace(ADA, driver=(12, 8))))
+    in_bf16 = replace(bundle.engine("clip"), precision="bf16")
+    brain = Bundle(bundle.root, replace(bundle.manifest, engines={**bundle.manifest.engines, "clip": in_bf16}))
+    assert "--engine onnxruntime --precision fp16" in str(reason(brain, monkeypatch, HOPPER)), "which has no bf16"
+    monkeypatch.setattr(tensorrt, "installed_version", lambda _: None)
+    assert "needs tensorrt-rtx" in str(tensorrt.why_unusable(bundle, bundle.engine("clip")))
 
 
 def test_a_plan_that_cannot_run_is_not_opened(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
