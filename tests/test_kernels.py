@@ -7,6 +7,7 @@ gpu        the CUDA library on a GPU
 
 import ctypes
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from runtime.kernels import (
     Heads,
     Kernels,
     Planes,
+    find_library,
     missing_programs,
     step_modes,
     step_table,
@@ -370,6 +372,7 @@ def test_turing_has_bfloat16_without_tensor_cores(monkeypatch: pytest.MonkeyPatc
         {"scale": float("inf")},
         {"dtype": "float32"},
         {"q": Heads()},
+        {"v": Heads(65)},
     ],
     ids=str,
 )
@@ -377,7 +380,7 @@ def test_attention_refuses_what_it_cannot_do(implementation: Implementation, wro
     tensor = Heads(implementation.pointer(storage("float16", 64)))
     arguments = {"dtype": "float16", "q": tensor, "batch": 1, "frames": 2, "pixels": 2, "heads": 2, "head_dim": 4}
     with pytest.raises(EngineError, match=r"an argument is outside what kernels/include/show1/temporal_attention\.h"):
-        implementation.kernels.temporal_attention(k=tensor, v=tensor, out=tensor, **{**arguments, **wrong})
+        implementation.kernels.temporal_attention(**{**arguments, **dict.fromkeys(("k", "v", "out"), tensor), **wrong})
 
 
 # ---- Group normalisation
@@ -526,6 +529,7 @@ def test_a_mean_far_from_zero_costs_a_norm_no_digits(implementation: Implementat
         {"out": None},
         {"weight": None},
         {"partials": None},
+        {"partials": 66},
         {"scale": 64},
         {"shift": 64},
     ],
@@ -691,8 +695,7 @@ def test_a_denoising_loop_equals_the_sampler(
             own = item % shape[0]
             np.testing.assert_array_equal(network_input[item, :channels], to_bits(sample[own], dtype))
             np.testing.assert_array_equal(network_input[item, channels:], to_bits(condition[own], dtype))
-        if index + 1 < len(schedule):
-            assert (timesteps == schedule.timesteps[index + 1]).all()
+        assert (timesteps == schedule.timesteps[min(index + 1, len(schedule) - 1)]).all(), "the last one stays"
     assert counter.tolist() == (len(schedule), len(schedule), 0)
 
     before = sample.copy()
@@ -761,6 +764,22 @@ def test_nan_stays_where_it_is(implementation: Implementation) -> None:
         assert np.isnan(result[..., 0, 0]) and (result.ravel()[1:] == expected).all()
 
 
+@pytest.mark.parametrize(("dtype", "large"), [("float16", 6e4), ("bfloat16", 3e38)])
+def test_half_precision_keeps_what_is_not_finite(implementation: Implementation, dtype: str, large: float) -> None:
+    values = np.float32([np.nan, np.inf, -np.inf, large, -large, 2e-7]).reshape(1, 1, 1, 1, 6)
+    loop = Loop(implementation, dtype, values.shape, guided=False, frames_first=False)
+    row = loop.array("table", (1,), STEP)
+    row[...] = 0
+    row["pred_weight"], row["divisor"], row["x0_weight"], row["max_log_var"] = -1, 1, 2, -np.inf
+    loop.array("counter", (), COUNTER)[...] = (0, 1, 0)
+    loop.array("sample", values.shape)[...] = 0
+    loop.planes("noise_pred", 1)[...] = to_bits(values, dtype)
+    network_input = loop.planes("network_input", 1)
+    loop.step()
+    seen = from_bits(np.ascontiguousarray(network_input), dtype).ravel()
+    np.testing.assert_array_equal(seen, [np.nan, np.inf, -np.inf, np.inf, -np.inf, 2 * rounded(values, dtype).item(5)])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -774,6 +793,7 @@ def test_nan_stays_where_it_is(implementation: Implementation) -> None:
         {"variance": 1},  # and no variance_frac
         {"variance": 3},
         {"dtype": 3},
+        {"table": None},
         {"counter": None},
         {"sample": None},
         {"noise_pred": Planes()},
@@ -803,6 +823,24 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.so").write_text("not a library")
     with pytest.raises(EngineError, match=r"none\.so cannot be loaded \(.*\)\. Build it"):
         Kernels(tmp_path / "none.so")
+
+
+@pytest.mark.parametrize("newest", ["a", "b"])
+def test_the_newest_build_of_a_library_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest: str) -> None:
+    monkeypatch.setenv("SHOW1_KERNELS", str(tmp_path))
+    for folder in ("a", "b"):
+        (tmp_path / folder / f"{CUDA}.dir").mkdir(parents=True)  # CMake's
+        for name in (f"lib{CUDA}.so", f"lib{CUDA}_ref.so", f"{CUDA}.lib"):
+            (tmp_path / folder / name).touch()
+        os.utime(tmp_path / folder / f"lib{CUDA}.so", (folder == newest, folder == newest))
+    assert find_library(CUDA) == tmp_path / newest / f"lib{CUDA}.so"
+
+
+def test_a_kernel_that_cuda_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = _reference()
+    monkeypatch.setitem(kernels._functions, "denoise_step", lambda *_: 209)
+    with pytest.raises(EngineError, match=r"denoise_step: CUDA could not start the kernel \(cudaError_t 209\)"):
+        kernels.denoise_step(DenoiseArgs())
 
 
 def test_the_headers_and_python_have_the_same_version() -> None:
