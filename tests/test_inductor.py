@@ -291,6 +291,15 @@ def test_packages_for_another_machine_are_refused_before_they_are_opened(
         Engine(float32, replace(float32.engine("interp"), **changes))
 
 
+def test_packages_for_the_processor_run_on_a_machine_with_a_card_too(
+    float32: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_inductor, "target", lambda: "sm89")
+    targets = (f"cpu-{runner_inductor.cpu_level()}",)
+    entry = replace(float32.engine("interp"), name="vae_decoder", graphs={}, targets=targets)  # which needs no kernels
+    assert runner_inductor.why_unusable(float32, entry) is None
+
+
 def test_too_small_a_card_for_a_build_is_one_line_with_what_to_do(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -586,9 +595,9 @@ LOOPS: dict[str, tuple[dict[str, Any], float, Interval, int, int, int]] = {
 }
 
 
-def loop_inputs(engine: Engine, guidance: float, clips: int) -> tuple[Any, Any, Any]:
+def loop_inputs(engine: Engine, guidance: float, clips: int, seed: int = 0) -> tuple[Any, Any, Any]:
     """UNet with its prompt, sample, condition."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     text = PromptEmbeds(*random.standard_normal((2, 1, 7, engine.properties["text_dim"]), np.float32))
     x = random.standard_normal((clips, 3, 4, 4, 6), np.float32)
     condition = random.standard_normal((clips, 4, 4, 4, 6), np.float32)
@@ -641,6 +650,17 @@ def test_a_loop_is_what_it_was_when_others_have_come_and_gone(engine: Engine) ->
         unet, x, condition = loop_inputs(engine, 4.0, clips)
         result, _ = run_loop(unet, x, condition, "interp, guided at first")
         np.testing.assert_allclose(result, first.setdefault(clips, result), rtol=0, atol=0 if DEVICE == "cpu" else 2e-4)
+    assert len(engine._runners["step"]._loops) == 2
+
+
+def test_a_loop_in_the_buffers_of_another_has_a_prompt_and_a_condition_of_its_own(engine: Engine) -> None:
+    engine._runners["step"]._loops.clear()
+    for seed in (1, 2):
+        unet, x, condition = loop_inputs(engine, 4.0, 1, seed)
+        expected, _ = run_loop(unet.__call__, x, condition, "latents")
+        actual, _ = run_loop(unet, x, condition, "latents")
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 2e-4)
+    assert len(engine._runners["step"]._loops) == 1
 
 
 def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine: Engine) -> None:
