@@ -36,7 +36,7 @@ from engines.catalog import CATALOG
 from engines.errors import BundleError, CheckpointError, EngineError, ParityError, SettingsError
 from engines.manifest import Manifest
 from engines.spec import Binding
-from engines.store import Bundle, BundleWriter
+from engines.store import Bundle, BundleWriter, write_atomically
 from export import networks, workers
 from export.__main__ import main
 from export.build import build
@@ -587,6 +587,7 @@ def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, o
     (out / ".tmp-x1y2" / "t5").mkdir(parents=True)
     (out / ".tmp-x1y2" / "t5" / "encode.onnx").touch()
     (out / ".tmp-manifest.json").touch()
+    (out / "tokenizers" / ".tmp-t5.json").touch()
     build_text_encoders(checkpoint, out)
     assert_tidy(out)
 
@@ -1074,3 +1075,16 @@ def test_a_move_waits_for_what_looks_into_new_files_on_windows(tmp_path: Path, m
     monkeypatch.setattr(store.sys, "platform", "win32")
     store.move(tmp_path / "new", tmp_path / "here")
     assert (tmp_path / "here").exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_what_there_was_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "base.npy").write_bytes(b"before")
+    monkeypatch.setattr("engines.store.move", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "base.npy", b"after")
+    assert os.listdir(tmp_path) == ["base.npy"] and (tmp_path / "base.npy").read_bytes() == b"before"
