@@ -356,12 +356,14 @@ def test_a_command_runs_in_any_thread() -> None:
         assert pool.submit(run_command, parser_of(lambda _: None), [], "").result() == 0
 
 
-def test_a_crash_of_machine_code_says_where_it_was() -> None:
+def test_a_crash_of_machine_code_says_where_it_was(tmp_path: Path) -> None:
     code = (
         "import argparse, ctypes; from runtime.command import run_command; parser = argparse.ArgumentParser(); "
         "parser.set_defaults(run=lambda _: ctypes.string_at(0)); run_command(parser, [], '')"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # not in ROOT, where it might leave a core file
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode and "in run_command" in process.stderr
 
 
