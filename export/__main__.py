@@ -41,7 +41,8 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.no_autotune and arguments.engine != INDUCTOR:
         raise SettingsError(f"--no-autotune is for {INDUCTOR}; this is for {arguments.engine}.")
     precision, layers, size = arguments.precision, None, parse_size(arguments.size or SIZE)
-    made_of = "fp32" if precision == INT8 else precision  # ONNX Runtime's; nothing asks this of plans in fp16
+    # Of ONNX Runtime's int8; TensorRT's is made of fp16, which every card has.
+    made_of = "fp32" if precision == INT8 else precision
     backend = Backend.choose(arguments.engine, made_of, targets, arguments.attention, not arguments.no_autotune)
     if backend.name not in tensorrt.FLAVOURS and (arguments.keep_onnx or arguments.attention != "fused"):
         raise SettingsError(f"--keep-onnx and --attention are for TensorRT; this is for {backend.name}.")
