@@ -376,20 +376,15 @@ def measure_network(
         except RuntimeError as error:  # too little memory for the network itself
             return dict.fromkeys(kinds, Measured(None, None, _first_line(error)))
         if not isinstance(module, ReferenceUNet):
-            results = dict.fromkeys(
-                kinds, _measure([_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1)
+            result = _measure(
+                lambda module=module: [_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1
             )
+            results = dict.fromkeys(kinds, result)
             kinds = ()
         for kind in sorted(kinds, key=BASELINES.index):
             assert scheduler is not None
-            loop = DenoisingLoop(module, scheduler, calls, place)
-            if kind == "compile":
-                loop.call = torch.compile(module, dynamic=False, mode=COMPILE_MODE.get(place.device))
-            elif kind == "xformers":
-                use_xformers(module)
-            steps = [partial(loop.step, timestep) for timestep in loop.steps(repeats + 2)]
+            steps = partial(_steps, kind, module, scheduler, calls, place, repeats + 2)
             results[kind] = _measure(steps, place, warmup=2)
-            del loop, steps
             torch._dynamo.reset()
     del module
     gc.collect()
@@ -398,12 +393,12 @@ def measure_network(
     return results
 
 
-def _measure(calls: Sequence[Callable[[], Any]], place: Place, warmup: int) -> Measured:
+def _measure(make_calls: Callable[[], Sequence[Callable[[], Any]]], place: Place, warmup: int) -> Measured:
     times: list[float] = []
     try:
         # As torch comes: the runtime, in the same process, has cuDNN search for the fastest.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False):
-            for call in calls:
+            for call in make_calls():
                 place.synchronize()
                 start = time.perf_counter()
                 call()
@@ -424,6 +419,18 @@ def _plain_call(module: Any, calls: Calls, place: Place) -> Callable[[], Any]:
         return lambda: module(input_ids=ids)
     x = torch.randn(calls.shape, generator=torch.Generator().manual_seed(0)).to(place.device, place.torch_dtype)
     return lambda: module.encode(x) if calls.network == "vae_encoder" else module.decode(x)
+
+
+def _steps(
+    kind: str, module: Any, scheduler: Mapping[str, Any], calls: Calls, place: Place, count: int
+) -> list[Callable[[], Any]]:
+    """Of a denoising loop, in order."""
+    loop = DenoisingLoop(module, scheduler, calls, place)
+    if kind == "compile":
+        loop.call = torch.compile(module, dynamic=False, mode=COMPILE_MODE.get(place.device))
+    elif kind == "xformers":
+        use_xformers(module)
+    return [partial(loop.step, timestep) for timestep in loop.steps(count)]
 
 
 def use_xformers(module: nn.Module) -> None:

@@ -4,7 +4,6 @@ A part that fails or does not fit says so in the result and the next one runs. T
 an interrupted run keeps what it has.
 """
 
-import contextlib
 import gc
 import sys
 import time
@@ -232,11 +231,17 @@ def _golden_folder(backend: str, precision: str) -> Path:
 
 
 def _whole_bundle(folder: Path) -> Bundle | None:
-    """None where there is none, or no more than an interrupted build has left."""
-    with contextlib.suppress(BundleError):
+    """None where there is none, nor one that can be used, which is said."""
+    if not folder.exists():
+        return None
+    try:
         bundle = Bundle.open(folder)
-        return bundle if bundle.manifest.engines.keys() >= CATALOG.keys() else None
-    return None
+        if missing := CATALOG.keys() - bundle.manifest.engines.keys():
+            raise BundleError(f"{folder}: without {', '.join(sorted(missing))}; its build did not end.")
+    except BundleError as error:
+        print(f"left out: {error}", file=sys.stderr, flush=True)
+        return None
+    return bundle
 
 
 def _golden_bundle(clock: Clock, checkpoint: Path, backend: str, precision: str) -> Bundle:

@@ -144,6 +144,11 @@ class Settings:
 
         E.g. keyframes 8, size "576x320", steps "base=75,sr1=125".
         """
+        if unknown := by_stage.keys() - STAGE_OPTIONS.keys():
+            raise SettingsError(
+                f"unknown option {', '.join(sorted(unknown))}; allowed: preset, keyframes, size, "
+                f"{', '.join(STAGE_OPTIONS)}."
+            )
         settings = self.with_preset(preset)
         for option, text in by_stage.items():
             field = STAGE_OPTIONS[option][0]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,3 +147,21 @@ def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr("bench.baseline.make_network", fail)  # which the network itself does not fit
     for kind, result in measure_network(base, {}, small, CPU, ["eager", "compile"], 1).items():
         assert result.call is None and result.failure == "OutOfMemoryError: too little memory", kind
+
+
+def test_a_baseline_whose_loop_cannot_be_made_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = DenoisingLoop.__init__, []
+
+    def once(self: DenoisingLoop, *arguments: Any) -> None:
+        made.append(self)
+        if len(made) > 1:
+            raise torch.OutOfMemoryError("too little memory")
+        make(self, *arguments)
+
+    monkeypatch.setattr(DenoisingLoop, "__init__", once)
+    monkeypatch.setattr(DenoisingLoop, "step", lambda *_: None)
+    small = calls("base", Settings(size=(64, 64), keyframes=2))
+    base = Source("base", CONFIGS["golden"]["base/unet"])
+    results = measure_network(base, {"_class_name": "DDPMScheduler"}, small, CPU, ["eager", "compile"], 1)
+    assert results["eager"].call and results["eager"].call.n == 1
+    assert results["compile"].failure == "OutOfMemoryError: too little memory"

@@ -290,7 +290,7 @@ def test_the_command_writes_what_its_parts_measured(
 
 
 def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "backends", lambda: ["inductor", "onnxruntime"])
     monkeypatch.setattr(
@@ -298,12 +298,16 @@ def test_videos_of_golden_size_are_made_by_the_engines_that_were_checked(
     )
     assert [opened.root for opened in a_plan("golden", []).videos_by()] == [bundle]
     assert a_plan("published", []).videos_by() == []
-    # Of an interrupted build there is a part of the engines: it is left out.
+    assert capsys.readouterr().err == ""
+    # Of an interrupted build there is a part of the engines: it is left out, which is said.
+    (tmp_path / "no").mkdir()
     whole = Bundle.open(bundle)
     part = Bundle(tmp_path / "no", replace(whole.manifest, engines={"base": whole.engine("base")}))
     with monkeypatch.context() as patch:
         patch.setattr(gpu.Bundle, "open", lambda folder: whole if folder == bundle else part)
         assert a_plan("golden", []).videos_by() == [whole]
+    missing = ", ".join(sorted(whole.manifest.engines.keys() - {"base"}))
+    assert capsys.readouterr().err == f"left out: {tmp_path / 'no'}: without {missing}; its build did not end.\n"
     # Where the engines' part runs, nothing of an earlier run is taken for this one's.
     plan = replace(a_plan("golden", []), parts=["engines", "e2e"])
     assert plan.videos_by() == []

@@ -126,3 +126,8 @@ def test_numbers_of_numpy_are_written_as_plain_ones() -> None:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(SettingsError, match="unknown preset 'best'; allowed: reference, quick, fast, draft"):
         Settings().with_preset("best")
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unknown option stepz; allowed: preset, keyframes, size, steps, guidance,"):
+        Settings().with_options(preset="draft", stepz="base=4")
