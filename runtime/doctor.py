@@ -81,7 +81,8 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
     else:
-        result.builds.append(f"onnxruntime (fp32, {'' if why_not_half() else 'fp16, '}int8)")
+        precisions = ["fp32", *([] if why_not_half() else ["fp16"]), *([] if on_gpu else ["int8"])]
+        result.builds.append(f"onnxruntime ({', '.join(precisions)})")
 
 
 def onnxruntime_idle() -> str:

@@ -84,6 +84,7 @@ def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
     packages = {"onnxruntime-gpu": "1.31", "tensorrt-rtx": "1.7", "polygraphy": "1", **EXPORT}
     found = machine([ADA], packages, ("CUDA", "CPU"))
     assert found.runs == ["onnxruntime (CUDA)", "tensorrt-rtx", "inductor (CUDA)"]
+    assert found.builds[0] == "onnxruntime (fp32, fp16)", "which has no int8 for CUDA"
     assert found.builds[-1] == "inductor (fp32, fp16, bf16) for sm89"
     assert "RTX 4090, sm89, 24 GiB" in found.found["GPU 0"]
     assert not found.problems and not found.hints
