@@ -318,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
         "--attention",
         choices=["fused", "padded", "decomposed"],
         default="fused",
-        help="TensorRT: form of attention over frames (default: %(default)s)",
+        help="TensorRT: form of attention over frames; padded not with int8 (default: %(default)s)",
     )
     build.add_argument(
         "--no-autotune",

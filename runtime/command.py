@@ -15,7 +15,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from engines.errors import Show1Error, install
-from runtime.config import STAGE_OPTIONS
+from runtime.config import DIFFUSION_STAGES, STAGE_OPTIONS
 
 
 def path(text: str) -> Path:
@@ -27,7 +27,8 @@ def path(text: str) -> Path:
 
 def add_stage_options(add: Callable[..., object]) -> None:
     """`STAGE_OPTIONS`, by a parser's `add_argument`."""
-    add("--steps", metavar="STAGE=N,...", help="instead of the preset's, e.g. base=75,sr1=125")
+    steps = f"instead of the preset's, of {', '.join(DIFFUSION_STAGES)}, e.g. base=75,sr1=125"
+    add("--steps", metavar="STAGE=N,...", help=steps)
     add("--guidance", metavar="STAGE=X,...", help="e.g. base=9,sr2=15; 1 is none")
     guided = "part of the steps that is guided, e.g. base=0.5 (the first half), sr1=0.1-0.6"
     add("--guided", metavar="STAGE=PART,...", help=guided)
