@@ -160,7 +160,8 @@ class Engine:
 
     def close(self) -> None:
         while self._runners:
-            _, runner = self._runners.popitem()
+            # The first opened first: a step's CUDA graphs go before the shallow package whose kernels they hold.
+            runner = self._runners.pop(next(iter(self._runners)))
             with contextlib.suppress(Exception):  # the failure before it is the one to tell
                 runner.close()
         return_memory()

@@ -6,6 +6,7 @@ someone follows the steps, the sample.
 """
 
 import contextlib
+import gc
 import platform
 import shutil
 import tempfile
@@ -145,6 +146,18 @@ def _stream(device: str) -> int | None:
 def _warm_up_stream() -> "torch.cuda.Stream":
     """One for what runs before captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A capture that the garbage collector does not end, by freeing a graph that nobody uses any more."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @torch.library.custom_op("show1_kernels::temporal_attention", mutates_args=())
@@ -333,6 +346,10 @@ class InductorRunner:
         return loop
 
     def close(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # a step may be under way, after Ctrl-C
+        for loop in self._loops.values():
+            loop.close()
         self._loops.clear()
         del self._package
         if self.device == "cuda":
@@ -453,12 +470,15 @@ class DeviceLoop:
 
     def start(self, start: LoopStart, kinds: Sequence[Kind], context: Mapping[str, Array]) -> None:
         """Load sample, schedule, condition and prompt, and go to the first step."""
-        table = step_table(start.schedule, start.guidance)
-        for step in self._steps.values():
+        table, steps = step_table(start.schedule, start.guidance), self._steps.values()
+        for step in steps:
             step.load(start.condition, context)
-            if self._buffers.runner.device == "cuda" and not step.captured:
+        if self._buffers.runner.device == "cuda" and not all(step.captured for step in steps):
+            for step in steps:  # all of them first: they cannot use the memory that a graph keeps
                 self._buffers.rewind(start.x, table)
                 step.enter(float(table["timestep"][0]))
+                step.warm_up()
+            for step in steps:
                 step.capture()
         self._buffers.rewind(start.x, table)
         self._table, self._kinds, self._index, self._current = table, kinds, 0, None
@@ -479,6 +499,11 @@ class DeviceLoop:
             with _failures():
                 self._host.copy_(self._buffers.sample)
         return self._host.numpy()
+
+    def close(self) -> None:
+        """Drop the graphs, which hold kernels of the packages, whoever still holds the loop."""
+        for step in self._steps.values():
+            step.drop()
 
 
 class _Step:
@@ -539,20 +564,27 @@ class _Step:
         self._halves[:, :, : self._channels] = self._buffers.sample
         self._feeds["timestep"].fill_(timestep)
 
-    def capture(self) -> None:
-        """The buffers are spoilt afterwards."""
+    def warm_up(self) -> None:
+        """What libraries do in their first calls, a capture does not bear. The buffers are spoilt afterwards."""
         stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 self._enqueue()
         torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         # torch frees a stream's cuBLAS workspace with any graph captured there: each gets one in its own memory.
         torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.graph(graph, pool=self._buffers.pool):
+        with uninterrupted(), torch.cuda.graph(graph, pool=self._buffers.pool):
             self._enqueue()
         self._graph, self._buffers.pool = graph, graph.pool()
+
+    def drop(self) -> None:
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
 
     def run(self) -> None:
         if self._graph is None:

@@ -4,6 +4,7 @@ them, and the loop on their device.
 The UNet is the smallest that has every kind of layer: one level, from the golden interpolation's config.
 """
 
+import gc
 import json
 import re
 import shutil
@@ -676,6 +677,55 @@ def test_buffers_are_shared_by_loops_of_one_shape_whatever_their_schedule(engine
     for guided in ((0.0, 0.5), (0.4, 0.8)):
         denoise(unet, x, schedule, guidance_scale=9.0, guided=guided, condition=condition)
     assert len(loops) == 2
+
+
+def test_every_kind_of_step_is_warm_before_the_first_is_captured_and_dropped_with_its_engine(
+    float32: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, graphs that run what they stand for: what a capture keeps, a later warm-up could not use."""
+    case = "interp, every second step whole, guided at first"
+    events: list[str] = []
+    start = runner_inductor.DeviceLoop.start
+
+    def start_on_cuda(loop: Any, *arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._buffers, "runner", SimpleNamespace(device="cuda"))
+            start(loop, *arguments)
+
+    def warm_up(step: Any) -> None:
+        events.append("warm up")
+        with monkeypatch.context() as patch:
+            patch.setattr(step._buffers, "runner", SimpleNamespace(device="cpu"))
+            step._enqueue()
+
+    def capture(step: Any) -> None:
+        events.append("capture")
+        step._graph = SimpleNamespace(replay=step._enqueue, reset=lambda: events.append("drop"))
+
+    with EnginePool(float32) as pool, pool.use("interp") as engine:
+        unet, x, condition = loop_inputs(engine, 4.0, 2)
+        expected, _ = run_loop(unet, x, condition, case)
+        engine._runners["step"]._loops.clear()
+        monkeypatch.setattr(runner_inductor.DeviceLoop, "start", start_on_cuda)
+        monkeypatch.setattr(runner_inductor._Step, "warm_up", warm_up)
+        monkeypatch.setattr(runner_inductor._Step, "capture", capture)
+        for _ in range(2):  # captured once
+            actual, _ = run_loop(unet, x, condition, case)
+            np.testing.assert_array_equal(actual, expected)
+        assert events == ["warm up"] * 4 + ["capture"] * 4
+    assert events[8:] == ["drop"] * 4
+
+
+def test_the_garbage_collector_rests_during_a_capture_alone() -> None:
+    for on in (True, False):
+        (gc.enable if on else gc.disable)()
+        try:
+            with pytest.raises(RuntimeError), runner_inductor.uninterrupted():
+                assert not gc.isenabled()
+                raise RuntimeError
+            assert gc.isenabled() == on
+        finally:
+            gc.enable()
 
 
 def test_a_loop_in_half_precision_equals_the_sampler(float16: Bundle) -> None:

@@ -137,6 +137,21 @@ def test_graphs_that_were_loaded_are_closed_when_another_of_their_engine_is_not(
     assert closed == ["context"]
 
 
+def test_graphs_are_closed_in_the_order_in_which_they_were_opened(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's CUDA graphs hold kernels of the shallow package."""
+    closed: list[str] = []
+    monkeypatch.setattr(
+        "runtime.engine.open_runner", lambda _, plan, *__: SimpleNamespace(close=partial(closed.append, plan.stem))
+    )
+    opened = Bundle.open(bundle)
+    engine = Engine(opened, opened.engine("base"))
+    engine._runner("shallow")
+    engine.close()
+    assert closed.index("step") < closed.index("shallow") and len(closed) == 3
+
+
 def test_a_pool_may_be_closed_while_an_engine_is_in_use(bundle: Path) -> None:
     with EnginePool(Bundle.open(bundle)) as pool, pool.use("clip"):
         pool.close()  # from a callback, or where a signal is handled
