@@ -149,7 +149,7 @@ def _warm_up_stream() -> "torch.cuda.Stream":
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def _uninterrupted() -> Iterator[None]:
     """A capture that the garbage collector does not end, by freeing a graph that nobody uses any more."""
     was_on = gc.isenabled()
     gc.disable()
@@ -577,7 +577,7 @@ class _Step:
         graph = torch.cuda.CUDAGraph()
         # torch frees a stream's cuBLAS workspace with any graph captured there: each gets one in its own memory.
         torch._C._cuda_clearCublasWorkspaces()
-        with uninterrupted(), torch.cuda.graph(graph, pool=self._buffers.pool):
+        with _uninterrupted(), torch.cuda.graph(graph, pool=self._buffers.pool):
             self._enqueue()
         self._graph, self._buffers.pool = graph, graph.pool()
 

@@ -711,7 +711,7 @@ def test_every_kind_of_step_is_warm_before_the_first_is_captured_and_dropped_wit
         monkeypatch.setattr(runner_inductor._Step, "capture", capture)
         for _ in range(2):  # captured once
             actual, _ = run_loop(unet, x, condition, case)
-            np.testing.assert_array_equal(actual, expected)
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 2e-4)
         assert events == ["warm up"] * 4 + ["capture"] * 4
     assert events[8:] == ["drop"] * 4
 
@@ -720,7 +720,7 @@ def test_the_garbage_collector_rests_during_a_capture_alone() -> None:
     for on in (True, False):
         (gc.enable if on else gc.disable)()
         try:
-            with pytest.raises(RuntimeError), runner_inductor.uninterrupted():
+            with pytest.raises(RuntimeError), runner_inductor._uninterrupted():
                 assert not gc.isenabled()
                 raise RuntimeError
             assert gc.isenabled() == on
