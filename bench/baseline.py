@@ -383,8 +383,9 @@ def measure_network(
             kinds = ()
         for kind in sorted(kinds, key=BASELINES.index):
             assert scheduler is not None
-            steps = partial(_steps, kind, module, scheduler, calls, place, repeats + 2)
-            results[kind] = _measure(steps, place, warmup=2)
+            results[kind] = _measure(
+                partial(_steps, kind, module, scheduler, calls, place, repeats + 2), place, warmup=2
+            )
             torch._dynamo.reset()
     del module
     gc.collect()

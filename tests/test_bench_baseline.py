@@ -1,6 +1,9 @@
 """The baselines: networks of diffusers' layers that give what the authors' code gives, and the work they stand for."""
 
+import gc
 import json
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,25 @@ def test_a_network_that_fails_is_reported_with_its_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr("bench.baseline.make_network", fail)  # which the network itself does not fit
     for kind, result in measure_network(base, {}, small, CPU, ["eager", "compile"], 1).items():
         assert result.call is None and result.failure == "OutOfMemoryError: too little memory", kind
+
+
+@pytest.mark.parametrize("name", ["base", "vae_decoder"])
+def test_a_network_is_gone_before_its_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    collect, kept, gone = gc.collect, [], []
+
+    def make(source: Source, place: Place) -> Any:
+        module = make_network(source, place)
+        kept.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr("bench.baseline.make_network", make)
+    monkeypatch.setattr(DenoisingLoop, "step", lambda *_: None)
+    monkeypatch.setattr("bench.baseline._plain_call", lambda module, *_: partial(id, module))
+    monkeypatch.setattr("bench.baseline.gc.collect", lambda: (collect(), gone.append(kept[0]() is None)))
+    small = calls(name, Settings(size=(64, 64), keyframes=2))
+    source = Source(name, CONFIGS["golden"]["base/unet" if name == "base" else "sr2/vae"])
+    measure_network(source, {"_class_name": "DDPMScheduler"}, small, CPU, ["eager"], 1)
+    assert gone == [True]
 
 
 def test_a_baseline_whose_loop_cannot_be_made_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
