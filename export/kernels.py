@@ -66,17 +66,27 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
     return printed
 
 
-def _has_no_compiler(folder: Path) -> bool:
-    """Whether CMake has configured a folder without a CUDA compiler, and keeps that in mind."""
+def _configured(folder: Path, variable: str) -> str:
+    """What CMake has configured a folder with, and keeps in mind."""
     cache = folder / "CMakeCache.txt"
     text = cache.read_text(errors="replace") if cache.is_file() else ""
-    return re.search(r"^CMAKE_CUDA_COMPILER:\w+=.*NOTFOUND$", text, re.MULTILINE) is not None
+    found = re.search(rf"^{variable}:\w+=(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
-def native() -> str:
+def _has_no_compiler(folder: Path) -> bool:
+    return _configured(folder, "CMAKE_CUDA_COMPILER").endswith("NOTFOUND")
+
+
+def native(folder: Path | None = None) -> str:
     """CMAKE_CUDA_ARCHITECTURES of the cards that are here, by number: for CMake's own "native" another card that has
-    taken this one's place is no reason to compile again. nvcc does not know cards before Turing."""
+    taken this one's place is no reason to compile again. nvcc does not know cards before Turing.
+
+    With a build folder also those that it was built for: cards hidden today, which other bundles run on.
+    """
     cards = {gpu.target.removeprefix("sm") for gpu in find_gpus() if gpu.capability >= (7, 5)}
+    if cards and folder:
+        cards |= set(filter(str.isdigit, _configured(folder, "CMAKE_CUDA_ARCHITECTURES").split(";")))
     return ";".join(sorted(cards)) or "native"
 
 
@@ -88,7 +98,8 @@ def build_for(device: str) -> Path:
     if os.environ.get("SHOW1_KERNELS"):
         return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":
-        return build_library(CUDA, BUILD / CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={native()}")[0]
+        folder = BUILD / CUDA
+        return build_library(CUDA, folder, f"-DCMAKE_CUDA_ARCHITECTURES={native(folder)}")[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]
 
 

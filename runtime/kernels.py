@@ -149,7 +149,7 @@ def missing_programs(library: str) -> list[str]:
     missing = [] if find_program("cmake") else ["CMake (`pip install cmake`)"]
     if not (BUILD.parents[1] / "CMakeLists.txt").is_file():  # a wheel has none
         missing.append("the sources of the kernels (clone the repository and `pip install -e` it there)")
-    if not any(map(shutil.which, _COMPILERS)):
+    if not any(map(shutil.which, (*os.environ.get("CXX", "").split()[:1], *_COMPILERS))):
         missing.append("a C++ compiler")
     if library == CUDA and ((nvcc := find_nvcc()) is None or nvcc[1] < CUDA_VERSION[0]):
         pip = "`pip install 'nvidia-cuda-nvcc<14' 'nvidia-cuda-cccl<14'`"

@@ -3,7 +3,6 @@
 // NumPy rounds every operation to float32, and so does this file: the __f*_rn functions are never fused.
 #include "show1/denoise_step.h"
 
-#include <algorithm>
 #include <cfloat>
 #include <device.cuh>
 
@@ -111,14 +110,16 @@ __device__ bool is_over(const Args& a, int step) { return step < 0 || step >= a.
 
 constexpr int kPointThreads = 256;
 constexpr int kPointsPerThread = 4;  // loads in flight
+constexpr int kSpan = kPointThreads * kPointsPerThread;
+
+__host__ __device__ constexpr int spans_of(int pixels) { return (pixels - 1) / kSpan + 1; }
 
 template <class T>
 __global__ void __launch_bounds__(kPointThreads) pointwise_kernel(Args a) {
     const int step = a.counter->step;
     if (is_over(a, step)) return;
     const show1_step s = a.table[step];
-    constexpr int kSpan = kPointThreads * kPointsPerThread;
-    const int spans = (a.pixels - 1) / kSpan + 1;
+    const int spans = spans_of(a.pixels);
     const int f = blockIdx.x / spans % a.frames, c = blockIdx.x / spans / a.frames % a.channels;
     const Plane at(a, blockIdx.x / spans / a.frames / a.channels, c, f);
     const int first = blockIdx.x % spans * kSpan + threadIdx.x;
@@ -237,9 +238,8 @@ cudaError_t run(Args a, cudaStream_t stream) {
                       QuantileRank(a.limit_ratio, values), keep);
     }
     if (a.limit == SHOW1_LIMIT_NONE) a.limit_max = INFINITY;
-    constexpr int kSpan = kPointThreads * kPointsPerThread;
-    const int spans = (a.pixels - 1) / kSpan + 1;
-    return launch(pointwise_kernel<T>, a.batch * a.channels * a.frames * spans, kPointThreads, 0, stream, a);
+    const int blocks = a.batch * a.channels * a.frames * spans_of(a.pixels);
+    return launch(pointwise_kernel<T>, blocks, kPointThreads, 0, stream, a);
 }
 
 }  // namespace

@@ -10,13 +10,13 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -168,8 +168,22 @@ inline void copies_landed() {
     emulated::self().copies.clear();
 }
 
+// A Turing card's memory, with the compute capability that SHOW1_EMULATED_CAPABILITY names.
+struct Device {
+    int compute_capability = 0, shared_bytes = 64 * 1024, multiprocessors = 68;
+
+    cudaError_t query() {
+        const char* const asked = std::getenv("SHOW1_EMULATED_CAPABILITY");
+        compute_capability = asked ? std::atoi(asked) : 90;
+        return cudaSuccess;
+    }
+};
+
 template <class T>
 void mma(T, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    Device device;
+    device.query();
+    if (std::is_same<T, BFloat16>() && device.compute_capability < 80) std::abort();  // a card traps
     auto& shown = emulated::warp().shared;
     const int lane = threadIdx.x % 32;
     std::copy_n(a, 4, shown[lane]);
@@ -194,17 +208,6 @@ template <class T>
 T* shared_memory() {
     return reinterpret_cast<T*>(emulated::block.shared.data() + kGuard);
 }
-
-// A Turing card's memory, with the compute capability that SHOW1_EMULATED_CAPABILITY names.
-struct Device {
-    int compute_capability = 0, shared_bytes = 64 * 1024, multiprocessors = 68;
-
-    cudaError_t query() {
-        const char* const asked = std::getenv("SHOW1_EMULATED_CAPABILITY");
-        compute_capability = asked ? std::atoi(asked) : 90;
-        return cudaSuccess;
-    }
-};
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, cudaStream_t,

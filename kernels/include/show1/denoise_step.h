@@ -25,7 +25,8 @@
 //                          them stay. Null data: not written
 //   out     timesteps      float32 [B or 2B], the next step's timestep. Null: not written; nor is it in the last step
 //
-// The buffers may not overlap. A NaN in noise_pred stays one NaN: it ranks last in its frame's quantile.
+// The buffers may not overlap. A NaN in noise_pred stays one NaN, which ranks last in its frame's quantile; the sampler
+// would lose the frame.
 //
 // Memory bound, one pass: with float16 and guidance 24 B per element of the sample (4 noise_pred, 8 sample, 8 x0,
 // 4 network_input), 24 MB for 8 frames of 160 x 256. With dynamic thresholding beyond 1 there are two passes, of which
