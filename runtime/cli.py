@@ -255,7 +255,9 @@ class _Bars:
 
             self._close()
             self._stage, self._said, self._bar = stage, time.monotonic(), None
-            self._bar = tqdm(total=total, desc=f"{stage:6}", unit="step", disable=None, dynamic_ncols=True)
+            # The bar is first shown after a step, which is none of its time.
+            options = {"total": total, "initial": done, "desc": f"{stage:6}", "unit": "step"}
+            self._bar = tqdm(**options, disable=None, dynamic_ncols=True)
             if self._bar.disable:
                 print(f"{stage}: {total} steps", file=sys.stderr, flush=True)
         if self._bar is None:  # its output is closed
@@ -264,6 +266,8 @@ class _Bars:
             self._said = time.monotonic()
             print(f"{stage}: {done} of {total} steps", file=sys.stderr, flush=True)
         self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()  # what comes next, loading for instance, is none of its time either
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -142,12 +142,22 @@ class Engine:
         dtypes = {binding.name: binding.dtype for binding in spec.inputs}
         typed = {name: np.asarray(array, dtype=dtypes[name]) for name, array in context.items()}
         shallow = None if start.whole.all() else self._runner("shallow")
-        return _TimedLoop(self, runner.start_loop(shallow, start, typed, dtypes["sample"]), start.whole)
+        with self._explained():
+            loop = runner.start_loop(shallow, start, typed, dtypes["sample"])
+        return _TimedLoop(self, loop, start.whole)
 
     @contextlib.contextmanager
     def _timed(self, graph: str, turned: float | None = None) -> Iterator[None]:
-        """Tell `on_call` of what is done inside as a run of `graph`, and what it means that memory was short for it."""
+        """Tell `on_call` of what is done inside as a run of `graph`."""
         start = time.perf_counter()
+        with self._explained():
+            yield
+        if self.on_call is not None:
+            self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What it means that memory was short."""
         try:
             yield
         except EngineError as error:
@@ -155,8 +165,6 @@ class Engine:
                 raise
             less = "" if self.name in TEXT_ENCODERS else " ask for a smaller --size or fewer --keyframes, or"
             raise EngineError(f"{self.name}: too little memory ({error});{less} close what else uses it.") from None
-        if self.on_call is not None:
-            self.on_call(graph, start if turned is None else turned, time.perf_counter() - start)
 
     def close(self) -> None:
         while self._runners:

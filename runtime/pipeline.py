@@ -115,7 +115,9 @@ class Show1Pipeline:
             clip = done("sr1", run_sr1(engines, text, clip, first_frame, settings, seed, progress))
             latent_text = run_clip_text(engines, prompt, negative_prompt, note_cut)
             check_finite(engines.bundle, "clip", latent_text.negative, latent_text.prompt)
-            clip = done("sr2", run_sr2(engines, latent_text, clip_to_frames(clip), settings, seed, progress))
+            frames = clip_to_frames(clip)
+            del clip  # some GB of a long video, which sr2 does not read
+            clip = done("sr2", run_sr2(engines, latent_text, frames, settings, seed, progress))
             return Video(clip_to_frames(clip), clip, prompt, negative_prompt, seed, settings, cut)
 
     def close(self) -> None:
@@ -190,7 +192,7 @@ def check_run(bundle: Bundle, settings: Settings) -> None:
         except ProfileError as error:
             again = bundle.rebuild_command(name, stage="all", size="{}x{}".format(*settings.size))
             raise ProfileError(f"{error} Or build the engines for this one: {again}.") from None
-        spec.check_sizes(name, {"frames": frames[name], **area})
+        spec.check_sizes(name, {"frames": frames[name]})
         if stage.cache_interval > 1 and "shallow" not in entry.graphs:
             raise BundleError(f"{name}: built before steps could reuse features: {bundle.rebuild_command(name)}.")
         stage_schedule(bundle, name, stage, settings.strength if name == "sr2" else 1.0)

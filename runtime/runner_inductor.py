@@ -8,6 +8,7 @@ someone follows the steps, the sample.
 import contextlib
 import gc
 import platform
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 
 from engines.catalog import DEEP
 from engines.errors import EngineError, Show1Error, install
-from engines.gpu import Gpu, find_gpus, old_driver
+from engines.gpu import TURING, Gpu, find_gpus, old_driver
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
@@ -102,7 +103,8 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
     if built_for not in (here, f"cpu-{cpu_level()}"):
         if entry.needs_gpu and (gpus := find_gpus()) and (reason := why_idle(gpus[0])):
             return reason
-        return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name)}"
+        changes = {"precision": "fp16"} if here == TURING and entry.precision == "bf16" else {}
+        return f"built for {built_for}, this machine is {here}: {bundle.rebuild_command(entry.name, **changes)}"
     if reason := version_mismatch(bundle, entry):
         return reason
     # Layers over time and the solver are our kernels, and in half precision every group norm.
@@ -128,7 +130,7 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
         return None
     return (
         f"built by torch {entry.backend_version}, {torch_version()} is installed: "
-        f"`pip install 'torch=={entry.backend_version}'`, or {bundle.rebuild_command(entry.name)}"
+        f"`pip install {shlex.quote(f'torch=={entry.backend_version}')}`, or {bundle.rebuild_command(entry.name)}"
     )
 
 
@@ -305,8 +307,7 @@ class InductorRunner:
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the device, in and out; outputs may be views."""
-        with _failures():
-            outputs = self._package(*(feeds[name] for name in self.inputs))
+        outputs = self._package(*(feeds[name] for name in self.inputs))
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         return dict(zip(self._outputs, outputs, strict=True))
 
@@ -324,14 +325,13 @@ class InductorRunner:
         """
         schedule = start.schedule
         kinds = [Kind(bool(scale > 1), bool(whole)) for scale, whole in zip(start.guidance, start.whole, strict=True)]
-        modes = step_modes(schedule)
         layout = _Layout(
             shape=start.x.shape,
             dtype=dtype,
             condition_channels=0 if start.condition is None else start.condition.shape[1],
             kinds=tuple(sorted(set(kinds), reverse=True)),
             adds_noise=any(map(schedule.adds_noise, range(len(schedule)))),
-            modes=tuple(modes.items()),
+            modes=tuple(step_modes(schedule).items()),
             steps=schedule.config.num_train_timesteps,
             context=tuple((name, array.shape, array.dtype.name) for name, array in context.items()),
         )
@@ -341,7 +341,11 @@ class InductorRunner:
                 if len(self._loops) == _LOOPS:
                     del self._loops[next(iter(self._loops))]  # the one not used for longest
                 loop = DeviceLoop(self, shallow, layout)
-            loop.start(start, kinds, context)
+            try:
+                loop.start(start, kinds, context)
+            except BaseException:
+                loop.close()  # else its graphs would outlive the package, held by the traceback
+                raise
         self._loops[layout] = loop
         return loop
 
@@ -574,12 +578,12 @@ class _Step:
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        self._graph = graph = torch.cuda.CUDAGraph()  # `drop` knows it, too, where the capture fails
         # torch frees a stream's cuBLAS workspace with any graph captured there: each gets one in its own memory.
         torch._C._cuda_clearCublasWorkspaces()
         with _uninterrupted(), torch.cuda.graph(graph, pool=self._buffers.pool):
             self._enqueue()
-        self._graph, self._buffers.pool = graph, graph.pool()
+        self._buffers.pool = graph.pool()
 
     def drop(self) -> None:
         if self._graph is not None:

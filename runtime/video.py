@@ -33,6 +33,7 @@ _BT709 = 1  # matrix, primaries and transfer have the same number in H.264
 _SOFTWARE = "show1-rt"  # marks the PNG frames that `save_video` may replace
 _VIEWERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in folders that they have shown
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
+_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what Pillow raises for files of others
 _EXIF_DESCRIPTION = 0x010E
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
@@ -123,7 +124,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
             with Image.open(target / "0000.png" if target.is_dir() else target) as image:
                 info = image.info
                 text = info.get("Description") or info.get("comment") or image.getexif().get(_EXIF_DESCRIPTION)
-    except (OSError, UnicodeDecodeError, av.FFmpegError) as error:
+    except (*_UNREADABLE, av.FFmpegError) as error:
         raise OutputError(f"{target}: cannot read it as a video ({error}).") from error
     try:
         metadata = json.loads(text or "{}")
@@ -232,7 +233,7 @@ def _is_own_frame(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == _SOFTWARE
-    except OSError:
+    except _UNREADABLE:
         return False
 
 

@@ -442,9 +442,11 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_prompt_needs_no_quotes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["generate", "a", "red", "circle", "--bundle", str(tmp_path / "none")]) == 1
-    assert "no manifest.json there" in capsys.readouterr().err
+def test_a_prompt_needs_no_quotes(bundle: Path, made_already: Any, tmp_path: Path) -> None:
+    made_already()
+    words, out = ["a", "red", "circle"], tmp_path / "x.mp4"
+    assert main(["generate", *words, "--bundle", str(bundle), *DRAFT, "--out", str(out)]) == 0
+    assert read_metadata(out)["prompt"] == "a red circle"
 
 
 def test_a_stage_that_cannot_be_saved_does_not_cost_the_video(
@@ -529,6 +531,21 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
     assert process.stderr == "error: a file, or what was to be printed, cannot be written (No space left on device).\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_what_was_printed_before_a_failure_and_cannot_be_written_is_no_second_failure() -> None:
+    code = (
+        "import argparse, sys; from engines.errors import OutputError; from runtime.command import run_command\n"
+        "def run(_): print('x.mp4'); raise OutputError('it failed')\n"
+        "parser = argparse.ArgumentParser(); parser.set_defaults(run=run); sys.exit(run_command(parser, [], ''))"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (process.returncode, process.stderr) == (1, "error: it failed\n")
+
+
 def test_a_quota_is_a_full_disk_and_other_errors_of_the_system_are_not() -> None:
     code = (
         "import argparse, errno, sys; from runtime.command import run_command; parser = argparse.ArgumentParser()\n"
@@ -557,6 +574,20 @@ def test_progress_in_a_log_is_a_line_a_minute_and_no_reason_to_stop(
     with _Bars() as bars:
         for done in (1, 2, 3):
             bars("base", done, 8)
+
+
+def test_a_bar_counts_the_steps_that_it_has_seen_and_ends_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with _Bars() as bars:
+        for done in (1, 2, 3):
+            bars("base", done, 3)
+            if done == 1:
+                assert bars._bar.initial == 1, "loading and the first step are none of its time"
+        assert terminal.getvalue().endswith("\n"), "what is printed next has a line of its own"
 
 
 def test_a_cut_prompt_that_nobody_is_told_of_is_no_reason_to_stop(

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,7 +281,7 @@ def test_another_machine_torch_or_kernels_make_an_engine_stale(
         ({"targets": ("cpu-riscv64",)}, r"interp: built for cpu-riscv64, this machine is (cpu-|sm)"),
         (
             {"backend_version": "2.12.0"},
-            r"interp: built by torch 2\.12\.0, .* is installed: `pip install 'torch==2\.12",
+            r"interp: built by torch 2\.12\.0, .* is installed: `pip install torch==2\.12",
         ),
     ],
     ids=["GPU", "processor", "torch"],
@@ -714,6 +715,25 @@ def test_every_kind_of_step_is_warm_before_the_first_is_captured_and_dropped_wit
             np.testing.assert_allclose(actual, expected, rtol=0, atol=0 if DEVICE == "cpu" else 2e-4)
         assert events == ["warm up"] * 4 + ["capture"] * 4
     assert events[8:] == ["drop"] * 4
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("CUDA out of memory")])
+def test_a_loop_that_does_not_start_drops_its_graphs_before_its_package_goes(
+    float32: Bundle, monkeypatch: pytest.MonkeyPatch, failure: Any
+) -> None:
+    dropped: list[str] = []
+
+    def start(loop: Any, *_: Any) -> None:
+        for step in loop._steps.values():
+            step._graph = SimpleNamespace(reset=partial(dropped.append, "graph"))
+        raise failure
+
+    monkeypatch.setattr(runner_inductor.DeviceLoop, "start", start)
+    with EnginePool(float32) as pool, pool.use("interp") as engine:
+        unet, x, condition = loop_inputs(engine, 4.0, 1)
+        with pytest.raises((KeyboardInterrupt, EngineError)):
+            run_loop(unet, x, condition, "interp")
+        assert dropped and not engine._runners["step"]._loops
 
 
 def test_the_garbage_collector_rests_during_a_capture_alone() -> None:

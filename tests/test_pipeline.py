@@ -215,14 +215,11 @@ def test_a_partial_last_window_changes_nothing_before_it(pipeline: Show1Pipeline
     np.testing.assert_array_equal(whole[:, :, 3:], end)
 
 
-@pytest.mark.parametrize(("keyframes", "frames"), [(2, 5), (3, 9), (5, 17)])
-def test_n_keyframes_give_four_times_n_minus_one_plus_one_frames(
-    pipeline: Show1Pipeline, keyframes: int, frames: int
-) -> None:
-    settings = replace(DRAFT, keyframes=keyframes).with_steps({"base": 1, "interp": 1, "if2": 1})
+def test_n_keyframes_give_four_times_n_minus_one_plus_one_frames(pipeline: Show1Pipeline) -> None:
+    settings = replace(DRAFT, keyframes=5).with_steps({"base": 1, "interp": 1, "if2": 1})
     video = pipeline(PROMPT, settings=settings)
-    assert video.frames.shape == (frames, 64, 112, 3)
-    assert video.clip.shape == (1, 3, frames, 64, 112)
+    assert video.frames.shape == (17, 64, 112, 3)
+    assert video.clip.shape == (1, 3, 17, 64, 112)
     assert np.isfinite(video.clip).all()
 
 
@@ -468,6 +465,24 @@ def test_the_pipeline_is_its_stages_called_one_after_another(pipeline: Show1Pipe
     assert clip.dtype == np.float32
     np.testing.assert_array_equal(clip, video.clip)
     np.testing.assert_array_equal(clip_to_frames(clip), video.frames)
+
+
+@pytest.mark.parametrize("hook", ["progress", "on_clip"])
+def test_after_a_callback_that_fails_the_pipeline_makes_the_same_video(
+    pipeline: Show1Pipeline, video: Video, hook: str
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        pipeline(PROMPT, seed=SEED, settings=DRAFT, **{hook: lambda *_: 1 / 0})
+    np.testing.assert_array_equal(pipeline(PROMPT, seed=SEED, settings=DRAFT).clip, video.clip)
+
+
+def test_the_largest_video_that_is_promised_is_possible_and_none_beyond(pipeline: Show1Pipeline) -> None:
+    """README's limits."""
+    largest = replace(Settings(), size=(2304, 1280), keyframes=64)
+    check_run(pipeline.engines.bundle, largest)
+    for beyond in ({"size": (2368, 1280)}, {"size": (2304, 1344)}, {"keyframes": 65}):
+        with pytest.raises((ProfileError, SettingsError)):
+            check_run(pipeline.engines.bundle, replace(largest, **beyond))
 
 
 def test_every_stage_reports_its_steps_and_its_clip(pipeline: Show1Pipeline) -> None:

@@ -22,7 +22,10 @@ from engines.gpu import Gpu
 from engines.store import Bundle
 from runtime import runner_ort, runner_trt
 from runtime.engine import Engine, EnginePool, _TimedLoop, open_runner, why_not_half, why_unusable
+from runtime.runner import LoopStart
 from runtime.runner_ort import OrtRunner
+from runtime.schedulers import make_schedule
+from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +337,20 @@ def test_memory_that_is_short_in_a_run_is_told_with_what_to_ask_for(
             monkeypatch.setattr(engine._runners["decode"], "infer", partial(fail, said))
             with pytest.raises(EngineError, match=message):
                 engine.run("decode", latents=np.zeros((1, 4, 8, 8), np.float32))
+
+
+def test_memory_that_is_short_for_a_loop_is_told_likewise(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EnginePool(Bundle.open(bundle)) as engines, engines.use("base") as engine:
+        text = np.zeros((2, 1, 7, engine.properties["text_dim"]), np.float32)
+        unet = prompted(engine, PromptEmbeds(*text), guidance_scale=4)
+        runner = SimpleNamespace(start_loop=partial(fail, "CUDA out of memory. Tried to allocate 2.00 GiB"))
+        monkeypatch.setitem(engine._runners, "step", runner)
+        schedule = make_schedule(scheduler_of(engines.bundle, "base"), 2)
+        guidance = np.full(2, 4, np.float32)
+        start = LoopStart(np.zeros((1, 3, 2, 8, 16), np.float32), schedule, guidance, np.full(2, True), None)
+        with pytest.raises(EngineError, match=r"base: too little memory \(CUDA out of.*; ask for a smaller --size"):
+            unet.start_loop(start)
+        engine._runners.pop("step")
 
 
 def fail(said: str, *_: object) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, PngImagePlugin
 
 from engines.errors import OutputError
 from runtime import video
@@ -218,6 +218,16 @@ def test_a_folder_with_foreign_files_is_never_replaced(foreign: str, frames: np.
     with pytest.raises(OutputError, match=f"such as {foreign}"):
         save_video(frames[:2], tmp_path / "clip")
     assert content(tmp_path) == before
+
+
+def test_a_picture_that_cannot_be_read_is_foreign(frames: np.ndarray, tmp_path: Path) -> None:
+    save_video(frames, tmp_path / "clip")
+    profile = os.urandom(2 * PngImagePlugin.MAX_TEXT_CHUNK)  # more than Pillow unpacks
+    Image.new("RGB", (8, 8)).save(tmp_path / "clip" / "0000.png", "PNG", icc_profile=profile)
+    with pytest.raises(OutputError, match=r"such as 0000\.png"):
+        check_output(tmp_path / "clip")
+    with pytest.raises(OutputError, match="cannot read it as a video"):
+        read_metadata(tmp_path / "clip")
 
 
 def test_what_a_file_manager_left_there_is_no_reason_to_refuse_a_folder(frames: np.ndarray, tmp_path: Path) -> None:
