@@ -14,6 +14,7 @@ from bench.machine import ROOT
 from bench.timing import Clock
 from engines.errors import EngineError
 from engines.gpu import find_gpus
+from runtime.command import DEMO
 
 
 def random_folder(size: str) -> Path:
@@ -35,10 +36,10 @@ def random_bundle(size: str) -> Path:
     return bundle
 
 
-def bundle_of(checkpoint: Path) -> Path:
+def bundle_of(checkpoint: Path | str) -> Path:
     """A bundle of this checkpoint, built or brought up to date."""
-    bundle = ROOT / "build" / f"quality-{checkpoint.name}"
-    given = checkpoint if str(checkpoint) == "demo" else checkpoint.absolute()
+    bundle = ROOT / "build" / f"quality-{Path(checkpoint).name}"
+    given = DEMO if checkpoint == DEMO else Path(checkpoint).absolute()
     run_export("build", "--checkpoint", given, "--out", bundle)
     return bundle
 

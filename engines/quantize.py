@@ -165,7 +165,6 @@ def _least_scale(dtype: np.dtype) -> float:
 
 
 def _energy(tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
-    x = tape.op("Cast", [x], {"to": ir.DataType.FLOAT})  # squares leave float16's range
     return tape.op("ReduceSumSquare", [x], {"keepdims": 0})
 
 
@@ -176,7 +175,7 @@ def _with_output(model: ir.Model, tape: ir.tape.Tape, scalars: list[ir.Value]) -
     activation would wait in memory for its own: of published sr2 150 GB, by reckoning.
     """
     axes = constant(tape, "scalar_axes", np.array([0]))
-    rows = [tape.op("Unsqueeze", [tape.op("Cast", [s], {"to": ir.DataType.FLOAT}), axes]) for s in reversed(scalars)]
+    rows = [tape.op("Unsqueeze", [scalar, axes]) for scalar in reversed(scalars)]
     result = tape.op("Concat", rows, {"axis": 0})
     result.name, result.type = "scalars", ir.TensorType(ir.DataType.FLOAT)
     model.graph.extend(tape.nodes)

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from engines.catalog import CATALOG
-from engines.errors import BundleError
+from engines.errors import BundleError, SettingsError
 from engines.manifest import EngineEntry, FileEntry, Manifest
 from engines.spec import INT8
 
@@ -84,7 +84,8 @@ class Bundle:
         options: dict[str, str | None] = {"stage": CATALOG[name].stage}
         if entry:
             # A bundle of int8 has engines that stayed what they were (`export.int8`).
-            int8 = any(other.precision == INT8 for other in self.manifest.engines.values())
+            others = [other for other in self.manifest.engines.values() if other.backend == entry.backend]
+            int8 = any(other.precision == INT8 for other in others)
             options |= {"engine": entry.backend, "precision": INT8 if int8 else entry.precision}
             if entry.targets:
                 options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
@@ -179,7 +180,9 @@ class Bundle:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
-            yield BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
+            writer = BundleWriter(root, Bundle.open(root).manifest if exists else Manifest())
+            writer.sweep()
+            yield writer
         except OSError as error:
             raise BundleError(
                 f"{root} cannot be written ({error.strerror or error}). What was finished is kept; make room or choose "
@@ -223,9 +226,24 @@ class BundleWriter(Bundle):
         }
         engines = {**self.manifest.engines, entry.name: replace(entry, graphs=graphs).sealed()}
         self.update(engines=dict(sorted(engines.items())))  # whichever was finished first
-        for old in target.parent.glob(f"{entry.name}-*"):
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove engines that the manifest does not name: replaced, another checkpoint's, or of a builder that died."""
+        files = [Path(file.path) for entry in self.manifest.engines.values() for file in entry.files()]
+        named = {path.parts[1] for path in files if len(path.parts) > 1}
+        for folder in (folder for name in CATALOG for folder in self.root.glob(f"{ENGINES}/{name}-*")):
+            if folder.name not in named:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check_size(self, size: tuple[int, int], rebuilt: Collection[str]) -> None:
+        """Raises SettingsError where engines other than `rebuilt` would stay for another size."""
+        if size != self.manifest.size and (others := set(self.manifest.engines) - set(rebuilt)):
+            asked, was = ("{}x{}".format(*pair) for pair in (size, self.manifest.size))
+            raise SettingsError(
+                f"--size {asked}: {self.root} is for {was}, and {', '.join(sorted(others))} would stay so. "
+                f"Give --size {was}, or --stage all."
+            )
 
     def announce(self, foreign: Collection[str], tokenizers: Mapping[str, str], **changes: Any) -> None:
         """What the engines of one checkpoint share, to be adopted with the first that is installed.

@@ -5,6 +5,7 @@
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from typing import Any
 from engines.errors import EngineError, SettingsError, install
 from engines.gpu import NO_BF16, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
+from engines.spec import INT8
 from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -67,9 +69,7 @@ def check_targets(flavour: str, targets: Sequence[str], precision: str) -> tuple
 def _default_targets() -> tuple[str, ...]:
     """The flavour's own, but a card that is here must be among them: Turing builds alone."""
     gpus = find_gpus()
-    if gpus and gpus[0].target in TARGETS and not serves(DEFAULT_TARGETS, gpus[0].target):
-        return (gpus[0].target,)
-    return DEFAULT_TARGETS
+    return (TURING,) if gpus and gpus[0].target == TURING else DEFAULT_TARGETS
 
 
 def serves(targets: Sequence[str], gpu: str) -> bool:
@@ -87,7 +87,7 @@ def why_unusable(bundle: Bundle, entry: EngineEntry) -> str | None:
 
 def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     have, by = installed_version(entry.backend), f"{entry.backend} {entry.backend_version}"
-    install = f"`pip install '{entry.backend}=={entry.backend_version}'`"
+    install = f"`pip install {shlex.quote(f'{entry.backend}=={entry.backend_version}')}`"
     if have is None:
         return f"needs {by}: {install}"
     if have != entry.backend_version:
@@ -97,7 +97,7 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
 
 def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     onnxruntime = {"engine": "onnxruntime", "target": None, "attention": None}
-    if entry.precision == "bf16":
+    if entry.precision in ("bf16", INT8):  # which it has no kernels for, on cards
         onnxruntime["precision"] = "fp16"
     gpus = find_gpus()
     if not gpus:
@@ -109,7 +109,10 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     if entry.backend == "tensorrt":
         return f"{there}: {bundle.rebuild_command(entry.name)}"
     if gpus[0].target in TARGETS:
-        return f"{there}: {bundle.rebuild_command(entry.name, target=gpus[0].target)}"
+        changes = {"target": gpus[0].target}
+        if gpus[0].target == TURING and entry.precision == "bf16":
+            changes["precision"] = "fp16"
+        return f"{there}: {bundle.rebuild_command(entry.name, **changes)}"
     return f"{there}, which TensorRT-RTX does not serve: {bundle.rebuild_command(entry.name, **onnxruntime)}"
 
 

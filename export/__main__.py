@@ -15,7 +15,7 @@ from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
 from engines.store import Bundle
 from export.unpack import unpack
-from runtime.command import path, run_command
+from runtime.command import DEMO, checkpoint_path, path, run_command
 from runtime.config import parse_size
 from runtime.engine import INDUCTOR
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path("checkpoints")
 SIZE = "576x320"  # that engines are tuned for, where nothing else is asked for
-DEMO = "demo"  # in place of a folder: the checkpoint that the repository keeps
 DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `train-demo`
 
 
@@ -108,7 +107,8 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
         floats = Bundle.open(arguments.calibration)
         # TensorRT's engines are built from the checkpoint, ONNX Runtime's from the bundle.
         checkpoint = _checkpoint(arguments.checkpoint) if for_memory or arguments.checkpoint else None
-        check_calibration(floats, stages, checkpoint, parse_size(arguments.size) if arguments.size else None)
+        size = parse_size(arguments.size) if arguments.size else None
+        check_calibration(floats, stages, checkpoint, size, traced=for_memory)
     else:
         beside = named.with_name(f"{named.name}-fp32")
         print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
@@ -118,14 +118,14 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     return build_int8(floats, out, prompts[:judge], stages, arguments.force, for_memory=for_memory)
 
 
-def _checkpoint(given: Path | None) -> Path:
+def _checkpoint(given: Path | str | None) -> Path:
     """The folder asked for; by default checkpoints/ where there is one, else the demo checkpoint."""
     if given is None:
         if CHECKPOINTS.is_dir():
             return CHECKPOINTS
         print(f"no {CHECKPOINTS} folder here: building the demo checkpoint (docs/demo.md)", file=sys.stderr)
-    elif str(given) != DEMO:
-        return given
+    elif given != DEMO:
+        return Path(given)
     return unpack(DEMO_ARCHIVE, Path("build") / "demo-checkpoint")
 
 
@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--checkpoint",
-        type=path,
+        type=checkpoint_path,
         help=f"folder with the checkpoint folders, or {DEMO!r} (default: {CHECKPOINTS} where it exists, else {DEMO})",
     )
     build.add_argument("--out", type=path, default=Path("bundle"), help="the bundle's folder (default: %(default)s)")

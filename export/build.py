@@ -71,12 +71,7 @@ def build(
     ]
 
     with Bundle.writer(out) as bundle:
-        if size != bundle.manifest.size and (others := set(bundle.manifest.engines) - {job.name for job in all_jobs}):
-            asked, was = ("{}x{}".format(*pair) for pair in (size, bundle.manifest.size))
-            raise SettingsError(
-                f"--size {asked}: {out} is for {was}, and {', '.join(sorted(others))} would stay so. "
-                f"Give --size {was}, or --stage all."
-            )
+        bundle.check_size(size, {job.name for job in all_jobs})
         pending, foreign = [], set()
         for job in all_jobs:
             reason = "--force" if force else why_stale(bundle, job)

@@ -71,12 +71,10 @@ def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
     disk holds one shard twice at most; what an earlier call has written then stands for its pickle. Raises
     CheckpointError for files that hold anything but tensors, or numbers that half precision has not.
     """
-    try:
-        files, index = find_weights(folder, fp16, _PICKLE_STEMS, PICKLE)
-    except CheckpointError:  # of shards, some may be converted
-        files, index = find_weights(
-            folder, fp16, _PICKLE_STEMS, PICKLE, lambda path: path.is_file() or target_of(path, fp16).is_file()
-        )
+    # Of shards, some may be converted.
+    files, index = find_weights(
+        folder, fp16, _PICKLE_STEMS, PICKLE, lambda path: path.is_file() or target_of(path, fp16).is_file()
+    )
     written = []
     for path in filter(Path.is_file, files):
         written.append(target_of(path, fp16))

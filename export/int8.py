@@ -32,6 +32,7 @@ from engines.spec import INT8
 from engines.store import Bundle, BundleWriter, file_entry
 from export.demo.faithfulness import Faithfulness, Prompt, faithfulness
 from export.demo.judge import read
+from export.job import Job
 from export.networks import Source
 from export.replay import Take, make_videos
 from runtime.config import SEED, Settings
@@ -268,10 +269,11 @@ def build_int8(
             print(f"{name}: {reason or 'up to date'}", file=sys.stderr)
             if reason:
                 pending.append((name, source))
-        manifest = floats.manifest
-        weights = {name: entry.source["weights"] for name, entry in manifest.engines.items()}
+        manifest, engines = floats.manifest, bundle.manifest.engines
+        bundle.check_size(manifest.size, wanted)
+        replaced = {name: engines[name].source["weights"] for name, _ in pending if name in engines}
         bundle.announce(
-            {name for name, entry in bundle.manifest.engines.items() if entry.source["weights"] != weights[name]},
+            {name for name, weights in replaced.items() if weights != floats.engine(name).source["weights"]},
             {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in manifest.tokenizers},
             versions=manifest.versions,
             size=manifest.size,
@@ -286,10 +288,12 @@ def build_int8(
 
 
 def check_calibration(
-    floats: Bundle, stages: Iterable[str], checkpoint: Path | None, size: tuple[int, int] | None
+    floats: Bundle, stages: Iterable[str], checkpoint: Path | None, size: tuple[int, int] | None, traced: bool = False
 ) -> None:
     """Raises SettingsError where a float32 bundle was made from other weights than `checkpoint` has for `stages`, or
     for another `size`; None asks for nothing. Reads all those weights.
+
+    `traced`: nor may it be another version's, since its layers are to be found in graphs traced now, by name.
     """
     if size and size != floats.manifest.size:
         asked, was = ("{}x{}".format(*pair) for pair in (size, floats.manifest.size))
@@ -305,6 +309,13 @@ def check_calibration(
             raise SettingsError(
                 f"{floats.root}: its {network.name} was not made from {checkpoint / source.where}. Give the "
                 "--checkpoint that it was made from, or leave --calibration out, to build float32 engines of this one "
+                "first."
+            )
+        entry, now = floats.engine(network.name), Job(source, "fp32", floats.manifest.size).made_from()
+        if traced and (changed := sorted(key for key in now if entry.source.get(key) != now[key])):
+            raise SettingsError(
+                f"{floats.root}: its {network.name} was built by another version (changed: {', '.join(changed)}), and "
+                "its layers may have other names. Build it again, or leave --calibration out, to build float32 engines "
                 "first."
             )
 

@@ -37,7 +37,7 @@ def _readable(folder: Path) -> Iterator[None]:
     """What readers of files in another form run into, as CheckpointError."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: not a tokenizer as published ({type(error).__name__}: {error}). Download the folder again."
         ) from error

@@ -17,12 +17,19 @@ from pathlib import Path
 from engines.errors import Show1Error, install
 from runtime.config import DIFFUSION_STAGES, STAGE_OPTIONS
 
+DEMO = "demo"
+
 
 def path(text: str) -> Path:
     """An option's file or folder; shells leave the ~ of `--option=~/x` as it is, and unset variables are empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give the name of a file or folder")
     return Path(os.path.expanduser(text) if re.match(r"~([/\\]|$)", text) else text)  # ~draft is a name
+
+
+def checkpoint_path(text: str) -> Path | str:
+    """As `path`, but for the word `demo`: the checkpoint that the repository keeps. ./demo is a folder."""
+    return text if text == DEMO else path(text)
 
 
 def add_stage_options(add: Callable[..., object]) -> None:
@@ -67,6 +74,15 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _failed(message: str, status: int = 1) -> int:
+    print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    return status
+
+
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, interrupted: str, extras: str = "") -> int:
     """Run the command that `argv` names (its parser's default `run`) and return the exit status: errors in one line.
 
@@ -91,18 +107,13 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         _drop_output()  # which it may have been
-        print(f"error: a file, or what was to be printed, cannot be written ({error.strerror}).", file=sys.stderr)
-        return 1
+        return _failed(f"error: a file, or what was to be printed, cannot be written ({error.strerror}).")
     except Show1Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(f"error: {error}")
     except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what this command needs: {install(extras)}.", file=sys.stderr)
-        return 1
+        return _failed(f"error: {error}. Install what this command needs: {install(extras)}.")
     except MemoryError as error:
-        print(f"error: too little memory ({error}). Close what else uses it, or ask for less.", file=sys.stderr)
-        return 1
+        return _failed(f"error: too little memory ({error}). Close what else uses it, or ask for less.")
     except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        return 130
+        return _failed(f"interrupted: {interrupted}", 130)
     return 0

@@ -24,6 +24,7 @@ ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (13, 1))
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> object:
     """`machine(gpus, packages, providers)`: what doctor will find."""
+    monkeypatch.setattr(doctor, "why_not_half", lambda: None)
 
     def describe(gpus: list[Gpu], packages: dict[str, str], providers: tuple[str, ...] = ("CPU",)) -> doctor.Diagnosis:
         ort = SimpleNamespace(

@@ -348,6 +348,24 @@ def test_engines_of_other_weights_go_with_the_first_new_one(
     assert set(Bundle.open(out).manifest.engines) == set(CATALOG) - {"base"}
 
 
+def test_what_is_not_built_again_stays_and_keeps_its_size(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "_build", lambda floats, writer, *_: writer.adopt())
+    whole = Bundle.open(bundle)
+    base = whole.engine("base")
+    halved = replace(base, precision="fp16", source={**base.source, "weights": "of the half-precision files"}).sealed()
+    for size in ((576, 320), (640, 384)):
+        (out := tmp_path / str(size[0])).mkdir()
+        manifest = replace(whole.manifest, engines={"base": halved}, size=size)
+        (out / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    build_int8(whole, tmp_path / "576", [], ["text"], settings=SETTINGS)
+    assert Bundle.open(tmp_path / "576").engine("base") == halved
+    message = r"--size 576x320: .*640 is for 640x384, and base would stay so\. Give --size 640x384, or --stage all"
+    with pytest.raises(SettingsError, match=message):
+        build_int8(whole, tmp_path / "640", [], ["text"], settings=SETTINGS)
+
+
 def test_what_is_up_to_date_is_not_judged_again(
     quantised: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,7 +588,6 @@ def test_an_engine_that_changes_the_video_in_int8_gets_int8_weights_where_memory
         [
             (True, [20.0, 45.0], {"weights"}),
             (True, [20.0, 21.0], {"weights"}),
-            (True, [45.0], {"int8"}),
             (False, [20.0], {"int8"}),
         ]
     ):
@@ -663,6 +680,17 @@ def test_verdicts_are_stale_when_any_engine_of_the_cascade_is_another(bundle: Pa
     assert int8._fingerprint(floats, replace(SETTINGS, keyframes=3), PROMPTS, False) != before
     assert int8._fingerprint(floats, SETTINGS, PROMPTS[:1], False) != before
     assert int8._fingerprint(floats, SETTINGS, PROMPTS, True) != before
+
+
+def test_layers_are_not_looked_for_by_another_versions_names(bundle: Path, golden: Path) -> None:
+    whole = Bundle.open(bundle)
+    clip = whole.engine("clip")
+    older = replace(clip, source={**clip.source, "exporter": "an older one's"})
+    floats = Bundle(bundle, replace(whole.manifest, engines={**whole.manifest.engines, "clip": older}))
+    for traced, given in ((False, floats), (True, whole)):
+        int8.check_calibration(given, ["sr2"], golden / "models", None, traced)
+    with pytest.raises(SettingsError, match=r"its clip was built by another version \(changed: exporter\)"):
+        int8.check_calibration(floats, ["sr2"], golden / "models", None, traced=True)
 
 
 def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -> None:
