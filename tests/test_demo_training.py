@@ -1,5 +1,8 @@
 """The demo's clips and captions, and its training: batches as the runtime makes them, runs that can be interrupted."""
 
+import errno
+import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -457,8 +460,13 @@ def test_batches_whose_loss_is_not_a_number_change_nothing(
             assert not cascade.has_network(tmp_path / str(steps_asked), "clip")
 
 
-@pytest.mark.parametrize("value", [1e5, 65504.0], ids=["beyond float16", "rounded up"])
-def test_weights_that_are_not_finite_are_not_shipped(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("value", [1e5, 65504.0, math.nan], ids=["beyond float16", "rounded up", "not a number"])
+def test_weights_that_are_not_finite_are_not_shipped(
+    tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if math.isnan(value):  # as a GPU writes it: rounding makes a zero of it
+        bits = torch.tensor(0x7FFF, dtype=torch.int16).view(torch.float16)
+        monkeypatch.setattr(torch.Tensor, "half", lambda self: bits.expand(self.shape))
     network = cascade.make_network("clip")
     with torch.no_grad():
         next(network.parameters()).fill_(value)
@@ -509,7 +517,14 @@ def test_folders_are_made_before_the_training(
     (tmp_path / "file").touch()
     for out, pack in ((tmp_path / "out", tmp_path / "file" / "x.tar.xz"), (tmp_path / "file", tmp_path / "x.tar.xz")):
         assert main([*command, str(out), "--pack", str(pack)]) == 1
-        assert f"{tmp_path / 'file'}: cannot be made" in capsys.readouterr().err
+        assert f"{tmp_path / 'file'}: cannot be made or written" in capsys.readouterr().err
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("export.demo.train.tempfile.TemporaryFile", refuse)
+    assert main([*command, str(tmp_path / "out")]) == 1
+    assert "out: cannot be made or written (Permission denied)" in capsys.readouterr().err
     assert len(trained) == 1
 
 
@@ -603,6 +618,30 @@ def test_the_time_of_every_lesson_is_turned_into_steps_once(tmp_path: Path, monk
     assert "text: step" in lines[-1] and "100.0% of the training" in lines[-1]
 
 
+def test_calls_that_end_at_once_plan_their_lessons_all_the_same(tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = {"minutes": 0.001, "batch": 1, "pool": 4, "stop_after": 0.0, "report": lines.append}
+    for _ in range(8):
+        if train(tmp_path, ["text"], **options):
+            break
+    assert cascade.has_network(tmp_path, "clip")
+    assert sum("steps planned" in line for line in lines) == 1
+
+
+def test_a_stage_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    options = {"steps": 1, "batch": 1, "pool": 4}
+    refused: list[str] = []
+
+    def meanwhile(_: str) -> None:
+        with pytest.raises(SettingsError, match=r"another process trains text\. Wait until") as caught:
+            train(tmp_path, ["text"], report=pytest.fail, **options)
+        refused.append(str(caught.value))
+
+    assert train(tmp_path, ["text"], report=meanwhile, **options) and refused
+    assert train(tmp_path, ["text"], report=lambda line: refused.append(line), **options)
+    assert refused[-1] == "text: finished before"
+
+
 def test_a_stage_waits_for_its_parent(tmp_path: Path) -> None:
     options = {"steps": 1, "batch": 1, "pool": 4, "report": lambda _: None}
     assert train(tmp_path, ["text"], **options)
@@ -627,6 +666,7 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch's CUDA build")
 def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_trainer() -> Trainer:
         torch.manual_seed(0)

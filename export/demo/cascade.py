@@ -114,8 +114,9 @@ def save_network(checkpoint: Path, name: str, module: nn.Module) -> None:
     write_json(checkpoint / folder / "config.json", config)
     state = {}
     for key, value in module.state_dict().items():
-        state[key] = _rounded(value.detach().half().cpu().contiguous())
-        if not state[key].isfinite().all():
+        half = value.detach().half().cpu().contiguous()
+        state[key] = _rounded(half)
+        if not (half.isfinite().all() and state[key].isfinite().all()):  # rounding can overflow, and hide a NaN
             raise CheckpointError(f"{name}: {key} is not finite in float16. Train it again, with another --seed.")
     write_atomically(_weights(checkpoint, name), save(state))
 

@@ -34,14 +34,11 @@ _DIRECTIONS = 72  # bins of an outline
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing of a video, in the words of captions; and what the words were drawn from."""
+    """One thing of a video, in the words of captions."""
 
     colour: str
     shape: str
     motion: str
-    travel: tuple[float, float]
-    turn: float
-    growth: float
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def _describe(colour: str, mask: Mask) -> Seen | None:
     slopes = np.polyfit(time, centres, 1)
     swing = (centres - np.outer(time, slopes[0]) - slopes[1]).std(axis=0)
     travel = (float(slopes[0][0]), float(slopes[0][1]))
-    return Seen(colour, shape, _motion(travel, swing, growth, turn, shape), travel, turn, growth)
+    return Seen(colour, shape, _motion(travel, swing, growth, turn, shape))
 
 
 def _one_piece(mask: Mask) -> tuple[NDArray, NDArray]:

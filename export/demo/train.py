@@ -10,14 +10,17 @@ needs vae, interp starts from base's weights, sr1 from if2's.
 
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -160,7 +163,8 @@ class Trainer:
         self._graph: _Graph | None = None
         self.plan = [] if run.steps is None else recipe.plan(run.steps)  # steps of the lessons planned so far
         self.step = 0
-        self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        on_cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.bfloat16 = recipe.bfloat16 and (self.device == "cuda" or on_cpu)
 
     @property
     def lesson(self) -> int:
@@ -324,7 +328,8 @@ def train(
     Interrupted at any moment, the same call continues from the last state, written every `save_every` seconds and at
     `stop_after`. `ship` ends stages that have a state as they are, for want of time. `init` is a finished checkpoint
     whose weights to start from, `skip_lessons` how many of each stage's lessons these have had. Raises SettingsError
-    for settings other than the state's, CheckpointError where an earlier stage or a network of `init` is missing.
+    for settings other than the state's and for a stage that another process trains, CheckpointError where an earlier
+    stage or a network of `init` is missing.
     """
     if (minutes is None) == (steps is None):
         raise SettingsError("give either minutes or steps.")
@@ -347,29 +352,44 @@ def train(
     cascade.save_rest(out)
     clips = None
     for name in (name for name in RECIPES if name in names):
-        recipe, state = RECIPES[name].without(skip_lessons), out / "state" / f"{name}.safetensors"
-        if _finished(out, name):
-            report(f"{name}: finished before")
-            state.unlink(missing_ok=True)  # of a run that ended between the two
-            continue
-        clips = clips or Pool(pool, seed, device)
-        run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
-        torch.manual_seed(seed)  # for the first weights
-        trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run)
-        if state.is_file():
-            trainer.load(state)
-            report(f"{name}: continues from {state}" + (", --init is not read" if init else ""))
-        count = sum(weight.numel() for weight in trainer.weights.values())
-        report(f"{name}: {count:,} weights, step {trainer.step}, {device}")
-        budget = None if minutes is None else minutes * 60 * recipe.share / sum(RECIPES[n].share for n in names)
-        if ship and trainer.step:
-            report(f"{name}: shipped at step {trainer.step}, {trainer.progress:.0%} of its training")
-        elif not _run(name, trainer, state, budget, deadline, save_every, report):
-            return False
-        trainer.finish(out)
-        state.unlink(missing_ok=True)
-        del trainer
+        with _alone(out, name):
+            recipe, state = RECIPES[name].without(skip_lessons), out / "state" / f"{name}.safetensors"
+            if _finished(out, name):
+                report(f"{name}: finished before")
+                state.unlink(missing_ok=True)  # of a run that ended between the two
+                continue
+            clips = clips or Pool(pool, seed, device)
+            run = Run(seed, batch or recipe.batch, pool, steps, skip_lessons)
+            torch.manual_seed(seed)  # for the first weights
+            trainer = Trainer(_make(recipe, clips, out, init, fresh=not state.is_file()), recipe, run)
+            if state.is_file():
+                trainer.load(state)
+                report(f"{name}: continues from {state}" + (", --init is not read" if init else ""))
+            count = sum(weight.numel() for weight in trainer.weights.values())
+            report(f"{name}: {count:,} weights, step {trainer.step}, {device}")
+            budget = None if minutes is None else minutes * 60 * recipe.share / sum(RECIPES[n].share for n in names)
+            if ship and trainer.step:
+                report(f"{name}: shipped at step {trainer.step}, {trainer.progress:.0%} of its training")
+            elif not _run(name, trainer, state, budget, deadline, save_every, report):
+                return False
+            trainer.finish(out)
+            state.unlink(missing_ok=True)
+            del trainer
     return True
+
+
+@contextmanager
+def _alone(out: Path, name: str) -> Iterator[None]:
+    """Two processes that train one stage would each ship what the other's later stages do not fit."""
+    lock = FileLock(out / f".{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SettingsError(f"{out}: another process trains {name}. Wait until it has ended, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool) -> Stage:
@@ -451,10 +471,12 @@ def _run(
                     f"{state} to start again, with another --seed or a larger --batch."
                 )
             reported = now
-        if now > deadline or now - saved > save_every:
+        unplanned = budget is not None and trainer.lesson == len(trainer.plan)
+        over = now > deadline and not (unplanned and here <= _UNTIMED_STEPS)  # else short calls would never plan
+        if over or now - saved > save_every:
             trainer.save(state)
             saved = now
-        if now > deadline and not trainer.done:
+        if over and not trainer.done:
             report(f"{name}: stopped at step {trainer.step}; run again to continue")
             return False
     return True
@@ -473,8 +495,11 @@ def main(arguments: Any) -> None:
     for folder in (arguments.out, *([arguments.pack.parent] if arguments.pack else [])):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another place.") from None
+            raise OutputError(
+                f"{folder}: cannot be made or written ({error.strerror}). Choose another place."
+            ) from None
     done = train(arguments.out, names, **options, report=lambda line: print(line, flush=True))
     if not done or not arguments.pack:
         return
