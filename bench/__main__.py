@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
-from runtime.command import add_stage_options, path, run_command, stage_options, unused
+from runtime.command import add_stage_options, checkpoint_path, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _memory(arguments: argparse.Namespace) -> None:
     from bench.report import Report
     from engines.store import Bundle
 
+    _check_numbers(arguments)
     bundle = Bundle.open(arguments.bundle or random_bundle(arguments.size))
     settings = _settings(bundle.manifest.defaults, arguments, guided=True)
     machine = describe_machine(bundle)
@@ -114,6 +115,7 @@ def _e2e(arguments: argparse.Namespace) -> None:
 
     _check_numbers(arguments)
     setup, asked = _setup(arguments, arguments.repeats, lambda: [random_bundle(arguments.size)])
+    _check_windows(setup)
     if setup.checkpoint is None and setup.size == "golden":
         setup = replace(setup, checkpoint=random_checkpoint("golden"))
     place = e2e.Place.here()
@@ -157,6 +159,16 @@ def _setup(
     return setup, {**asked, **settings.to_dict()}
 
 
+def _check_windows(setup: "Setup") -> None:
+    """What a video takes is reckoned from windows of one length."""
+    frames, window = setup.settings.num_frames, setup.settings.sr1_window
+    if "sr1" in setup.stages and frames > window and (frames - 1) % (window - 1):
+        raise SettingsError(
+            f"--keyframes {setup.settings.keyframes}: sr1's last window would be shorter than the others, which is not "
+            "counted; allowed: 2, 8, 15, 22 and so on, or --stages without sr1."
+        )
+
+
 def _described(bundles: Sequence[Any]) -> dict[str, dict[str, Any]]:
     from bench.machine import describe_bundle
 
@@ -168,12 +180,15 @@ def _gpu(arguments: argparse.Namespace) -> None:
     from bench.machine import describe_host
     from bench.report import Report
 
-    if arguments.minutes <= 0:
+    _check_numbers(arguments)
+    if not arguments.minutes > 0:
         raise SettingsError(f"--minutes {arguments.minutes:g}; allowed: above 0.")
     parts = _choices("parts", arguments.parts, gpu.PARTS)
     card = kernels.describe_gpu(kernels.torch_with_gpu())
     clock = gpu.Clock(arguments.minutes)
     setup, asked = _setup(arguments, repeats=3)
+    if "e2e" in parts:
+        _check_windows(setup)
     _check_card_is_used(setup.bundles)
     asked = {"minutes": arguments.minutes, "parts": parts, **asked}
     conditions = {"machine": describe_host(), "gpu": card, **_described(setup.bundles), "run": asked}
@@ -353,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     add = quality.add_argument
     source = quality.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=path, default=Path("bundle"), help="default: bundle")
-    source.add_argument("--checkpoint", type=path, help="build a bundle of it first; demo, or a folder")
+    source.add_argument("--checkpoint", type=checkpoint_path, help="build a bundle of it first; demo, or a folder")
     add("--prompts", type=int, metavar="N", help="the first N of the list (default: 48, all that are held out)")
     what = "of shape, colour and motion that prompts ask for; the held-out ones are no good any more once chosen by"
     add("--combinations", choices=("held-out", "training"), default="held-out", help=f"{what} (default: %(default)s)")

@@ -140,8 +140,8 @@ def run_baselines(
     kinds: Sequence[str],
     place: Place,
     repeats: int,
-    on_network: Callable[[str, Any], None] = lambda *_: None,
-    on_stage: Callable[[str, list[Contender]], None] = lambda *_: None,
+    on_network: Callable[[str, Any], None],
+    on_stage: Callable[[str, list[Contender]], None],
 ) -> list[Contender]:
     """One network in memory at a time; `on_stage` is called with what there is after every stage."""
     contenders = {kind: Contender(kind) for kind in kinds}

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.errors import EngineError
 from engines.limits import processors
 from engines.memory import GIB
 from engines.tensorrt import installed_version
@@ -61,15 +60,13 @@ def describe_host() -> dict[str, Any]:
 
 def describe_machine(bundle: "Bundle") -> dict[str, Any]:
     """The host, and what the bundle's engines depend on there. Raises EngineError where that is not installed."""
-    if psutil is None:
-        raise EngineError("psutil is not installed. This benchmark needs it: `pip install -e '.[bench]'`.")
     machine = describe_host()
     backends = {entry.backend for entry in bundle.manifest.engines.values()}
     threads = {}
     if _ORT in backends:
-        from runtime.runner_ort import ort  # says what to install where ONNX Runtime is missing
+        from runtime.runner_ort import ort, session_options  # says what to install where ONNX Runtime is missing
 
-        threads[_ORT] = "its default, one per physical core"
+        threads[_ORT] = session_options().intra_op_num_threads or "its default, one per physical core"
         machine["providers_available"] = list(ort.get_available_providers())
     if INDUCTOR in backends:
         from runtime.runner_inductor import torch

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.cost import Cost, steps_table
 from bench.plots import Axis, Chart
-from bench.quality import Task, bootstrap, clips_table, json_rows, middle, percent, percent_range, run_quality
+from bench.quality import Task, bootstrap, clips_table, json_rows, middle, percent, percent_range, run_quality, sheets
 from bench.report import NOTHING, Report, Table, median, number, spread
 from bench.timing import Summary, summarize
 from export.demo.faithfulness import Faithfulness, Prompt
@@ -87,7 +87,7 @@ def compare(task: Task, settings: Mapping[str, Settings], report: Report) -> Non
     def content(results: Mapping[str, PresetResult]) -> tuple[Any, ...]:
         clips = clips_table({preset: result.videos for preset, result in results.items()})
         tables = [table(results), steps_table({preset: settings[preset] for preset in results}, stages), clips]
-        pictures = [picture for preset in results for picture in sorted((task.out / preset).glob("sheet-*.png"))]
+        pictures = [picture for preset in results for picture in sheets(task.out / preset)]
         return to_json(results), tables, {"faithfulness": plot(results)}, pictures
 
     with task.maker() as make:

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from engines.store import Bundle
 from export.demo.faithfulness import ASKED, KEYS, Faithfulness, Prompt, faithfulness
 from export.demo.judge import Reading, read
 from runtime.config import Settings
+from runtime.engine import EnginePool
 from runtime.ops import Frames, clip_to_frames, psnr, resize_frames
 from runtime.pipeline import Show1Pipeline, check_finite, check_run
 from runtime.stages.base import run_base
@@ -220,7 +222,7 @@ class Task:
 
     @contextmanager
     def maker(self) -> Iterator[Callable[[Prompt, Settings], Frames]]:
-        with Show1Pipeline.from_bundle(self.bundle.root, keep_loaded=True) as pipeline:
+        with Show1Pipeline(EnginePool(self.bundle, keep_loaded=True)) as pipeline:
             for engine in self.judged.engines:  # loading is no part of a video's time
                 with pipeline.engines.use(engine):
                     pass
@@ -245,7 +247,7 @@ def judge(task: Task, settings: Settings, reference: Path | None, report: Report
     videos = result["videos"]
     tables = [faithfulness_table(result["faithfulness"]), distance_table(videos), clips_table({"all": videos})]
     numbers = {"videos": json_rows(videos), "faithfulness": asdict(result["faithfulness"])}
-    report.finish(numbers, tables, {}, pictures=sorted(task.out.glob("sheet-*.png")))
+    report.finish(numbers, tables, {}, pictures=sheets(task.out))
 
 
 # One run over a folder of clips
@@ -353,7 +355,7 @@ def _read_clip(file: Path, prompt: Prompt | None = None, frames: bool = True) ->
         with np.load(file) as content:
             clip = {name: content[name] for name in _CLIP if frames or name != "frames"}
         ours = prompt is None or (str(clip["prompt"]) == prompt.prompt and int(clip["seed"]) == prompt.seed)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise OutputError(f"{file} is not a clip of this command ({type(error).__name__}). Move it away.") from None
     if not ours:
         raise OutputError(f"{file} is of another prompt or seed. Choose another folder.")
@@ -411,7 +413,13 @@ def distance_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 def middle(values: Sequence[float]) -> float:
     """The median: of two in the middle their mean, but the finite one where the other is infinite."""
-    return float(np.median(values)) if np.isfinite(values).all() else statistics.median_low(values)
+    found = float(np.median(values))
+    return found if np.isfinite(found) else statistics.median_low(values)
+
+
+def sheets(out: Path) -> list[Path]:
+    """Contact sheets in their order."""
+    return sorted(out.glob("sheet-*.png"), key=lambda sheet: int(sheet.stem.removeprefix("sheet-")))
 
 
 def _contact_sheets(out: Path, rows: Sequence[dict[str, Any]]) -> None:

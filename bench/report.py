@@ -63,8 +63,8 @@ def spread(summary: Summary | None, scale: float = 1) -> str:
     return f"{number(summary.p10 * scale)}-{number(summary.p90 * scale)}"
 
 
-def share(part: float | None, whole: float) -> str:
-    return NOTHING if part is None else f"{number(100 * part / whole, 2)} %"
+def share(part: float, whole: float) -> str:
+    return f"{number(100 * part / whole, 2)} %"
 
 
 def facts(values: Mapping[str, Any]) -> str:

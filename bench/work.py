@@ -156,11 +156,10 @@ def matrix_rate(device: str, dtype: str, repeats: int = 10) -> float:
     a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     if device == "cuda":
         times = measure_gpu(lambda: a @ b, 3, repeats, graph=False)
-    else:
-        times = [timed.seconds for timed in measure(lambda: a @ b, 3, repeats)]
-    if device == "cuda":
         del a, b
         torch.cuda.empty_cache()  # other libraries than torch have to find their memory
+    else:
+        times = [timed.seconds for timed in measure(lambda: a @ b, 3, repeats)]
     summary = summarize(times)
     assert summary is not None
     return 2 * size**3 / summary.median

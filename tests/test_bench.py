@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.__main__ import _settings, main
-from bench.exporter import run_export
+from bench.exporter import bundle_of, run_export
 from bench.latency import Cascade, EngineCall, StageResult, StageRun, _guided, loop_lengths, tables, total_wall
 from bench.machine import describe_host, describe_machine, device, git_commit
 from bench.report import Table, check_output, facts, number, share, spread, write_json, write_text
@@ -21,6 +22,7 @@ from bench.timing import Summary, measure, summarize
 from engines.errors import EngineError, OutputError, SettingsError
 from engines.memory import peak_memory
 from engines.store import Bundle
+from runtime.command import checkpoint_path
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, Settings
 from runtime.engine import EnginePool
 
@@ -166,13 +168,15 @@ def test_what_is_compared_with_the_reference_runs_whole_guided_steps(preset: str
     assert _settings(own, asked).sr1.cache_interval == (2 if preset == "fast" else 1)
 
 
-def test_conditions_name_what_runs_and_no_path(bundle: Path) -> None:
+def test_conditions_name_what_runs_and_no_path(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps(describe_machine(Bundle.open(bundle)))
     assert str(ROOT) not in text
     machine = json.loads(text)
     assert machine["cores"]["logical"] >= 1
     assert list(machine["threads"]) == ["onnxruntime"] and "CPUExecutionProvider" in machine["providers_available"]
     assert {"onnxruntime", "onnxruntime-gpu"} & set(describe_host()["backends"])
+    monkeypatch.setattr("runtime.runner_ort.processors", lambda: 1)  # fewer than the machine has
+    assert describe_machine(Bundle.open(bundle))["threads"] == {"onnxruntime": 1}
     assert peak_memory() > 2**20
 
 
@@ -214,10 +218,19 @@ def test_results_tell_no_folder_of_this_machine_and_others_stay_as_they_are(
     assert (tmp_path / "x.md").read_text() == f"./bundle . {ROOT}-2/bundle ~/x.mp4 /home/meg/x.mp4"
 
 
+@pytest.fixture
+def no_git_of_its_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks and `git rebase -x` name their repository in the environment, which goes before -C."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_git_of_its_callers")
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
 
 
+@pytest.mark.usefixtures("no_git_of_its_callers")
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_the_checkouts_own_and_results_are_no_change(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@localhost"]
@@ -240,6 +253,15 @@ exporter.run_export = lambda *words, clock: None
 exporter.random_checkpoint("golden")
 sys.exit("torch" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_folder_named_demo_is_not_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("bench.exporter.run_export", lambda *words: asked.append(words[2]))
+    monkeypatch.chdir(tmp_path)
+    for given in ("demo", "./demo", "demo/"):
+        bundle_of(checkpoint_path(given))
+    assert asked == ["demo", tmp_path / "demo", tmp_path / "demo"]
 
 
 def test_without_a_clock_the_exporter_itself_tells_what_failed(

@@ -34,6 +34,13 @@ from runtime.config import Settings
 
 pytestmark = pytest.mark.torch
 
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the bundle's engines are, whatever card is here."""
+    monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cpu", "float32")))
+
+
 INTERP = {"interp": Work(Calls("interp", 14, (2, 7, 5, 8, 8)), 10**12)}  # two gaps, seven steps each in the reference
 
 
@@ -168,6 +175,10 @@ def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
     [
         (["--baseline", "jax"], "--baseline jax; allowed: all, none, eager, compile, xformers."),
         (["--baseline", "eager,xformers"], "--baseline xformers: not installed. `pip install xformers`"),
+        (
+            ["--keyframes", "4"],
+            "--keyframes 4: sr1's last window would be shorter than the others, which is not counted",
+        ),
         (["--stages", "base", "--size", "published"], "{bundle}: base reads text of 64 channels, the networks to"),
     ],
 )

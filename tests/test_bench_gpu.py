@@ -177,6 +177,8 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
     ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes 0; allowed: above 0."),
+        (["--minutes", "nan"], "--minutes nan; allowed: above 0."),
+        (["--seed", "-1"], "seed is -1; allowed: 0 to 18446744073709551615."),
         (["--parts", "engines,fans"], "--parts fans; allowed: all, rates, kernels, engines, e2e, memory."),
     ],
 )
@@ -277,6 +279,7 @@ def test_the_command_writes_what_its_parts_measured(
 ) -> None:
     monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
     monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {"name": "NVIDIA Test"})
+    monkeypatch.setattr("bench.__main__.find_gpus", list)
     out = tmp_path / "gpu.json"
     options = ["--video", "64x64", "--keyframes", "2", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2"]
     assert main(["gpu", "--parts", "memory", "--bundle", str(bundle), *options, "--out", str(out)]) == 0

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def test_engines_and_runtime_import_without_what_only_the_exporter_needs() -> No
     in_fresh_interpreter(BLOCK + "".join(f"import {name}\n" for name in names))
 
 
-@pytest.mark.parametrize("module", ["runtime", "runtime.pipeline", "runtime.cli"])
+@pytest.mark.parametrize("module", ["runtime.pipeline", "runtime.cli"])
 def test_importing_the_runtime_loads_no_exporter_library(module: str) -> None:
     # Here they are installed and could be loaded unnoticed.
     loaded = json.loads(in_fresh_interpreter(f"import json, sys, {module}\nprint(json.dumps(sorted(sys.modules)))"))
@@ -82,10 +83,9 @@ def test_importing_the_runtime_loads_no_exporter_library(module: str) -> None:
     assert {name.partition(".")[0] for name in loaded} & set(EXPORT_ONLY) == set()
 
 
-@pytest.mark.parametrize("module", ["runtime", "runtime.cli"])
-def test_importing_takes_less_than_half_a_second(module: str) -> None:
-    code = f"import time\nstart = time.perf_counter()\nimport {module}\nprint(time.perf_counter() - start)"
-    assert min(float(in_fresh_interpreter(code)) for _ in range(3)) < 0.5
+def test_a_typing_error_is_answered_before_anything_large_is_loaded() -> None:
+    loaded = json.loads(in_fresh_interpreter("import json, sys, runtime.cli\nprint(json.dumps([*sys.modules]))"))
+    assert {"av", "onnxruntime", "tokenizers", "tqdm"} & set(loaded) == set()
 
 
 @pytest.mark.parametrize("package", ARROWS)
@@ -118,14 +118,6 @@ def test_engines_and_runtime_never_name_an_exporter_library(package: str) -> Non
     assert all(line in (f"{ON_TORCH} imports torch", f"{ON_TORCH} imports torch.Tensor") for line in wrong)
 
 
-def test_no_module_of_the_runtime_imports_torch_before_an_engine_asks_for_it() -> None:
-    """Inside functions alone: `runtime.engine` and `runtime.doctor` name the module that has torch."""
-    for module, path in modules("runtime"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        at_import = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert ON_TORCH not in at_import, module
-
-
 def test_videos_are_judged_without_what_training_needs() -> None:
     in_fresh_interpreter(BLOCK + "import export.demo.captions, export.demo.judge, export.demo.faithfulness")
 
@@ -133,7 +125,8 @@ def test_videos_are_judged_without_what_training_needs() -> None:
 def test_without_torch_an_engine_of_inductor_says_what_to_install() -> None:
     code = "from pathlib import Path\nfrom runtime.engine import open_runner\n"
     code += "open_runner('inductor', Path('x.pt2'), 'fp32')\n"
-    process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True)
+    plain = {**os.environ, "PYTHON_COLORS": "0"}
+    process = subprocess.run([sys.executable, "-c", BLOCK + code], cwd=ROOT, capture_output=True, text=True, env=plain)
     assert "EngineError: torch is not usable (No module" in process.stderr
     assert "pip install -e '.[inductor]'" in process.stderr
 

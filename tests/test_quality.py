@@ -247,6 +247,24 @@ def test_a_file_that_is_no_clip_is_refused(tmp_path: Path, content: bytes) -> No
         quality.describe_clips(tmp_path / "nowhere")
 
 
+def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
+    quality.run_quality(PROMPTS[:2], gray, tmp_path)
+    clip = quality.clip_file(tmp_path, 0)
+    content = bytearray(clip.read_bytes())
+    name = content.index(b"frames.npy")
+    header = name - 30  # of a zip's member: the length of what follows the name is its last number
+    content[name + 10 + int.from_bytes(content[header + 28 : name], "little")] = 0xFF  # no kind of block
+    clip.write_bytes(content)
+    with pytest.raises(OutputError, match=r"00\.npz is not a clip of this command \(error\)"):
+        quality.run_quality(PROMPTS[:2], pytest.fail, tmp_path)
+
+
+def test_sheets_are_in_their_order(tmp_path: Path) -> None:
+    for number in (10, 2, 0):
+        (tmp_path / f"sheet-{number}.png").touch()
+    assert [sheet.name for sheet in quality.sheets(tmp_path)] == ["sheet-0.png", "sheet-2.png", "sheet-10.png"]
+
+
 def test_a_clip_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"00\.npz: cannot be written .*Choose another --out"):
         quality.run_quality(PROMPTS[:2], gray, tmp_path / "nowhere")
@@ -256,6 +274,7 @@ def test_the_median_of_an_equal_video_and_another_is_not_equal() -> None:
     assert quality.middle([20.0, math.inf]) == 20.0
     assert quality.middle([20.0, math.inf, math.inf]) == math.inf
     assert quality.middle([20.0, 30.0]) == 25.0
+    assert quality.middle([20.0, 30.0, 40.0, math.inf]) == 35.0
 
 
 def test_the_worst_video_is_the_least_like_the_reference_and_the_one_that_flickers_most() -> None:
