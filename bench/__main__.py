@@ -55,6 +55,11 @@ def _out(arguments: argparse.Namespace, benchmark: str, *parts: str) -> Path:
     return arguments.out or unused(RESULTS / "-".join([benchmark, *parts, f"{datetime.now(UTC):%Y-%m-%d}.json"]))
 
 
+def _networks(arguments: argparse.Namespace) -> list[str]:
+    """The size of random networks, to name a result by."""
+    return [] if arguments.bundle else [arguments.size]
+
+
 def _size(settings: Settings) -> str:
     return "{}x{}".format(*settings.size)
 
@@ -75,7 +80,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     machine = describe_machine(bundle)
     counts = (arguments.seed, arguments.warmup, arguments.repeats)
     asked = latency.describe_run(settings, stages, arguments.preset, *counts)
-    out = _out(arguments, "latency", device(bundle, machine), _size(settings), arguments.preset)
+    out = _out(arguments, "latency", device(bundle, machine), *_networks(arguments), _size(settings), arguments.preset)
     conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
     report = Report("latency", out, conditions, arguments.markdown)
 
@@ -99,7 +104,7 @@ def _memory(arguments: argparse.Namespace) -> None:
     settings = _settings(bundle.manifest.defaults, arguments, guided=True)
     machine = describe_machine(bundle)
     asked = {"preset": arguments.preset, "seed": arguments.seed, "interval_s": memory.INTERVAL, **settings.to_dict()}
-    out = _out(arguments, "memory", device(bundle, machine), _size(settings), arguments.preset)
+    out = _out(arguments, "memory", device(bundle, machine), *_networks(arguments), _size(settings), arguments.preset)
     conditions = {"machine": machine, "bundle": describe_bundle(bundle), "run": asked}
     report = Report("memory", out, conditions, arguments.markdown)
     result = memory.run_memory(bundle, settings, arguments.seed)

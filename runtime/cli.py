@@ -85,8 +85,9 @@ def _doctor(_: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     # Heavy imports wait until arguments have been read: --help and a typing error answer at once.
+    from runtime.noise import NoiseStream
     from runtime.ops import clip_to_frames
-    from runtime.pipeline import Show1Pipeline, check_prompt
+    from runtime.pipeline import Show1Pipeline, check_prompt, check_run
     from runtime.video import check_output, save_video
 
     prompt = " ".join(arguments.prompt)
@@ -100,6 +101,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         **stage_options(arguments),
     )
+    check_run(pipeline.engines.bundle, settings)
+    NoiseStream(arguments.seed)  # raises for one out of range
     if arguments.save_stages:
         _prepare_stages(arguments.save_stages)
     check_output(arguments.out or _free_name(prompt, arguments.seed))

@@ -212,6 +212,8 @@ def test_png_frames_and_a_cut_prompt(generate: Callable[..., Result]) -> None:
         (["--out", "st/SR1.mp4", "--save-stages", "st"], "st/SR1.mp4 is where --save-stages keeps what SR1 made."),
         (["--bundle", "nowhere", "--save-stages", "st"], "nowhere: no manifest.json there"),
         (["--size", "1" * 5000 + "x64", "--save-stages", "st"], "allowed: WIDTHxHEIGHT"),
+        (["--seed", "-1", "--save-stages", "st"], "seed is -1; allowed: 0 to"),
+        (["--keyframes", "65", "--save-stages", "st"], "base/step: frames 65 (built for"),
         (["--bundle", "taken"], "taken: no manifest.json there, so it is not a bundle. Make one with"),
         (["--bundle", "nowhere"], "nowhere: no manifest.json there, so it is not a bundle. Make one with"),
     ],
