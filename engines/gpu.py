@@ -60,6 +60,13 @@ def wheel_folders(name: str) -> list[str]:
     return [f"{home}/cu{CUDA[0]}/{name}" for home in (spec.submodule_search_locations if spec else None) or ()]
 
 
+def why_no_onnxruntime(gpu: Gpu) -> str | None:
+    """Why onnxruntime-gpu does not run on a card, or None."""
+    if gpu.capability[0] in (10, 11):  # its wheel (1.31) has kernels for 7.5, 8.x, 9.0 and 12.x, and no PTX
+        return f"onnxruntime-gpu has no kernels for {gpu.name} ({gpu.target}): build with --engine inductor"
+    return old_driver(gpu, "onnxruntime-gpu")
+
+
 def old_driver(gpu: Gpu, library: str, built_with: tuple[int, int] = CUDA) -> str | None:
     """Why a library built with a version of CUDA does not run by a card's driver, or None."""
     if gpu.driver >= (built_with[0], 0):  # minor versions run each other's

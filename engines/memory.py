@@ -9,7 +9,7 @@ GIB = 2**30  # bytes
 
 # ONNX Runtime, torch, the C++ libraries of GNU and Microsoft, Windows by number: its text is in the user's language.
 _SHORT = re.compile(
-    r"out of memory|not enough memory|failed to allocate|allocate memory|bad.alloc|alloc(ation)?_failed|"
+    r"out ?of ?memory|not enough memory|failed to allocate|allocate memory|bad.alloc|alloc(ation)?_failed|"
     r"smaller than requested bytes|CUDA Error: 2\b|(os error|WinError|<)\s?1455",
     re.IGNORECASE,
 )

@@ -349,7 +349,8 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         help="engines built side by side (default: what processors and memory allow; on a GPU 1 of ONNX Runtime's and, "
-        "without autotuning, 1 of inductor's for every 12 GiB; always 1 of inductor's that are autotuned)",
+        "without autotuning, 1 of inductor's for every 12 GiB; always 1 of tensorrt's and of inductor's that are "
+        "autotuned)",
     )
 
     download = commands.add_parser("download", help="fetch the published checkpoints from Hugging Face (tens of GB)")

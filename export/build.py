@@ -97,6 +97,8 @@ def build(
         if backend.name == INDUCTOR and backend.targets[0].startswith("sm"):
             # Where kernels are chosen by timing, one engine at a time has the GPU.
             jobs = 1 if backend.autotune else jobs or max(1, int(find_gpus()[0].memory / _ON_CARD + 0.05))
+        elif backend.name == "tensorrt":
+            jobs = 1  # its builder times kernels on the card, too
         elif pending and backend.name == compile_ort.BACKEND:
             from runtime.runner_ort import tries_cuda  # ONNX Runtime: other backends do without
 

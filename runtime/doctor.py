@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from engines.errors import Show1Error, install
-from engines.gpu import TURING, Gpu, find_gpus, old_driver
+from engines.gpu import TURING, Gpu, find_gpus, why_no_onnxruntime
 from engines.memory import GIB
 from engines.tensorrt import (
     FLAVOURS,
@@ -69,7 +69,7 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     result.found["ONNX Runtime"] = f"{ort.__version__} ({', '.join(providers)})"
     on_gpu = "CUDA" in providers and bool(gpus)
-    if on_gpu and (reason := old_driver(gpus[0], "onnxruntime-gpu")):
+    if on_gpu and (reason := why_no_onnxruntime(gpus[0])):
         result.problems.append(
             f"{reason}. Or run on the CPU: `pip uninstall -y onnxruntime-gpu`, then {install('cpu')}."
         )

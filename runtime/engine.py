@@ -1,6 +1,7 @@
 """Loaded engines on any backend, and the pool that decides which are in memory."""
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from engines.manifest import EngineEntry
 from engines.memory import is_short_of_memory, return_memory
 from engines.spec import GraphSpec
 from engines.store import Bundle
-from runtime.runner import Array, Loop, LoopRunner, LoopStart, PartsRunner, Runner
+from runtime.runner import Array, Loop, LoopRunner, LoopStart, Runner
 
 INDUCTOR = "inductor"
 
@@ -183,9 +184,8 @@ def _in_parts(
     if "sample" not in feeds:
         return runner.infer(feeds, wanted)
     batch, _, frames, height, width = feeds["sample"].shape
-    size = spec.samples_at_once(frames=frames, height=height, width=width)
-    if isinstance(runner, PartsRunner):
-        size = int(min(size, max(1, runner.positions_at_once / (frames * height * width))))  # `//` makes a NaN of inf
+    most = getattr(runner, "positions_at_once", math.inf) / (frames * height * width)  # `//` makes a NaN of inf
+    size = int(min(spec.samples_at_once(frames=frames, height=height, width=width), max(1, most)))
     if size >= batch:
         return runner.infer(feeds, wanted)
     parts = [

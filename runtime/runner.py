@@ -15,7 +15,10 @@ Array = NDArray[Any]
 
 
 class Runner(Protocol):
-    """One loaded plan. `infer` takes and gives arrays in the bindings' own types; by default all outputs."""
+    """One loaded plan. `infer` takes and gives arrays in the bindings' own types; by default all outputs.
+
+    One with a number `positions_at_once` should not get more frames x pixels in a call, of several samples.
+    """
 
     def infer(self, feeds: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]: ...
 
@@ -41,13 +44,6 @@ class LoopStart:
     guidance: Array  # float32 [N], the scale of each step: `sampler.guidance_scales`
     whole: Array  # bool [N], whether a step runs the whole network or `shallow`: `sampler.whole_steps`
     condition: Array | None  # float32 [B, K, F, H, W]
-
-
-@runtime_checkable
-class PartsRunner(Protocol):
-    """A runner that should not get more than `positions_at_once` frames x pixels in a call, of several samples."""
-
-    positions_at_once: float
 
 
 @runtime_checkable

@@ -99,6 +99,8 @@ class OrtRunner:
                 options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if half else levels.ORT_ENABLE_BASIC
                 options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
                 options.enable_cpu_mem_arena = not once  # it would keep room for the largest
+        if not on_cpu and (reason := old_driver(find_gpus()[0], "onnxruntime-gpu")):
+            raise _idle(reason)
         try:
             # Without its fallback, by which it would go on on the CPU after a failure, and say so on stdout.
             self._session = ort.InferenceSession(str(plan), options, providers=providers, enable_fallback=0)
@@ -106,12 +108,8 @@ class OrtRunner:
             raise load_error(plan, f"ONNX Runtime {ort.__version__}", error) from None
         if len(providers) > 1 and _CUDA not in self._session.get_providers():
             # It would go on on the CPU, hours instead of minutes.
-            why = old_driver(find_gpus()[0], "onnxruntime-gpu") or (
+            raise _idle(
                 f"it did not find the CUDA libraries that it needs for this GPU, which {install('cuda')} brings"
-            )
-            raise EngineError(
-                f"ONNX Runtime {ort.__version__} does not run on the GPU: {why}. To run on the CPU: `pip uninstall -y "
-                f"onnxruntime-gpu`, then {install('cpu')}."
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -124,6 +122,13 @@ class OrtRunner:
 
     def close(self) -> None:
         del self._session
+
+
+def _idle(why: str) -> EngineError:
+    return EngineError(
+        f"ONNX Runtime {ort.__version__} does not run on the GPU: {why}. To run on the CPU: `pip uninstall -y "
+        f"onnxruntime-gpu`, then {install('cpu')}."
+    )
 
 
 def _weight_bytes(plan: Path) -> int:

@@ -1084,6 +1084,17 @@ def test_on_a_gpu_onnx_runtimes_engines_are_built_one_at_a_time_unless_asked(
     assert noted == [built]
 
 
+@pytest.mark.parametrize(("flavour", "built"), [("tensorrt", 1), (RTX, 2)])
+def test_what_times_kernels_on_the_card_has_it_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, built: int
+) -> None:
+    """TensorRT-RTX builds without a card."""
+    noted: list[int | None] = []
+    monkeypatch.setattr("export.build.build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    build_text_encoders(checkpoint, tmp_path / "out", jobs=2, backend=Backend(flavour, ("sm90",)))
+    assert noted == [built]
+
+
 def test_a_move_waits_for_what_looks_into_new_files_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename, looks = os.replace, iter(range(2))
 

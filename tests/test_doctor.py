@@ -91,6 +91,13 @@ def test_a_card_with_everything_runs_tensorrt_rtx(machine) -> None:
     assert not found.problems and not found.hints
 
 
+def test_a_card_without_kernels_in_onnx_runtimes_wheel_is_not_promised_any(machine) -> None:
+    blackwell = Gpu("NVIDIA B200", (10, 0), 180 * 2**30, (13, 0))
+    found = machine([blackwell], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
+    assert "onnxruntime (CUDA)" not in found.runs
+    assert any("no kernels for NVIDIA B200 (sm100): build with --engine inductor" in line for line in found.problems)
+
+
 def test_tensorrt_without_what_it_runs_by_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(flavour: str) -> None:
         raise EngineError(f"{flavour} is not usable.")

@@ -1,5 +1,6 @@
 """Running engines: types at the border, and what is said of plans and inputs that do not run."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -220,9 +221,10 @@ def test_a_gpu_that_is_there_is_not_left_idle_in_silence(wheel, tmp_path: Path, 
     wheel(False, 0)
     OrtRunner(tmp_path / "step.onnx")
     assert len(caplog.records) == 1, "who wants none is not told"
-    wheel(False, 1, driver=(12, 4))
+    session = wheel(True, 1, driver=(12, 4))  # which a session would tell in CUDA's words
     with pytest.raises(EngineError, match=r"driver is for CUDA 12\.4, onnxruntime-gpu needs 13\.0: install a newer"):
         OrtRunner(tmp_path / "step.onnx")
+    assert not session.asked
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "arm64", "x86_64"])
@@ -462,6 +464,23 @@ def test_a_plan_that_fails_on_its_card_is_told_in_a_line(tmp_path: Path, monkeyp
     monkeypatch.setattr(card, "activate", fail)
     with pytest.raises(BundleError, match=r"step\.plan: tensorrt-rtx cannot load it \(a kernel was not launched\)"):
         on_card(card, tmp_path, monkeypatch)
+
+
+def test_a_card_that_is_too_small_for_a_plan_is_told_from_what_tensorrt_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        logging.getLogger("Polygraphy").error("[E] Error Code 2:\n OutOfMemory (Requested size was 9532 bytes.)")
+        raise RuntimeError("Could not deserialize engine. See log for details.")
+
+    card = Polygraphy()
+    monkeypatch.setattr(card, "infer", fail)
+    with pytest.raises(EngineError, match=r"^TensorRT failed: \[E\] Error Code 2: OutOfMemory"):
+        on_card(card, tmp_path, monkeypatch).infer({})
+    monkeypatch.setattr(card, "activate", fail)
+    with pytest.raises(EngineError, match=r"step\.plan: too little memory to load it \(\[E\] Error Code 2: OutOfMem"):
+        on_card(card, tmp_path, monkeypatch)
+    assert capsys.readouterr().err == ""
 
 
 def test_polygraphy_logs_elsewhere_than_where_results_go() -> None:
