@@ -72,6 +72,8 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
     spec, device = graph.spec, "cpu" if target.startswith("cpu") else "cuda"
     options: dict[str, Any] = {
         "aot_inductor.package": True,
+        # Beside the library, which a process keeps to its end: of weights in it the disk would be kept, too.
+        "aot_inductor.package_constants_on_disk_format": "binary_blob",
         "aot_inductor.metadata": {
             key: " ".join(binding.name for binding in bindings)
             for key, bindings in zip(BINDINGS, (spec.inputs, spec.outputs), strict=True)

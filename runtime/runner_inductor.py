@@ -7,6 +7,7 @@ someone follows the steps, the sample.
 
 import contextlib
 import gc
+import os
 import platform
 import shlex
 import shutil
@@ -14,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from engines.catalog import DEEP
 from engines.errors import EngineError, Show1Error, install
 from engines.gpu import TURING, Gpu, find_gpus, old_driver
+from engines.limits import available_memory
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
@@ -292,14 +293,20 @@ class InductorRunner:
 
     def __init__(self, plan: Path):
         _check_room(plan)
+        # torch unpacks it there, reads kernels from there at their first launch, and leaves all where loading fails.
+        self._unpacked = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         try:
-            # On the caller's thread and stream alone: what a CUDA graph can capture.
-            with _unasked():
-                self._package = torch._inductor.aoti_load_package(str(plan), run_single_threaded=True)
+            # What torch's own function ends in, less its questions to a compiler and a second try with what failed. On
+            # the caller's thread and stream alone (True), one runner: what a CUDA graph can capture.
+            with _temporary_files_in(self._unpacked.name):
+                self._package = torch._C._aoti.AOTIModelPackageLoader(str(plan), "model", True, 1, -1)
             metadata = self._package.get_metadata()
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
-            raise load_error(plan, f"torch {torch.__version__}", error) from None
+            self._unpacked.cleanup()
+            # torch says only what call has failed.
+            reason = MemoryError("out of memory") if _is_too_large(plan) else error
+            raise load_error(plan, f"torch {torch.__version__}", reason) from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()
@@ -307,8 +314,7 @@ class InductorRunner:
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the device, in and out; outputs may be views."""
-        outputs = self._package(*(feeds[name] for name in self.inputs))
-        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        outputs = self._package.boxed_run([feeds[name] for name in self.inputs])
         return dict(zip(self._outputs, outputs, strict=True))
 
     def infer(self, feeds: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]:
@@ -356,6 +362,7 @@ class InductorRunner:
             loop.close()
         self._loops.clear()
         del self._package
+        self._unpacked.cleanup()
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -371,18 +378,23 @@ def _check_room(plan: Path) -> None:
         )
 
 
+def _is_too_large(plan: Path) -> bool:
+    """For the memory that is free where packages of this machine lie."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
+    return plan.is_file() and plan.stat().st_size > free
+
+
 @contextlib.contextmanager
-def _unasked() -> Iterator[None]:
-    """torch would ask what this processor can do, by programs that it compiles and runs, and warn of a difference from
-    the one that built the package: that takes seconds in every process, and a compiler. `why_unusable` has told what
-    matters."""
-    codecache: Any = import_module("torch._inductor.codecache")  # what loads a package imports it too
-    asked = codecache.get_device_information
-    codecache.get_device_information = lambda device_type: {}
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Of torch's C++ part, on Linux and macOS."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
     try:
         yield
     finally:
-        codecache.get_device_information = asked
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
 
 
 @contextlib.contextmanager

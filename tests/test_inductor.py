@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -327,6 +328,29 @@ def test_loading_a_package_compiles_nothing(float32: Bundle, monkeypatch: pytest
     """torch asks what the processor can do in that way, which takes seconds and, on another machine, a compiler."""
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: pytest.fail("asked"))
     InductorRunner(float32.path(float32.engine("interp").graphs["context"].plan)).close()
+
+
+def test_a_package_that_was_closed_leaves_neither_files_nor_the_weights_disk(
+    float32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch never unmaps a library: weights in it would hold its disk until the process ends."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plan = float32.path(float32.engine("interp").graphs["step"].plan)
+    with zipfile.ZipFile(plan) as package:
+        library = next(file.file_size for file in package.infolist() if file.filename.endswith(".so"))
+    assert library < plan.stat().st_size / 2
+    runner = InductorRunner(plan)
+    assert [*tmp_path.rglob("*.so")]
+    runner.close()
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "broken.pt2").write_bytes(plan.read_bytes()[: plan.stat().st_size // 2])
+    with pytest.raises(BundleError, match=r"broken\.pt2: torch .* cannot load it"):
+        InductorRunner(tmp_path / "broken.pt2")
+    monkeypatch.setattr(runner_inductor, "available_memory", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    with pytest.raises(EngineError, match=r"broken\.pt2: too little memory to load it"):
+        InductorRunner(tmp_path / "broken.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.pt2"]
 
 
 def test_a_disk_without_room_to_unpack_a_package_is_told_before(
