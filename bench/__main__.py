@@ -117,9 +117,16 @@ def _e2e(arguments: argparse.Namespace) -> None:
     from bench.kernels import card_name, describe_gpu, torch_with_gpu
     from bench.machine import describe_host, describe_torch
     from bench.report import Report
+    from engines.tensorrt import choose_backend
 
     _check_numbers(arguments)
-    setup, asked = _setup(arguments, arguments.repeats, lambda: [random_bundle(arguments.size)])
+
+    def built() -> list[Path]:
+        if arguments.baseline != "none" and find_gpus() and choose_backend()[0] == "onnxruntime":
+            _check_onnxruntime_uses_it()  # before it is built for, which takes long
+        return [random_bundle(arguments.size)]
+
+    setup, asked = _setup(arguments, arguments.repeats, built)
     _check_windows(setup)
     if setup.checkpoint is None and setup.size == "golden":
         setup = replace(setup, checkpoint=random_checkpoint("golden"))
@@ -289,13 +296,17 @@ def _check_card_is_used(bundles: Sequence[Any]) -> None:
     """What is measured beside torch on a card shall be on it, too."""
     engines = [item for bundle in bundles for item in bundle.manifest.engines.items()]
     if find_gpus() and any(name in DIFFUSION_STAGES and entry.backend == "onnxruntime" for name, entry in engines):
-        from runtime.doctor import onnxruntime_idle
-        from runtime.runner_ort import tries_cuda
+        _check_onnxruntime_uses_it()
 
-        if not tries_cuda():
-            raise EngineError(
-                f"{onnxruntime_idle()}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
-            )
+
+def _check_onnxruntime_uses_it() -> None:
+    from runtime.doctor import onnxruntime_idle
+    from runtime.runner_ort import tries_cuda
+
+    if not tries_cuda():
+        raise EngineError(
+            f"{onnxruntime_idle()}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,7 @@ from bench.timing import Summary, summarize
 from bench.work import BASELINES, Calls, count_flop
 from export.checkpoint import load_vae, load_weights
 from export.modules.unet import ADDED_KV, BLOCKS, MID_BLOCKS, UNetConfig
+from runtime.runner import first_line
 from runtime.stages.text import MAX_TOKENS
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
@@ -363,10 +364,11 @@ def measure_network(
     kinds: Sequence[str],
     repeats: int,
     on_network: Callable[[str, Any], None] = lambda *_: None,
+    is_time_left: Callable[[], bool] = lambda: True,
 ) -> dict[str, Measured]:
     """Time the network as each of `kinds`. Text encoders and autoencoder stay eager throughout, as their users have it.
 
-    `on_network` gets the eager network before it is measured.
+    `on_network` gets the eager network before it is measured. Without time left no further kind is begun.
     """
     results: dict[str, Measured] = {}
     with torch.no_grad():
@@ -374,7 +376,7 @@ def measure_network(
             module = make_network(source, place)
             on_network(source.network, module)
         except RuntimeError as error:  # too little memory for the network itself
-            return dict.fromkeys(kinds, Measured(None, None, _first_line(error)))
+            return dict.fromkeys(kinds, Measured(None, None, f"{type(error).__name__}: {first_line(error)}"))
         if not isinstance(module, ReferenceUNet):
             result = _measure(
                 lambda module=module: [_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1
@@ -383,6 +385,9 @@ def measure_network(
             kinds = ()
         for kind in sorted(kinds, key=BASELINES.index):
             assert scheduler is not None
+            if not is_time_left():
+                results[kind] = Measured(None, None, "the time was up")
+                continue
             results[kind] = _measure(
                 partial(_steps, kind, module, scheduler, calls, place, repeats + 2), place, warmup=2
             )
@@ -406,12 +411,8 @@ def _measure(make_calls: Callable[[], Sequence[Callable[[], Any]]], place: Place
                 place.synchronize()
                 times.append(time.perf_counter() - start)
     except (RuntimeError, NotImplementedError, ValueError) as error:  # too little memory; a shape that xformers refuses
-        return Measured(None, times[0] if times else None, _first_line(error))
+        return Measured(None, times[0] if times else None, f"{type(error).__name__}: {first_line(error)}")
     return Measured(summarize(times[warmup:]), times[0])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _plain_call(module: Any, calls: Calls, place: Place) -> Callable[[], Any]:

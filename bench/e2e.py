@@ -142,6 +142,7 @@ def run_baselines(
     repeats: int,
     on_network: Callable[[str, Any], None],
     on_stage: Callable[[str, list[Contender]], None],
+    is_time_left: Callable[[], bool],
 ) -> list[Contender]:
     """One network in memory at a time; `on_stage` is called with what there is after every stage."""
     contenders = {kind: Contender(kind) for kind in kinds}
@@ -156,6 +157,7 @@ def run_baselines(
                 kinds,
                 repeats,
                 on_network,
+                is_time_left,
             )
         for kind, contender in contenders.items():
             results = {name: by_kind[kind] for name, by_kind in measured.items()}
@@ -218,9 +220,11 @@ def loops(setup: Setup) -> dict[str, int]:
     return {**step_counts(full), "text": 0, **known}
 
 
-def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
-    """Measure; `said(what, result so far)` after every part. Raises SettingsError for a bundle of other networks,
-    and where there is neither bundle nor baseline."""
+def run_e2e(
+    setup: Setup, said: Callable[[str, "Result"], None], is_time_left: Callable[[], bool] = lambda: True
+) -> "Result":
+    """Measure; `said(what, result so far)` after every part, which may end it. Raises SettingsError for a bundle of
+    other networks, and where there is neither bundle nor baseline."""
     if not setup.bundles and not setup.kinds:
         raise SettingsError("nothing to measure: give a --bundle, or a --baseline.")
     precisions = [entry.precision for bundle in setup.bundles for entry in bundle.manifest.engines.values()]
@@ -276,6 +280,7 @@ def run_e2e(setup: Setup, said: Callable[[str, "Result"], None]) -> "Result":
             setup.repeats,
             compare,
             lambda stage, sofar: said(f"baselines: {stage}", result(sofar)),
+            is_time_left,
         )
     return result(baselines)
 

@@ -34,7 +34,7 @@ from runtime.sampler import denoise, guidance_scales, whole_steps
 from runtime.schedulers import make_schedule
 from runtime.stages.diffusion import PromptEmbeds, prompted, scheduler_of
 
-_NOT_HERE = "not installed for this GPU, or not made for it"
+_NOT_HERE = "not installed for this GPU, not made for it, or the second flavour of TensorRT"
 PARTS = ("rates", "kernels", "engines", "e2e", "memory")
 
 
@@ -98,7 +98,9 @@ def run_parts(parts: Sequence[Part], clock: Clock, report: Report) -> list[str]:
             print(f"{part.name}: {error}", file=sys.stderr, flush=True)
         report.save(*content())
         if lost := _empty_card():
-            state |= {later.name: lost for later in parts if later.name not in state}
+            if state[part.name].startswith("done"):
+                state[part.name] += f"; WRONG: {lost}"
+            state |= {later.name: f"not done: {lost}" for later in parts if later.name not in state}
             break
     report.finish(*content())
     return [f"{name} {what}" for name, what in state.items() if not what.startswith("done") or "WRONG" in what]
@@ -121,7 +123,7 @@ def _empty_card() -> str | None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError as error:  # after an access outside of its memory, for instance
-        return f"not done: the card is lost to this process ({first_line(error)}); ask for these --parts by themselves"
+        return f"the card is lost to this process ({first_line(error)}); ask for the --parts after it by themselves"
     return None
 
 
@@ -222,7 +224,8 @@ def backends() -> list[str]:
     except ImportError:
         pass
     if gpus := find_gpus():  # a plan for another card would be found out after minutes, when it is opened
-        found += [flavour for flavour in tensorrt.FLAVOURS if not tensorrt.why_not_here(flavour, gpus[0])]
+        flavours = [flavour for flavour in tensorrt.FLAVOURS if not tensorrt.why_not_here(flavour, gpus[0])]
+        found += flavours[:1]  # Polygraphy serves one of them in a process
     return found + ([INDUCTOR] if tensorrt.installed_version("torch") else [])
 
 
@@ -368,7 +371,7 @@ def e2e(plan: Plan, clock: Clock, save: Callable[[Content], None]) -> Content:
         save(content(result))
         clock.check()
 
-    return content(e2e.run_e2e(setup, said))
+    return content(e2e.run_e2e(setup, said, lambda: clock.left() > 0))
 
 
 def memory(plan: Plan) -> Content:

@@ -207,6 +207,7 @@ class KernelBench:
         try:
             return self.time(call, graph)
         except (ImportError, ValueError, RuntimeError):
+            self.torch.cuda.synchronize()  # raises where it is the card that is lost
             return None
 
     def copy(self, count: int) -> Summary:

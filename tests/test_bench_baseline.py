@@ -187,3 +187,20 @@ def test_a_baseline_whose_loop_cannot_be_made_leaves_the_others(monkeypatch: pyt
     results = measure_network(base, {"_class_name": "DDPMScheduler"}, small, CPU, ["eager", "compile"], 1)
     assert results["eager"].call and results["eager"].call.n == 1
     assert results["compile"].failure == "OutOfMemoryError: too little memory"
+
+
+def test_a_kind_is_not_begun_when_the_time_is_up_and_those_before_it_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([True, False])
+    monkeypatch.setattr(DenoisingLoop, "step", lambda *_: None)
+    small = calls("base", Settings(size=(64, 64), keyframes=2))
+    base = Source("base", CONFIGS["golden"]["base/unet"])
+    results = measure_network(
+        base,
+        {"_class_name": "DDPMScheduler"},
+        small,
+        CPU,
+        ["compile", "eager"],
+        1,
+        is_time_left=lambda: next(left),
+    )
+    assert results["eager"].call and results["compile"].failure == "the time was up"

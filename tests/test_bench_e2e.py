@@ -28,6 +28,7 @@ from bench.latency import EngineCall, StageResult, StageRun
 from bench.timing import Summary
 from bench.work import Calls, Setup, matrix_rate
 from engines.errors import EngineError, SettingsError
+from engines.gpu import Gpu
 from engines.store import Bundle
 from export.random_checkpoint import random_checkpoint
 from runtime.config import Settings
@@ -168,6 +169,19 @@ def test_what_a_bundle_took_is_told_after_every_stage(bundle: Path) -> None:
 def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
     with pytest.raises(SettingsError, match="nothing to measure: give a --bundle, or a --baseline"):
         run_e2e(Setup("golden", None, [], Settings(), ["base"], [], 1, 1), lambda *_: None)
+
+
+def test_nothing_is_built_for_onnx_runtime_where_it_would_leave_the_card_idle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
+    for module in ("bench.__main__", "engines.tensorrt"):
+        monkeypatch.setattr(f"{module}.find_gpus", lambda: [card])
+    monkeypatch.setattr("engines.tensorrt.installed_version", lambda name: None)
+    monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: False)
+    monkeypatch.setattr("bench.exporter.random_bundle", lambda size: pytest.fail("built"))
+    assert main(["e2e"]) == 1
+    assert "ONNX Runtime here leaves the GPU idle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,11 @@ def test_a_wrong_result_is_no_success(report: Report) -> None:
 
 
 def test_a_card_that_is_lost_ends_the_run(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_empty_card", lambda: "not done: the card is lost")
+    monkeypatch.setattr(gpu, "_empty_card", lambda: "the card is lost")
     parts = [gpu.Part("kernels", lambda *_: ({}, [], {})), gpu.Part("engines", lambda *_: pytest.fail("begun"))]
-    assert gpu.run_parts(parts, gpu.Clock(1), report) == ["engines not done: the card is lost"]
+    kernels, engines = gpu.run_parts(parts, gpu.Clock(1), report)
+    assert kernels.startswith("kernels done in ") and kernels.endswith("; WRONG: the card is lost")
+    assert engines == "engines not done: the card is lost"
 
 
 def test_what_an_export_says_is_passed_on_and_its_error_told(
@@ -236,6 +238,8 @@ def test_plans_are_built_for_a_card_that_they_are_made_for(
     monkeypatch.setattr(gpu, "find_gpus", lambda: [card])
     monkeypatch.setattr(gpu.tensorrt, "installed_version", lambda name: "1" if name == "tensorrt-rtx" else None)
     assert [backend for backend in gpu.backends() if backend != "onnxruntime"] == found
+    monkeypatch.setattr(gpu.tensorrt, "installed_version", lambda name: "1" if "tensorrt" in name else None)
+    assert len([backend for backend in gpu.backends() if "tensorrt" in backend]) == 1, "one to a process"
 
 
 @pytest.mark.parametrize(("error", "goes_on"), [(EngineError("no kernel"), True), (gpu.TimeIsUp("late"), False)])

@@ -31,6 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.KernelBench]:
     monkeypatch.setattr(kernels, "measure_gpu", measure)
     monkeypatch.setattr(kernels.KernelBench, "stream", None)
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(
         kernels, "ATTENTION_SHAPES", [replace(s, height=1, width=2) for s in kernels.ATTENTION_SHAPES[::4]]
     )

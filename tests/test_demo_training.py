@@ -665,6 +665,32 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
     assert planned[1] == 90  # begun after 35 s, so it has 45
 
 
+def test_a_state_saved_among_the_timed_steps_is_none_of_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take 1 s, a save 20."""
+    now = 0.0
+
+    def advance(trainer: Trainer) -> torch.Tensor:
+        nonlocal now
+        now += 1
+        return step(trainer)
+
+    def save(trainer: Trainer, path: Path) -> None:
+        nonlocal now
+        now += 20
+        write(trainer, path)
+
+    step, write = Trainer.advance, Trainer.save
+    monkeypatch.setattr(Trainer, "advance", advance)
+    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr("export.demo.train._now", lambda _: now)
+    lines: list[str] = []
+    assert train(tmp_path, ["text"], minutes=2, batch=1, pool=4, save_every=15.0, report=lines.append)
+    (planned,) = (line for line in lines if "steps planned" in line)
+    assert planned.startswith("text: lesson 1: 1.000 s a step")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch's CUDA build")
 def test_a_captured_step_learns_what_a_plain_one_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

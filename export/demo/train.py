@@ -475,7 +475,8 @@ def _run(
         over = now > deadline and not (unplanned and here <= _UNTIMED_STEPS)  # else short calls would never plan
         if over or now - saved > save_every:
             trainer.save(state)
-            saved = now
+            saved = _now(trainer)
+            timed += saved - now  # which is none of the lesson's steps
         if over and not trainer.done:
             report(f"{name}: stopped at step {trainer.step}; run again to continue")
             return False
