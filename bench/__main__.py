@@ -117,20 +117,23 @@ def _e2e(arguments: argparse.Namespace) -> None:
     from bench.kernels import card_name, describe_gpu, torch_with_gpu
     from bench.machine import describe_host, describe_torch
     from bench.report import Report
+    from bench.work import STAGES
     from engines.tensorrt import choose_backend
 
     _check_numbers(arguments)
 
-    def built() -> list[Path]:
-        if arguments.baseline != "none" and find_gpus() and choose_backend()[0] == "onnxruntime":
-            _check_onnxruntime_uses_it()  # before it is built for, which takes long
+    place = e2e.Place.here()
+
+    def built() -> list[Path]:  # which takes long: what would be refused afterwards is refused before
+        _check_windows(_settings({}, arguments, guided=True), _choices("stages", arguments.stages, STAGES))
+        if place.device == "cuda" and arguments.baseline != "none" and choose_backend()[0] == "onnxruntime":
+            _check_onnxruntime_uses_it()
         return [random_bundle(arguments.size)]
 
     setup, asked = _setup(arguments, arguments.repeats, built)
-    _check_windows(setup)
+    _check_windows(setup.settings, setup.stages)
     if setup.checkpoint is None and setup.size == "golden":
         setup = replace(setup, checkpoint=random_checkpoint("golden"))
-    place = e2e.Place.here()
     asked = {"repeats": setup.repeats, "baselines_in": place.dtype, **asked}
     conditions = {"machine": describe_host(), "torch": describe_torch(), **_described(setup.bundles), "run": asked}
     device = "cpu"
@@ -171,12 +174,12 @@ def _setup(
     return setup, {**asked, **settings.to_dict()}
 
 
-def _check_windows(setup: "Setup") -> None:
+def _check_windows(settings: Settings, stages: Sequence[str]) -> None:
     """What a video takes is reckoned from windows of one length."""
-    frames, window = setup.settings.num_frames, setup.settings.sr1_window
-    if "sr1" in setup.stages and frames > window and (frames - 1) % (window - 1):
+    frames, window = settings.num_frames, settings.sr1_window
+    if "sr1" in stages and frames > window and (frames - 1) % (window - 1):
         raise SettingsError(
-            f"--keyframes {setup.settings.keyframes}: sr1's last window would be shorter than the others, which is not "
+            f"--keyframes {settings.keyframes}: sr1's last window would be shorter than the others, which is not "
             "counted; allowed: 2, 8, 15, 22 and so on, or --stages without sr1."
         )
 
@@ -200,7 +203,7 @@ def _gpu(arguments: argparse.Namespace) -> None:
     clock = gpu.Clock(arguments.minutes)
     setup, asked = _setup(arguments, repeats=3)
     if "e2e" in parts:
-        _check_windows(setup)
+        _check_windows(setup.settings, setup.stages)
     _check_card_is_used(setup.bundles)
     asked = {"minutes": arguments.minutes, "parts": parts, **asked}
     conditions = {"machine": describe_host(), "gpu": card, **_described(setup.bundles), "run": asked}

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -232,8 +233,9 @@ class BundleWriter(Bundle):
         """Remove engines that the manifest does not name: replaced, another checkpoint's, or of a builder that died."""
         files = [Path(file.path) for entry in self.manifest.engines.values() for file in entry.files()]
         named = {path.parts[1] for path in files if len(path.parts) > 1}
-        for folder in (folder for name in CATALOG for folder in self.root.glob(f"{ENGINES}/{name}-*")):
-            if folder.name not in named:
+        for folder in (self.root / ENGINES).glob("*-*"):
+            ours = re.fullmatch(rf"({'|'.join(CATALOG)})-[0-9a-f]{{12}}", folder.name)
+            if ours and folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check_size(self, size: tuple[int, int], rebuilt: Collection[str]) -> None:

@@ -271,14 +271,15 @@ def build_int8(
                 pending.append((name, source))
         manifest, engines = floats.manifest, bundle.manifest.engines
         bundle.check_size(manifest.size, wanted)
+        schedulers = {name: it for name, it in manifest.schedulers.items() if name.partition(".")[0] in wanted}
         replaced = {name: engines[name].source["weights"] for name, _ in pending if name in engines}
         bundle.announce(
             {name for name, weights in replaced.items() if weights != floats.engine(name).source["weights"]},
-            {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in manifest.tokenizers},
+            {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in TOKENIZERS if name in wanted},
             versions=manifest.versions,
             size=manifest.size,
             defaults=manifest.defaults,
-            schedulers=manifest.schedulers,
+            schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         if pending:
             _build(floats, bundle, pending, settings, _Judge(floats, prompts, settings), for_memory)
@@ -311,8 +312,10 @@ def check_calibration(
                 "--checkpoint that it was made from, or leave --calibration out, to build float32 engines of this one "
                 "first."
             )
-        entry, now = floats.engine(network.name), Job(source, "fp32", floats.manifest.size).made_from()
-        if traced and (changed := sorted(key for key in now if entry.source.get(key) != now[key])):
+        if not traced:
+            continue
+        was, now = floats.engine(network.name).source, Job(source, "fp32", floats.manifest.size).made_from()
+        if changed := sorted(key for key in now if was.get(key) != now[key]):
             raise SettingsError(
                 f"{floats.root}: its {network.name} was built by another version (changed: {', '.join(changed)}), and "
                 "its layers may have other names. Build it again, or leave --calibration out, to build float32 engines "

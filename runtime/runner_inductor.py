@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -304,9 +305,11 @@ class InductorRunner:
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
             self._unpacked.cleanup()
-            # torch says only what call has failed.
-            reason = MemoryError("out of memory") if _is_too_large(plan) else error
-            raise load_error(plan, f"torch {torch.__version__}", reason) from None
+            if _is_too_large(plan):  # torch says only what call has failed
+                raise EngineError(
+                    f"{plan}: too little memory to load it ({first_line(error)}). Close what else uses it, or the GPU."
+                ) from None
+            raise load_error(plan, f"torch {torch.__version__}", error) from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()
@@ -379,9 +382,12 @@ def _check_room(plan: Path) -> None:
 
 
 def _is_too_large(plan: Path) -> bool:
-    """For the memory that is free where packages of this machine lie."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
-    return plan.is_file() and plan.stat().st_size > free
+    """A whole package, for the memory that is free where those of this machine lie."""
+    free = available_memory()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # of a card that is lost
+            free = torch.cuda.mem_get_info()[0]
+    return zipfile.is_zipfile(plan) and plan.stat().st_size > free
 
 
 @contextlib.contextmanager

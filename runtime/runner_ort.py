@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engines.errors import EngineError, install
-from engines.gpu import find_gpus, old_driver
+from engines.gpu import find_gpus, why_no_onnxruntime
 from engines.limits import available_memory, processors
 from runtime.runner import first_line, load_error
 
@@ -99,7 +99,7 @@ class OrtRunner:
                 options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if half else levels.ORT_ENABLE_BASIC
                 options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
                 options.enable_cpu_mem_arena = not once  # it would keep room for the largest
-        if not on_cpu and (reason := old_driver(find_gpus()[0], "onnxruntime-gpu")):
+        if not on_cpu and (reason := why_no_onnxruntime(find_gpus()[0])):
             raise _idle(reason)
         try:
             # Without its fallback, by which it would go on on the CPU after a failure, and say so on stdout.

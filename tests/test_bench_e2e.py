@@ -175,13 +175,15 @@ def test_nothing_is_built_for_onnx_runtime_where_it_would_leave_the_card_idle(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
-    for module in ("bench.__main__", "engines.tensorrt"):
-        monkeypatch.setattr(f"{module}.find_gpus", lambda: [card])
+    monkeypatch.setattr("engines.tensorrt.find_gpus", lambda: [card])
+    monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cuda", "float16")))
     monkeypatch.setattr("engines.tensorrt.installed_version", lambda name: None)
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: False)
     monkeypatch.setattr("bench.exporter.random_bundle", lambda size: pytest.fail("built"))
     assert main(["e2e"]) == 1
     assert "ONNX Runtime here leaves the GPU idle" in capsys.readouterr().err
+    assert main(["e2e", "--keyframes", "4"]) == 1
+    assert "--keyframes 4: sr1's last window" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -593,8 +593,8 @@ def test_workers_of_a_killed_build_end_with_it(golden: Path, tmp_path: Path) -> 
 
 
 def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, out: Path) -> None:
-    (out / "engines" / "t5-replaced").mkdir()
-    (out / "engines" / "t5-replaced" / "encode.weights").touch()
+    (out / "engines" / "t5-0123456789ab").mkdir()
+    (out / "engines" / "t5-0123456789ab" / "encode.weights").touch()
     (out / ".tmp-x1y2" / "t5").mkdir(parents=True)
     (out / ".tmp-x1y2" / "t5" / "encode.onnx").touch()
     (out / ".tmp-manifest.json").touch()

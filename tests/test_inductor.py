@@ -346,11 +346,25 @@ def test_a_package_that_was_closed_leaves_neither_files_nor_the_weights_disk(
     (tmp_path / "broken.pt2").write_bytes(plan.read_bytes()[: plan.stat().st_size // 2])
     with pytest.raises(BundleError, match=r"broken\.pt2: torch .* cannot load it"):
         InductorRunner(tmp_path / "broken.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.pt2"]
+
+
+def test_a_package_that_is_too_large_for_its_device_is_told_as_such(
+    float32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("create_func_( &container_handle_ ) API call failed")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", fail)
+    plan = float32.path(float32.engine("interp").graphs["step"].plan)
+    with pytest.raises(BundleError, match=r"step\.pt2: torch .* cannot load it \(create_func_"):
+        InductorRunner(plan)
     monkeypatch.setattr(runner_inductor, "available_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
-    with pytest.raises(EngineError, match=r"broken\.pt2: too little memory to load it"):
-        InductorRunner(tmp_path / "broken.pt2")
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.pt2"]
+    with pytest.raises(EngineError, match=r"step\.pt2: too little memory to load it \(create_func_.*Close what else"):
+        InductorRunner(plan)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_disk_without_room_to_unpack_a_package_is_told_before(

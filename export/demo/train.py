@@ -352,6 +352,9 @@ def train(
     cascade.save_rest(out)
     clips = None
     for name in (name for name in RECIPES if name in names):
+        if _finished(out, name) and not (out / "state" / f"{name}.safetensors").is_file():
+            report(f"{name}: finished before")
+            continue
         with _alone(out, name):
             recipe, state = RECIPES[name].without(skip_lessons), out / "state" / f"{name}.safetensors"
             if _finished(out, name):
@@ -386,6 +389,8 @@ def _alone(out: Path, name: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise SettingsError(f"{out}: another process trains {name}. Wait until it has ended, or stop it.") from None
+    except OSError as error:
+        raise OutputError(f"{lock.lock_file} cannot be locked ({error.strerror}). Choose another place.") from None
     try:
         yield
     finally:
