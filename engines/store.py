@@ -131,9 +131,8 @@ class Bundle:
                     f"{self.root}: its engines were built again while this ran. Run this again; a "
                     "program opens the bundle again."
                 )
-            raise BundleError(
-                f"{path} is missing or cut short. `python -m export check {self.root}` says how to build it again."
-            )
+            check = f"`python -m export check {shlex.quote(str(self.root))}`"
+            raise BundleError(f"{path} is missing or cut short. {check} says how to build it again.")
         return path
 
     def tokenizer(self, name: str) -> Path:

@@ -3,9 +3,10 @@
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engines import compile_ort, tensorrt
 from engines.catalog import TOKENIZERS, Network, networks_of
@@ -20,7 +21,7 @@ from export.job import ORT_PACKAGES, Backend, Job
 from export.networks import Source
 from export.tokenizers import convert_clip, convert_t5
 from export.workers import build_all
-from runtime.config import Settings, stage_sizes
+from runtime.config import DIFFUSION_STAGES, Settings, stage_sizes
 from runtime.engine import INDUCTOR
 
 _PACKAGES = ("show1-rt", "torch", "onnx", "onnxscript", *ORT_PACKAGES, "tokenizers")
@@ -89,7 +90,7 @@ def build(
             tokenizers,
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
-            defaults=defaults.to_dict(),
+            defaults={**defaults.to_dict(), **_settings_of_others(bundle, {job.name for job in all_jobs})},
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         if not pending:
@@ -128,10 +129,19 @@ def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
         return settings
     try:
         recommended = read_config(path)
+        if unknown := recommended.keys() - {"guidance", "strength"}:
+            raise SettingsError(f"{', '.join(sorted(unknown))}: unknown; allowed: guidance, strength.")
         strength = recommended.get("strength", settings.strength)
         return replace(settings, strength=strength).with_guidance(recommended.get("guidance", {}))
     except (SettingsError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, Any]:
+    """Of the stages whose engines stay: another checkpoint's, perhaps."""
+    stay = {stage for stage in DIFFUSION_STAGES if stage in bundle.manifest.engines and stage not in rebuilt}
+    names = stay | ({"strength"} if "sr2" in stay else set())
+    return {name: value for name, value in bundle.manifest.defaults.items() if name in names}
 
 
 def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:

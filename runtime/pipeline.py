@@ -1,6 +1,7 @@
 """A prompt in, a video out: the cascade from text to frames."""
 
 import os
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def check_finite(bundle: Bundle, network: str, *made: FloatArray) -> None:
     if all(np.isfinite(array).all() for array in made):
         return
     precision = bundle.engine(network).precision
-    mend = f"`python -m export check {bundle.root}`"
+    mend = f"`python -m export check {shlex.quote(str(bundle.root))}`"
     if precision != "fp32":
         mend = f"fp32 is more exact, and has more range than fp16: {bundle.rebuild_command(network, precision='fp32')}"
     raise EngineError(f"{network}: its {precision} engines made values that are not finite. {mend}.")

@@ -104,7 +104,7 @@ def save_video(
     temporary = _temporary(target)
     with _explain_os_errors(target):
         try:
-            write(frames, temporary, Fraction(fps).limit_denominator(1001), dict(metadata or {}))
+            write(frames, temporary, Fraction(float(fps)).limit_denominator(1001), dict(metadata or {}))
             if replace:
                 _move_or_keep(temporary, target)
             else:

@@ -47,6 +47,7 @@ from export.job import Backend, Job, _compare, _exporter_hash, build_engine
 from export.kernels import build_library
 from export.networks import Source
 from export.parity import check_parity, example_sizes, package_sizes, parity_sizes
+from runtime.config import Settings
 from runtime.engine import Engine
 from runtime.kernels import REFERENCE, missing_programs
 
@@ -213,6 +214,20 @@ def test_schedulers_of_the_checkpoint_replace_those_of_the_bundle_and_no_others(
     monkeypatch.setattr(networks, "schedulers", lambda sources: {"sr2": new})
     build_text_encoders(checkpoint, out)
     assert Bundle.open(out).manifest.schedulers == {"base": old, "sr2": new}
+
+
+def test_stages_that_stay_keep_what_their_checkpoint_recommended(checkpoint: Path, out: Path) -> None:
+    before = Bundle.open(out).manifest
+    engines = {
+        **before.engines,
+        **{name: replace(before.engines["t5"], name=name).sealed() for name in ("base", "sr2")},
+    }
+    kept = Settings(strength=0.3).with_guidance({"base": 5.0, "interp": 5.0}).to_dict()
+    (out / "manifest.json").write_text(replace(before, engines=engines, defaults=kept).to_json())
+    build_text_encoders(checkpoint, out)
+    defaults, plain = Settings.from_dict(Bundle.open(out).manifest.defaults), Settings()
+    assert (defaults.base.guidance_scale, defaults.strength) == (5.0, 0.3)
+    assert defaults.interp.guidance_scale == plain.interp.guidance_scale, "which has no engine here"
 
 
 def test_a_part_of_a_bundle_is_not_built_for_another_size(checkpoint: Path, out: Path) -> None:

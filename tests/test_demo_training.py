@@ -126,6 +126,9 @@ def test_a_checkpoint_recommends_guidance_and_strength(checkpoint: Path, tmp_pat
     (tmp_path / "settings.json").write_text('{"guidance": {"base": 2.5, "sr9": 1}}')
     with pytest.raises(CheckpointError, match=r"settings\.json: unknown stage sr9"):
         recommended_settings(tmp_path, (576, 320))
+    (tmp_path / "settings.json").write_text('{"strenght": 0.5}')
+    with pytest.raises(CheckpointError, match=r"settings\.json: strenght: unknown; allowed: guidance, strength"):
+        recommended_settings(tmp_path, (576, 320))
 
 
 # Batches
