@@ -90,7 +90,7 @@ def build(
             tokenizers,
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
-            defaults={**defaults.to_dict(), **_settings_of_others(bundle, {job.name for job in all_jobs})},
+            defaults={**defaults.to_dict(), **settings_of_others(bundle, {job.name for job in all_jobs})},
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         if not pending:
@@ -137,7 +137,7 @@ def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, Any]:
+def settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, Any]:
     """Of the stages whose engines stay: another checkpoint's, perhaps."""
     stay = {stage for stage in DIFFUSION_STAGES if stage in bundle.manifest.engines and stage not in rebuilt}
     names = stay | ({"strength"} if "sr2" in stay else set())

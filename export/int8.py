@@ -30,6 +30,7 @@ from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
 from engines.store import Bundle, BundleWriter, file_entry
+from export.build import settings_of_others
 from export.demo.faithfulness import Faithfulness, Prompt, faithfulness
 from export.demo.judge import read
 from export.job import Job
@@ -278,7 +279,7 @@ def build_int8(
             {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in TOKENIZERS if name in wanted},
             versions=manifest.versions,
             size=manifest.size,
-            defaults=manifest.defaults,
+            defaults={**manifest.defaults, **settings_of_others(bundle, wanted)},
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         if pending:

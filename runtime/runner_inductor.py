@@ -305,11 +305,9 @@ class InductorRunner:
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
             self._unpacked.cleanup()
-            if _is_too_large(plan):  # torch says only what call has failed
-                raise EngineError(
-                    f"{plan}: too little memory to load it ({first_line(error)}). Close what else uses it, or the GPU."
-                ) from None
-            raise load_error(plan, f"torch {torch.__version__}", error) from None
+            # torch says only what call has failed.
+            reason = MemoryError(first_line(error)) if _is_too_large(plan) else error
+            raise load_error(plan, f"torch {torch.__version__}", reason) from None
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()

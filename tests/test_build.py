@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ pytestmark = pytest.mark.torch
 CLIP = "sr2/text_encoder"
 
 RTX = "tensorrt-rtx"
+WITH_RTX = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the tensorrt-rtx extra")
 ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30, (13, 0))
 TURING = Gpu("GeForce RTX 2080", (7, 5), 8 * 2**30, (13, 0))
 HOPPER = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
@@ -1147,6 +1149,11 @@ def test_a_file_that_cannot_be_written_leaves_what_there_was_and_nothing_beside_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        pytest.param(["--engine", RTX, "--target", "sm99"], "unknown target sm99; allowed: sm75, sm80", marks=WITH_RTX),
+        pytest.param(["--engine", RTX, "--target", "sm75,sm86"], "Turing (sm75) alone", marks=WITH_RTX),
+        pytest.param(
+            ["--engine", RTX, "--target", "sm75", "--precision", "bf16"], "use --precision fp16", marks=WITH_RTX
+        ),
         (["--target", "sm86"], "onnxruntime has no targets"),
         (["--no-autotune"], "--no-autotune is for inductor; this is for onnxruntime"),
         (["--attention", "padded"], "--keep-onnx and --attention are for TensorRT"),

@@ -355,15 +355,18 @@ def test_what_is_not_built_again_stays_and_keeps_its_size(
     whole = Bundle.open(bundle)
     base = whole.engine("base")
     halved = replace(base, precision="fp16", source={**base.source, "weights": "of the half-precision files"}).sealed()
-    schedulers = {"base": {"beta_start": 1e-4}}
+    schedulers, kept = {"base": {"beta_start": 1e-4}}, Settings().with_guidance({"base": 5.0}).to_dict()
     for size in ((576, 320), (640, 384)):
         (out := tmp_path / str(size[0])).mkdir()
-        manifest = replace(whole.manifest, engines={"base": halved}, size=size, schedulers=schedulers, tokenizers={})
+        engines = {"base": halved}
+        manifest = replace(
+            whole.manifest, engines=engines, size=size, schedulers=schedulers, defaults=kept, tokenizers={}
+        )
         (out / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     build_int8(whole, tmp_path / "576", [], ["text"], settings=SETTINGS)
     built = Bundle.open(tmp_path / "576")
     assert built.engine("base") == halved and built.manifest.schedulers == schedulers
-    assert set(built.manifest.tokenizers) == {"t5"}
+    assert set(built.manifest.tokenizers) == {"t5"} and built.manifest.defaults["base"] == kept["base"]
     message = r"--size 576x320: .*640 is for 640x384, and base would stay so\. Give --size 640x384, or --stage all"
     with pytest.raises(SettingsError, match=message):
         build_int8(whole, tmp_path / "640", [], ["text"], settings=SETTINGS)

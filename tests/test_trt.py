@@ -231,24 +231,6 @@ def test_a_full_disk_is_reported_as_such() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--engine", RTX, "--target", "sm99"], "unknown target sm99; allowed: sm75, sm80"),
-        (["--engine", RTX, "--target", "sm75,sm86"], "Turing (sm75) alone"),
-        (["--engine", RTX, "--target", "sm75", "--precision", "bf16"], "use --precision fp16"),
-    ],
-)
-def test_impossible_settings_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert main(["build", "--checkpoint", "demo", "--out", str(tmp_path / "b"), *arguments]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.splitlines()) == 1
-    assert message in error
-    assert not (tmp_path / "b").exists()
-
-
 # Whether a plan can run, told before it is opened
 
 
