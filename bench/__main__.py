@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
-from runtime.command import add_stage_options, checkpoint_path, path, run_command, stage_options, unused
+from runtime.command import DEMO, add_stage_options, checkpoint_path, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def _setup(
     """
     from bench.work import BASELINES, STAGES, Setup, is_installed
     from engines.store import Bundle
+    from export.unpack import demo_checkpoint
 
     stages = _choices("stages", arguments.stages, STAGES)
     kinds = _choices("baseline", arguments.baseline, BASELINES, "none")
@@ -170,7 +171,8 @@ def _setup(
     bundles = [Bundle.open(folder) for folder in arguments.bundle or otherwise() if str(folder) != "none"]
     settings = _settings(bundles[0].manifest.defaults if bundles else {}, arguments, guided=True)
     asked = {"networks": arguments.size, "preset": arguments.preset, "stages": stages, "baselines": kinds}
-    setup = Setup(arguments.size, arguments.checkpoint, bundles, settings, stages, kinds, arguments.seed, repeats)
+    checkpoint = demo_checkpoint() if arguments.checkpoint == DEMO else arguments.checkpoint
+    setup = Setup(arguments.size, checkpoint, bundles, settings, stages, kinds, arguments.seed, repeats)
     return setup, {**asked, **settings.to_dict()}
 
 
@@ -304,12 +306,12 @@ def _check_card_is_used(bundles: Sequence[Any]) -> None:
 
 def _check_onnxruntime_uses_it() -> None:
     from runtime.doctor import onnxruntime_idle
-    from runtime.runner_ort import tries_cuda
+    from runtime.runner_ort import check_card, tries_cuda
 
     if not tries_cuda():
-        raise EngineError(
-            f"{onnxruntime_idle()}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU."
-        )
+        reason = onnxruntime_idle(find_gpus()[0])
+        raise EngineError(f"{reason}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU.")
+    check_card()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -349,8 +351,8 @@ def _parser() -> argparse.ArgumentParser:
         add_stages(add)
         kinds = "of eager, compile, xformers; or none (default: all that are installed)"
         add("--baseline", default="all", metavar="KIND,...", help=kinds)
-        what = "that the bundle was made from: baselines take its weights, results are checked"
-        add("--checkpoint", type=path, metavar="FOLDER", help=what)
+        what = f"that the bundle was made from, or {DEMO!r}: baselines take its weights, results are checked"
+        add("--checkpoint", type=checkpoint_path, metavar="FOLDER", help=what)
 
     add = command("latency", _latency, "time of every stage and step of the cascade, in and outside engines")
     add_video(add, "draft")
@@ -387,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     add = quality.add_argument
     source = quality.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=path, default=Path("bundle"), help="default: bundle")
-    source.add_argument("--checkpoint", type=checkpoint_path, help="build a bundle of it first; demo, or a folder")
+    source.add_argument("--checkpoint", type=checkpoint_path, help=f"build a bundle of it first: a folder, or {DEMO!r}")
     add("--prompts", type=int, metavar="N", help="the first N of the list (default: 48, all that are held out)")
     what = "of shape, colour and motion that prompts ask for; the held-out ones are no good any more once chosen by"
     add("--combinations", choices=("held-out", "training"), default="held-out", help=f"{what} (default: %(default)s)")

@@ -376,7 +376,7 @@ def measure_network(
             module = make_network(source, place)
             on_network(source.network, module)
         except RuntimeError as error:  # too little memory for the network itself
-            return dict.fromkeys(kinds, Measured(None, None, f"{type(error).__name__}: {first_line(error)}"))
+            return dict.fromkeys(kinds, _failed(error))
         if not isinstance(module, ReferenceUNet):
             result = _measure(
                 lambda module=module: [_plain_call(module, calls, place)] * (repeats + 1), place, warmup=1
@@ -399,6 +399,10 @@ def measure_network(
     return results
 
 
+def _failed(error: Exception, first: float | None = None) -> Measured:
+    return Measured(None, first, f"{type(error).__name__}: {first_line(error)}")
+
+
 def _measure(make_calls: Callable[[], Sequence[Callable[[], Any]]], place: Place, warmup: int) -> Measured:
     times: list[float] = []
     try:
@@ -411,7 +415,7 @@ def _measure(make_calls: Callable[[], Sequence[Callable[[], Any]]], place: Place
                 place.synchronize()
                 times.append(time.perf_counter() - start)
     except (RuntimeError, NotImplementedError, ValueError) as error:  # too little memory; a shape that xformers refuses
-        return Measured(None, times[0] if times else None, f"{type(error).__name__}: {first_line(error)}")
+        return _failed(error, times[0] if times else None)
     return Measured(summarize(times[warmup:]), times[0])
 
 

@@ -23,7 +23,7 @@ from bench.work import Setup
 from engines import tensorrt
 from engines.catalog import CATALOG
 from engines.errors import BundleError, EngineError
-from engines.gpu import find_gpus
+from engines.gpu import find_gpus, why_no_onnxruntime
 from engines.limits import processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
@@ -176,8 +176,8 @@ class Check:
 
 
 def engines(clock: Clock, save: Callable[[Content], None], built: list[Bundle]) -> Content:
-    """Engines of golden size, of every backend that works here: their graphs, and loops on the device. Adds what was
-    built, in fp16, to `built`."""
+    """Engines of golden size, of every backend that works here (of TensorRT one flavour): their graphs, and loops on
+    the device. Adds what was built, in fp16, to `built`."""
     from export.parity import TOLERANCE
 
     checkpoint = random_checkpoint("golden", clock)
@@ -216,14 +216,15 @@ def _engines_content(checks: Sequence[Check], missing: Mapping[str, str]) -> Con
 
 def backends() -> list[str]:
     """That may run on the card here, the slowest to build last; building says why one does not."""
-    found = []
+    found, gpus = [], find_gpus()
     try:
         import onnxruntime
 
-        found += ["onnxruntime"] if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
+        listed = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        found += ["onnxruntime"] if listed and gpus and not why_no_onnxruntime(gpus[0]) else []
     except ImportError:
         pass
-    if gpus := find_gpus():  # a plan for another card would be found out after minutes, when it is opened
+    if gpus:  # a plan for another card would be found out after minutes, when it is opened
         flavours = [flavour for flavour in tensorrt.FLAVOURS if not tensorrt.why_not_here(flavour, gpus[0])]
         found += flavours[:1]  # Polygraphy serves one of them in a process
     return found + ([INDUCTOR] if tensorrt.installed_version("torch") else [])

@@ -9,6 +9,7 @@ _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with, and our kernels
 TURING = "sm75"  # the oldest target
+NO_ONNXRUNTIME = (10, 11)  # onnxruntime-gpu (1.31) has kernels for 7.5, 8.x, 9.0 and 12.x, and no PTX
 NO_BF16 = f"Turing ({TURING}) does not compute in bf16: use --precision fp16."
 
 
@@ -62,8 +63,11 @@ def wheel_folders(name: str) -> list[str]:
 
 def why_no_onnxruntime(gpu: Gpu) -> str | None:
     """Why onnxruntime-gpu does not run on a card, or None."""
-    if gpu.capability[0] in (10, 11):  # its wheel (1.31) has kernels for 7.5, 8.x, 9.0 and 12.x, and no PTX
-        return f"onnxruntime-gpu has no kernels for {gpu.name} ({gpu.target}): build with --engine inductor"
+    no_kernels = f"onnxruntime-gpu has no kernels for {gpu.name} ({gpu.target})"
+    if gpu.capability[0] in NO_ONNXRUNTIME:
+        return f"{no_kernels}: build with --engine inductor"
+    if gpu.capability < (7, 5):
+        return no_kernels
     return old_driver(gpu, "onnxruntime-gpu")
 
 

@@ -105,6 +105,15 @@ class Bundle:
         """Why an engine is not what was built; reads all of its files."""
         return list(filter(None, [entry.edited, *map(self.damage, entry.files())]))
 
+    def check_size(self, size: tuple[int, int], rebuilt: Collection[str]) -> None:
+        """Raises SettingsError where engines other than `rebuilt` would stay for another size."""
+        if size != self.manifest.size and (others := set(self.manifest.engines) - set(rebuilt)):
+            asked, was = ("{}x{}".format(*pair) for pair in (size, self.manifest.size))
+            raise SettingsError(
+                f"{self.root} is for {was}, not {asked}, and {', '.join(sorted(others))} would stay so. "
+                f"Give --size {was}, or --stage all, or choose another --out."
+            )
+
     def why_stale(self, name: str, source: Mapping[str, str]) -> str | None:
         """The reason to build an engine that is to be made from `source`, or None when this one is, and sound."""
         entry = self.manifest.engines.get(name)
@@ -236,15 +245,6 @@ class BundleWriter(Bundle):
             ours = re.fullmatch(rf"({'|'.join(CATALOG)})-[0-9a-f]{{12}}", folder.name)
             if ours and folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def check_size(self, size: tuple[int, int], rebuilt: Collection[str]) -> None:
-        """Raises SettingsError where engines other than `rebuilt` would stay for another size."""
-        if size != self.manifest.size and (others := set(self.manifest.engines) - set(rebuilt)):
-            asked, was = ("{}x{}".format(*pair) for pair in (size, self.manifest.size))
-            raise SettingsError(
-                f"--size {asked}: {self.root} is for {was}, and {', '.join(sorted(others))} would stay so. "
-                f"Give --size {was}, or --stage all."
-            )
 
     def announce(self, foreign: Collection[str], tokenizers: Mapping[str, str], **changes: Any) -> None:
         """What the engines of one checkpoint share, to be adopted with the first that is installed.

@@ -12,9 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engines.errors import EngineError, SettingsError, install
-from engines.gpu import NO_BF16, TURING, Gpu, find_gpus, old_driver, wheel_folders
+from engines.gpu import NO_BF16, NO_ONNXRUNTIME, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
-from engines.spec import INT8
 from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -96,24 +95,25 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
 
 
 def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
-    onnxruntime = {"engine": "onnxruntime", "target": None, "attention": None}
-    if entry.precision in ("bf16", INT8):  # which it has no kernels for, on cards
-        onnxruntime["precision"] = "fp16"
+    other = {"engine": "onnxruntime", "target": None, "attention": None}
     gpus = find_gpus()
     if not gpus:
-        command = bundle.rebuild_command(entry.name, **onnxruntime, stage="all", out="NEW")
+        if entry.precision == "bf16":
+            other["precision"] = "fp32"
+        command = bundle.rebuild_command(entry.name, **other, stage="all", out="NEW")
         return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
     if serves(entry.targets, gpus[0].target):
         return old_driver(gpus[0], entry.backend)
     there = f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target})"
-    if entry.backend == "tensorrt":
-        return f"{there}: {bundle.rebuild_command(entry.name)}"
-    if gpus[0].target in TARGETS:
+    if entry.backend == "tensorrt" or gpus[0].target in TARGETS:
         changes = {"target": gpus[0].target}
         if gpus[0].target == TURING and entry.precision == "bf16":
             changes["precision"] = "fp16"
         return f"{there}: {bundle.rebuild_command(entry.name, **changes)}"
-    return f"{there}, which TensorRT-RTX does not serve: {bundle.rebuild_command(entry.name, **onnxruntime)}"
+    other["precision"] = "fp32" if entry.precision == "fp32" else "fp16"  # on cards neither bf16 nor int8
+    if gpus[0].capability[0] in NO_ONNXRUNTIME:
+        other["engine"] = "inductor"
+    return f"{there}, which TensorRT-RTX does not serve: {bundle.rebuild_command(entry.name, **other)}"
 
 
 def why_not_here(flavour: str, gpu: Gpu) -> str | None:

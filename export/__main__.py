@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import tensorrt
-from engines.catalog import CATALOG, STAGES, TEXT_ENCODERS, UNETS
+from engines.catalog import CATALOG, STAGES, TEXT_ENCODERS, UNETS, networks_of
 from engines.errors import BundleError, SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
-from engines.store import Bundle
-from export.unpack import unpack
+from engines.store import MANIFEST, Bundle
+from export.unpack import demo_checkpoint
 from runtime.command import DEMO, checkpoint_path, path, run_command
 from runtime.config import parse_size
 from runtime.engine import INDUCTOR
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path("checkpoints")
 SIZE = "576x320"  # that engines are tuned for, where nothing else is asked for
-DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `train-demo`
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -97,22 +96,24 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     named = out if out.name else out.absolute()  # "." has no name
     if for_memory:
         out = named.with_name(f"{named.name}-onnx")
-    stages = arguments.stage.split(",")
-    if arguments.calibration is not None:
+    stages, size = arguments.stage.split(","), parse_size(arguments.size or SIZE)
+    floats = Bundle.open(arguments.calibration) if arguments.calibration is not None else None
+    for folder in {out, arguments.out}:  # hours before they are written to
+        if (folder / MANIFEST).is_file():
+            built = {network.name for network in networks_of(stages)}
+            Bundle.open(folder).check_size(floats.manifest.size if floats else size, built)
+    if floats is not None:
         if arguments.calibration.resolve() == arguments.out.resolve():
             raise SettingsError(
                 f"--calibration and --out are both {arguments.out}: its float32 engines would be lost. Choose another "
                 "--out."
             )
-        floats = Bundle.open(arguments.calibration)
         # TensorRT's engines are built from the checkpoint, ONNX Runtime's from the bundle.
         checkpoint = _checkpoint(arguments.checkpoint) if for_memory or arguments.checkpoint else None
-        size = parse_size(arguments.size) if arguments.size else None
-        check_calibration(floats, stages, checkpoint, size, traced=for_memory)
+        check_calibration(floats, stages, checkpoint, size if arguments.size else None, traced=for_memory)
     else:
         beside = named.with_name(f"{named.name}-fp32")
         print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
-        size = parse_size(arguments.size or SIZE)
         floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
     print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
     return build_int8(floats, out, prompts[:judge], stages, arguments.force, for_memory=for_memory)
@@ -126,7 +127,7 @@ def _checkpoint(given: Path | str | None) -> Path:
         print(f"no {CHECKPOINTS} folder here: building the demo checkpoint (docs/demo.md)", file=sys.stderr)
     elif given != DEMO:
         return Path(given)
-    return unpack(DEMO_ARCHIVE, Path("build") / "demo-checkpoint")
+    return demo_checkpoint()
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -381,7 +382,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     random.add_argument("--stage", default="all", help="networks of these stages alone, as for build")
     random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    random.add_argument("--renew", action="store_true", help="replace an older or another random checkpoint in --out")
+    random.add_argument(
+        "--renew", action="store_true", help="--out may be a random checkpoint: kept if it is this one, else replaced"
+    )
 
     training = commands.add_parser("train-demo", help="train the demo checkpoint on clips drawn by the program")
     training.set_defaults(run=_train_demo)

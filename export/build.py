@@ -138,10 +138,15 @@ def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
 
 
 def settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, Any]:
-    """Of the stages whose engines stay: another checkpoint's, perhaps."""
+    """Of the stages whose engines stay: another checkpoint's, perhaps. Without those that no run would take."""
     stay = {stage for stage in DIFFUSION_STAGES if stage in bundle.manifest.engines and stage not in rebuilt}
     names = stay | ({"strength"} if "sr2" in stay else set())
-    return {name: value for name, value in bundle.manifest.defaults.items() if name in names}
+    kept = {}
+    for name in names & bundle.manifest.defaults.keys():
+        with contextlib.suppress(SettingsError, TypeError, ValueError):  # edited, or another version's
+            Settings.from_dict(value := {name: bundle.manifest.defaults[name]})
+            kept |= value
+    return kept
 
 
 def _tokenizers(checkpoint: Path, wanted: Iterable[Network]) -> dict[str, str]:
@@ -161,5 +166,5 @@ def _check_disk(root: Path, pending: list[Job]) -> None:
         print(f"needs {need / GIB:.1f} GiB of disk, {free / GIB:.1f} GiB are free", file=sys.stderr)
     if need > free:
         raise BundleError(
-            f"{root}: {need / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free. Make room or choose another --out."
+            f"{root}: {need / GIB:.3g} GiB needed, {free / GIB:.3g} GiB free. Make room or choose another --out."
         )

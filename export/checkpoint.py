@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
@@ -69,9 +70,21 @@ def weight_files(folder: Path, prefer_fp16: bool) -> list[Path]:
         raise CheckpointError(
             f"{folder}: {', '.join(pickles)} is a pickle, which can run any code when it is loaded, and is refused. "
             "Builds read .safetensors, which `python -m export download` fetches or makes; of .bin files that are here "
-            "already `python -m export convert` makes them, without running what they hold."
+            "already `python -m export convert`, given the same --checkpoint and --stage, makes them, without running "
+            "what they hold."
         )
     raise CheckpointError(f"{folder}: no .safetensors weights ({' or '.join(_SAFE_STEMS)}, whole or in shards).")
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`save_file`, with the permissions that new files get here; by itself it leaves them to their owner alone.
+
+    Raises OSError, SafetensorError.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def find_weights(

@@ -15,13 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import CheckpointError
 from engines.store import move, write_atomically
-from export.checkpoint import SAFETENSORS, find_folder, find_weights, is_weights, unreadable, weight_files
+from export.checkpoint import (
+    SAFETENSORS,
+    find_folder,
+    find_weights,
+    is_weights,
+    save_weights,
+    unreadable,
+    weight_files,
+)
 from export.config_file import read_config
 
 PICKLE = ".bin"
@@ -92,7 +99,7 @@ def convert(folder: Path, fp16: bool, remove: bool = False) -> list[Path]:
 def _write(path: Path, target: Path, fp16: bool) -> None:
     temporary = target.with_name(f".{target.name}")
     try:
-        save_file(dict(_apart(path, _read(path), fp16)), temporary, {"format": "pt"})
+        save_weights(dict(_apart(path, _read(path), fp16)), temporary, {"format": "pt"})
         move(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} cannot be written ({error}). Is there room on the disk?") from None

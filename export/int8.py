@@ -306,17 +306,16 @@ def check_calibration(
     if checkpoint is None:
         return
     for network in networks_of(stages):
-        source = Source.find(network, checkpoint, "fp32")
-        if not source.made(floats.engine(network.name).source):
+        source, was = Source.find(network, checkpoint, "fp32"), floats.engine(network.name).source
+        now = Job(source, "fp32", floats.manifest.size).made_from() if traced else source.fingerprint()
+        changed = sorted(key for key in now if was.get(key) != now[key])
+        if {"config", "weights"} & set(changed):
             raise SettingsError(
                 f"{floats.root}: its {network.name} was not made from {checkpoint / source.where}. Give the "
                 "--checkpoint that it was made from, or leave --calibration out, to build float32 engines of this one "
                 "first."
             )
-        if not traced:
-            continue
-        was, now = floats.engine(network.name).source, Job(source, "fp32", floats.manifest.size).made_from()
-        if changed := sorted(key for key in now if was.get(key) != now[key]):
+        if changed:
             raise SettingsError(
                 f"{floats.root}: its {network.name} was built by another version (changed: {', '.join(changed)}), and "
                 "its layers may have other names. Build it again, or leave --calibration out, to build float32 engines "

@@ -85,6 +85,9 @@ class Backend:
             raise SettingsError(
                 "ONNX Runtime has few kernels for bf16: use --precision fp16, or --engine tensorrt-rtx."
             )
+        from runtime.runner_ort import check_card  # ONNX Runtime: other backends do without
+
+        check_card()
         if precision == "fp16" and (reason := why_not_half()):
             raise SettingsError(f"{reason}: use --precision fp32.")
         return cls(name)

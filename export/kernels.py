@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,10 +28,13 @@ _NO_CUDA = "-DCMAKE_CUDA_COMPILER=NOTFOUND"
 _WSL = "/usr/lib/wsl/lib"  # has the driver's libraries there; linkers do not look into it
 
 
-def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
+def build_library(
+    target: str, folder: Path, *options: str, chosen: Callable[[], Iterable[str]] = tuple
+) -> tuple[Path, str]:
     """The library `target` in its build folder, and what compiling printed: nothing where nothing had changed.
 
-    Two processes may build at once. Raises EngineError where a program is missing or fails.
+    Two processes may build at once; `chosen` says more options when no other does. Raises EngineError where a program
+    is missing or fails.
     """
     if missing := missing_programs(target):
         raise EngineError(f"{target} cannot be built here. Install {' and '.join(missing)}.")
@@ -49,7 +53,9 @@ def build_library(target: str, folder: Path, *options: str) -> tuple[Path, str]:
     with FileLock(f"{folder}.lock"):
         if nvcc and _has_no_compiler(folder):
             (folder / "CMakeCache.txt").unlink()  # it would never look for one again
-        _run([cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options], environment)
+        _run(
+            [cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options, *chosen()], environment
+        )
         if nvcc and _has_no_compiler(folder):
             log = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
             raise EngineError(f"{target} cannot be built: CMake could not compile with {nvcc[0]}. {log} says why.")
@@ -99,7 +105,7 @@ def build_for(device: str) -> Path:
         return find_library(CUDA if device == "cuda" else REFERENCE)
     if device == "cuda":
         folder = BUILD / CUDA
-        return build_library(CUDA, folder, f"-DCMAKE_CUDA_ARCHITECTURES={native(folder)}")[0]
+        return build_library(CUDA, folder, chosen=lambda: [f"-DCMAKE_CUDA_ARCHITECTURES={native(folder)}"])[0]
     return build_library(REFERENCE, BUILD / REFERENCE, _NO_CUDA)[0]
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.catalog import networks_of
 from engines.errors import OutputError, SettingsError
 from engines.memory import GIB
 from engines.store import move
+from export.checkpoint import save_weights
 from export.configs import PUBLISHED, SCHEDULERS
 from export.demo import cascade
 from export.modules.vae import Autoencoder, VAEDecoder
@@ -72,7 +72,7 @@ def random_checkpoint(
         free = shutil.disk_usage(out.parent).free
         if need > free:
             raise OutputError(
-                f"{out}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Make room or choose another."
+                f"{out}: {need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free. Make room or choose another."
             )
         # Under another name until it is whole, lest an interrupted run is taken for a checkpoint.
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
@@ -135,7 +135,7 @@ def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None
     """One safetensors file, or shards and their index, as transformers and diffusers write them."""
     stem, count = cascade.weights_stem(folder), math.ceil(size / _SHARD)
     if count == 1:
-        save_file(dict(values), folder / f"{stem}.safetensors")
+        save_weights(dict(values), folder / f"{stem}.safetensors")
         return
     weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ def _save(folder: Path, values: Iterator[tuple[str, Tensor]], size: int) -> None
 
     def finish() -> None:
         name = f"{stem}-{index:05}-of-{count:05}.safetensors"
-        save_file(shard, folder / name)
+        save_weights(shard, folder / name)
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 

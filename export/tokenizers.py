@@ -108,7 +108,9 @@ def _convert_clip(folder: Path) -> str:
     _check_known([bos, eos, unk, pad], ids, folder / "vocab.json")
 
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unk, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([*_ftfy_steps(), normalizers.Lowercase()])
+    # Python, by which the reference lower-cases, has another small sigma at the end of a word.
+    final_sigma = normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")
+    tokenizer.normalizer = normalizers.Sequence([*_ftfy_steps(), final_sigma, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),

@@ -13,6 +13,12 @@ from engines.errors import CheckpointError
 from engines.store import move
 
 STAMP = ".unpacked"
+DEMO_ARCHIVE = Path(__file__).parent / "demo_checkpoint.tar.xz"  # made by `train-demo`
+
+
+def demo_checkpoint() -> Path:
+    """The folder of the demo checkpoint, unpacked where it is not yet. Raises CheckpointError."""
+    return unpack(DEMO_ARCHIVE, Path("build") / "demo-checkpoint")
 
 
 def unpack(archive: Path, target: Path) -> Path:

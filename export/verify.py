@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from engines.catalog import CATALOG, UNETS, predictions
 from engines.compile_ort import BACKEND
-from engines.errors import CheckpointError
+from engines.errors import CheckpointError, ProfileError
 from engines.manifest import EngineEntry
 from engines.spec import INT8
 from engines.store import Bundle
@@ -226,10 +226,16 @@ def verify(bundle: Bundle, folder: Path, report: Callable[[Row], None] = lambda 
     """Run every case that the reference folder has; `report` sees each row as it is done."""
     reference = Reference(folder)
     rows = []
-    with EnginePool(bundle, keep_loaded=True) as engines:
-        for row in _rows(reference, engines):
-            report(row)
-            rows.append(row)
+    try:
+        with EnginePool(bundle, keep_loaded=True) as engines:
+            for row in _rows(reference, engines):
+                report(row)
+                rows.append(row)
+    except ProfileError as error:
+        raise CheckpointError(
+            f"{bundle.root}: its engines do not take what {folder} gives them: {error} Give --reference the data of "
+            f"the checkpoint that the bundle was built from, or a bundle built from {reference.models}."
+        ) from None
     if not rows:
         raise CheckpointError(f"{folder}: no reference arrays (*.npz) there that make a case, nothing was verified.")
     return rows

@@ -92,6 +92,10 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         if getattr(sys, name) is None:  # closed, or of a program without a console
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     arguments = parser.parse_args(argv)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return _failed("error: the folder that this was started in has been removed. Change into one that is there.")
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # engines and kernels are machine code: a crash there says where it was
     if isinstance(sys.stdout, io.TextIOWrapper):

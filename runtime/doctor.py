@@ -76,7 +76,7 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     else:
         result.runs.append(f"onnxruntime ({'CUDA' if on_gpu else 'CPU'})")
     if gpus and "CUDA" not in providers:
-        result.hints.append(f"{onnxruntime_idle()}.")
+        result.hints.append(f"{onnxruntime_idle(gpus[0])}.")
     missing = [package for package in _EXPORT if find_spec(package) is None]
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
@@ -85,9 +85,10 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.builds.append(f"onnxruntime ({', '.join(precisions)})")
 
 
-def onnxruntime_idle() -> str:
-    """What mends the wheel for CPUs on a machine with a card."""
-    return f"ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then {install('cuda')}"
+def onnxruntime_idle(gpu: Gpu) -> str:
+    """What mends the wheel for CPUs on a machine with a card, or why nothing does."""
+    idle = f"ONNX Runtime here leaves the GPU idle: `pip uninstall -y onnxruntime`, then {install('cuda')}"
+    return why_no_onnxruntime(gpu) or idle
 
 
 def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:

@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ except (ImportError, OSError) as error:  # OSError: its libraries do not load
     ) from None
 
 # What the kernels take; beyond it attention over frames is torch's own.
-_MAX_FRAMES, _MAX_HEAD_DIM = 64, 128
+_MAX_FRAMES, _MAX_HEAD_DIM, _MAX_ELEMENTS = 64, 128, 2**31 - 1
 BINDINGS = ("show1_inputs", "show1_outputs")  # keys of a package's metadata: the bindings' names, in order
 _LOOPS = 2  # kept by a runner: sr1's shorter last window is a second shape
+_LOADING = threading.Lock()  # packages are unpacked where an environment variable says, which all threads share
 _WARM_UPS = 3  # runs before a CUDA graph is captured: libraries allocate and choose in their first ones
 X86_LEVEL = "x86-64-v3"  # AVX2; the heavy operators are oneDNN's, which looks at the processor when it runs
 
@@ -174,7 +176,7 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
     head_dim = channels // num_heads
     if any(x.shape != q.shape or x.dtype != q.dtype for x in (k, v)):
         raise EngineError("temporal attention: q, k and v are of different shapes or types.")
-    if frames > _MAX_FRAMES or head_dim > _MAX_HEAD_DIM:
+    if frames > _MAX_FRAMES or head_dim > _MAX_HEAD_DIM or q.numel() > _MAX_ELEMENTS:
         return plain_temporal_attention(q, k, v, num_heads).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads = [_heads(x, head_dim) for x in (q, k, v, out)]
@@ -299,7 +301,7 @@ class InductorRunner:
         try:
             # What torch's own function ends in, less its questions to a compiler and a second try with what failed. On
             # the caller's thread and stream alone (True), one runner: what a CUDA graph can capture.
-            with _temporary_files_in(self._unpacked.name):
+            with _LOADING, _temporary_files_in(self._unpacked.name):
                 self._package = torch._C._aoti.AOTIModelPackageLoader(str(plan), "model", True, 1, -1)
             metadata = self._package.get_metadata()
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
@@ -380,12 +382,15 @@ def _check_room(plan: Path) -> None:
 
 
 def _is_too_large(plan: Path) -> bool:
-    """A whole package, for the memory that is free where those of this machine lie."""
+    """A whole package, for the memory that is free where it is to lie."""
+    if not zipfile.is_zipfile(plan):
+        return False
     free = available_memory()
-    if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # of a card that is lost
-            free = torch.cuda.mem_get_info()[0]
-    return zipfile.is_zipfile(plan) and plan.stat().st_size > free
+    with zipfile.ZipFile(plan) as package:
+        if torch.cuda.is_available() and any(name.endswith(".cubin") for name in package.namelist()):
+            with contextlib.suppress(RuntimeError):  # of a card that is lost
+                free = torch.cuda.mem_get_info()[0]
+    return plan.stat().st_size > free
 
 
 @contextlib.contextmanager

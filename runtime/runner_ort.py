@@ -53,6 +53,12 @@ def tries_cuda() -> bool:
     return True
 
 
+def check_card() -> None:
+    """Raises EngineError where ONNX Runtime is the one for GPUs, and does not run on this machine's."""
+    if tries_cuda() and (reason := why_no_onnxruntime(find_gpus()[0])):
+        raise _idle(reason)
+
+
 def _providers(precision: str) -> list[str | tuple[str, dict[str, Any]]]:
     """Best first."""
     if not tries_cuda():
@@ -99,8 +105,7 @@ class OrtRunner:
                 options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if half else levels.ORT_ENABLE_BASIC
                 options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
                 options.enable_cpu_mem_arena = not once  # it would keep room for the largest
-        if not on_cpu and (reason := why_no_onnxruntime(find_gpus()[0])):
-            raise _idle(reason)
+        check_card()
         try:
             # Without its fallback, by which it would go on on the CPU after a failure, and say so on stdout.
             self._session = ort.InferenceSession(str(plan), options, providers=providers, enable_fallback=0)

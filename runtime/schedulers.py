@@ -253,7 +253,8 @@ def make_schedule(
         )
     if not 0 < strength <= 1:
         raise SettingsError(f"strength is {strength}; allowed: above 0, up to 1.")
-    executed = timesteps[num_inference_steps - executed_steps(num_inference_steps, strength) :]
+    skipped = num_inference_steps - executed_steps(num_inference_steps, strength)
+    executed = timesteps[min(skipped, len(timesteps) - 1) :]  # where lambda is clipped there may be fewer
     if config.solver == "ddpm":
         ends = executed - config.num_train_timesteps // num_inference_steps
         if spacing == LOGSNR:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -33,7 +34,8 @@ _BT709 = 1  # matrix, primaries and transfer have the same number in H.264
 _SOFTWARE = "show1-rt"  # marks the PNG frames that `save_video` may replace
 _VIEWERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in folders that they have shown
 _FRAME_NAME = re.compile(r"\d{4,}\.png")
-_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what Pillow raises for files of others
+# What Pillow raises for files of others.
+_UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 _EXIF_DESCRIPTION = 0x010E
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
@@ -128,7 +130,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
         raise OutputError(f"{target}: cannot read it as a video ({error}).") from error
     try:
         metadata = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

@@ -176,6 +176,7 @@ def test_conditions_name_what_runs_and_no_path(bundle: Path, monkeypatch: pytest
     assert list(machine["threads"]) == ["onnxruntime"] and "CPUExecutionProvider" in machine["providers_available"]
     assert {"onnxruntime", "onnxruntime-gpu"} & set(describe_host()["backends"])
     monkeypatch.setattr("runtime.runner_ort.processors", lambda: 1)  # fewer than the machine has
+    monkeypatch.setattr("runtime.runner_ort.os.cpu_count", lambda: 2)
     assert describe_machine(Bundle.open(bundle))["threads"] == {"onnxruntime": 1}
     assert peak_memory() > 2**20
 

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the bench extra")
 
+from bench import gpu
 from bench.__main__ import main
 from bench.baseline import Measured, Place, Source
 from bench.e2e import (
@@ -174,8 +175,9 @@ def test_without_bundle_and_baseline_there_is_nothing_to_measure() -> None:
 def test_nothing_is_built_for_onnx_runtime_where_it_would_leave_the_card_idle(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = Gpu("H200", (9, 0), 141 * 2**30, (13, 0))
-    monkeypatch.setattr("engines.tensorrt.find_gpus", lambda: [card])
+    cards = [Gpu("H200", (9, 0), 141 * 2**30, (13, 0))]
+    for module in ("engines.tensorrt", "bench.__main__", "runtime.runner_ort"):
+        monkeypatch.setattr(f"{module}.find_gpus", lambda: cards)
     monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cuda", "float16")))
     monkeypatch.setattr("engines.tensorrt.installed_version", lambda name: None)
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: False)
@@ -184,6 +186,35 @@ def test_nothing_is_built_for_onnx_runtime_where_it_would_leave_the_card_idle(
     assert "ONNX Runtime here leaves the GPU idle" in capsys.readouterr().err
     assert main(["e2e", "--keyframes", "4"]) == 1
     assert "--keyframes 4: sr1's last window" in capsys.readouterr().err
+    monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: True)
+    for cards[0] in (Gpu("B200", (10, 0), 2**37, (13, 0)), Gpu("H200", (9, 0), 2**37, (12, 8))):
+        assert main(["e2e"]) == 1
+        assert "does not run on the GPU: " in capsys.readouterr().err
+    cards[0] = Gpu("H200", (9, 0), 2**37, (13, 0))
+
+    def build(size: str) -> Path:
+        raise EngineError("built")
+
+    monkeypatch.setattr("bench.exporter.random_bundle", build)
+    assert main(["e2e", "--baseline", "none"]) == 1
+    assert capsys.readouterr().err == "error: built\n"
+    monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cpu", "float32")))
+    assert main(["e2e"]) == 1
+    assert capsys.readouterr().err == "error: built\n"
+
+
+def test_baselines_are_asked_to_look_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*arguments: Any) -> dict[str, Measured]:
+        asked.append(arguments[-1]())
+        return {"eager": Measured(None, None, "the time was up")}
+
+    asked: list[bool] = []
+    monkeypatch.setattr("bench.baseline.measure_network", measure)
+    setup = Setup("golden", None, [], Settings(size=(64, 64), keyframes=2), ["base"], ["eager"], 1, 1)
+    run_e2e(setup, lambda *_: None, lambda: False)
+    with pytest.raises(gpu.TimeIsUp):
+        gpu.e2e(gpu.Plan(["e2e"], setup), gpu.Clock(0), lambda content: None)
+    assert asked == [False, False]
 
 
 @pytest.mark.parametrize(

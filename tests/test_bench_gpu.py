@@ -181,10 +181,19 @@ def test_loops_are_compared_where_a_backend_has_them(bundle: Path, monkeypatch: 
         (["--minutes", "0"], "--minutes 0; allowed: above 0."),
         (["--minutes", "nan"], "--minutes nan; allowed: above 0."),
         (["--seed", "-1"], "seed is -1; allowed: 0 to 18446744073709551615."),
+        (
+            ["--parts", "e2e", "--keyframes", "4"],
+            "--keyframes 4: sr1's last window would be shorter than the others, which is not counted; allowed: 2, 8, "
+            "15, 22 and so on, or --stages without sr1.",
+        ),
         (["--parts", "engines,fans"], "--parts fans; allowed: all, rates, kernels, engines, e2e, memory."),
     ],
 )
-def test_wrong_requests_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_requests_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
+    monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {})
     assert main(["gpu", *arguments]) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
 
@@ -225,7 +234,14 @@ def test_the_reference_runs_on_the_cpu_whatever_else_there_is(bundle: Path, monk
 def test_only_backends_that_may_use_a_card_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(gpu.tensorrt, "installed_version", lambda name: "1" if name == "torch" else None)
-    for provider, found in (("CPUExecutionProvider", []), ("CUDAExecutionProvider", ["onnxruntime"])):
+    for provider, capability, driver, found in (
+        ("CPUExecutionProvider", (8, 9), (13, 0), []),
+        ("CUDAExecutionProvider", (8, 9), (13, 0), ["onnxruntime"]),
+        ("CUDAExecutionProvider", (10, 0), (13, 0), []),
+        ("CUDAExecutionProvider", (8, 9), (12, 8), []),
+    ):
+        card = Gpu("card", capability, 2**37, driver)
+        monkeypatch.setattr(gpu, "find_gpus", lambda card=card: [card])
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda provider=provider: [provider])
         assert gpu.backends() == [*found, "inductor"]
 

@@ -61,6 +61,21 @@ def test_the_yardstick_is_the_faster_of_two_copies(bench: kernels.KernelBench, m
     assert bench.copy(2**10).median == bench.copy(2**10).median == 1e-6
 
 
+def test_a_baseline_that_does_not_take_a_shape_is_none_and_a_lost_card_an_end(
+    bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ValueError("not this shape")
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    assert bench.try_to_time(refuse) is None
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.try_to_time(refuse)
+
+
 def test_a_wrong_result_is_told_in_its_row_and_at_the_end(
     bench: kernels.KernelBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

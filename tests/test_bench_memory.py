@@ -54,7 +54,9 @@ def test_without_a_driver_there_is_no_device_memory() -> None:
     assert device_memory() is None
 
 
-def test_memory_of_a_whole_video(bundle: Path, tmp_path: Path) -> None:
+def test_memory_of_a_whole_video(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([2**49, 2**50, 2**50, 2**50])
+    monkeypatch.setattr("bench.memory.peak_memory", lambda: next(peaks))
     out = tmp_path / "memory.json"
     options = ["--video", "64x64", "--keyframes", "2", "--steps", "base=1,interp=1,if2=1,sr1=1,sr2=2"]
     assert main(["memory", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
@@ -63,5 +65,8 @@ def test_memory_of_a_whole_video(bundle: Path, tmp_path: Path) -> None:
     assert list(result["stage_ends_s"]) == ["base", "interp", "if2", "sr1", "sr2"] and ends == sorted(ends)
     assert max(result["stage_peak_resident_bytes"].values()) <= result["peak_resident_bytes"]
     assert result["run"]["interp"]["guidance_scale"] == 4.0
+    assert result["peak_resident_bytes"] == 2**50, "above what was taken before: this video's"
     assert str(bundle.resolve()) not in out.read_text(encoding="utf-8")
     assert "![time](memory-time.svg)" in out.with_suffix(".md").read_text(encoding="utf-8")
+    assert main(["memory", "--bundle", str(bundle), *options, "--out", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["peak_resident_bytes"] < 2**49, "what ran before had more"

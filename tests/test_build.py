@@ -51,6 +51,7 @@ from export.parity import check_parity, example_sizes, package_sizes, parity_siz
 from runtime.config import Settings
 from runtime.engine import Engine
 from runtime.kernels import REFERENCE, missing_programs
+from runtime.pipeline import settings_of
 
 pytestmark = pytest.mark.torch
 
@@ -230,13 +231,17 @@ def test_stages_that_stay_keep_what_their_checkpoint_recommended(checkpoint: Pat
     defaults, plain = Settings.from_dict(Bundle.open(out).manifest.defaults), Settings()
     assert (defaults.base.guidance_scale, defaults.strength) == (5.0, 0.3)
     assert defaults.interp.guidance_scale == plain.interp.guidance_scale, "which has no engine here"
+    kept |= {"base": {"of": "another version"}, "strength": 7}
+    (out / "manifest.json").write_text(replace(before, engines=engines, defaults=kept).to_json())
+    build_text_encoders(checkpoint, out)  # what `check` asks for
+    assert settings_of(Bundle.open(out)) == plain
 
 
 def test_a_part_of_a_bundle_is_not_built_for_another_size(checkpoint: Path, out: Path) -> None:
     before = Bundle.open(out).manifest
     engines = {**before.engines, "base": replace(before.engines["t5"], name="base").sealed()}
     (out / "manifest.json").write_text(replace(before, engines=engines).to_json())
-    message = r"--size 640x384: .* is for 576x320, and base would stay so\. Give --size 576x320, or --stage all"
+    message = r" is for 576x320, not 640x384, and base would stay so\. Give --size 576x320, or --stage all, or"
     with pytest.raises(SettingsError, match=message):
         build_text_encoders(checkpoint, out, size=(640, 384))
     assert Bundle.open(out).manifest.size == (576, 320)
@@ -610,6 +615,7 @@ def test_workers_of_a_killed_build_end_with_it(golden: Path, tmp_path: Path) -> 
 
 
 def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, out: Path) -> None:
+    (out / "engines" / "t5-mine").mkdir()  # no name of ours
     (out / "engines" / "t5-0123456789ab").mkdir()
     (out / "engines" / "t5-0123456789ab" / "encode.weights").touch()
     (out / ".tmp-x1y2" / "t5").mkdir(parents=True)
@@ -618,6 +624,7 @@ def test_leftovers_of_a_killed_build_are_removed_by_the_next(checkpoint: Path, o
     (out / "tokenizers" / ".tmp-t5.json").touch()
     build_text_encoders(checkpoint, out)
     assert_tidy(out)
+    assert (out / "engines" / "t5-mine").is_dir() and not (out / "engines" / "t5-0123456789ab").exists()
 
 
 def test_a_second_builder_is_refused_while_the_first_is_at_work(checkpoint: Path, out: Path) -> None:
@@ -671,7 +678,7 @@ def test_too_full_a_disk_is_noticed_before_anything_is_built(
     checkpoint: Path, tmp_path: Path, pending: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(BundleError, match=r"GiB needed, 0\.0 GiB free\. Make room or choose another --out"):
+    with pytest.raises(BundleError, match=r"GiB needed, 9\.31e-07 GiB free\. Make room or choose another --out"):
         build_text_encoders(checkpoint, tmp_path / "new")
     assert not pending
 

@@ -353,6 +353,19 @@ def test_memory_that_is_short_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.startswith("error: too little memory (Unable to allocate 9.00 GiB). Close")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps a folder that a process is in")
+def test_a_folder_that_has_been_removed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, removed = Path.cwd(), tmp_path / "removed"
+    removed.mkdir()
+    os.chdir(removed)
+    try:
+        removed.rmdir()
+        assert run_command(parser_of(lambda _: Path("out").absolute()), [], "") == 1
+    finally:
+        os.chdir(before)
+    assert "has been removed. Change into one" in capsys.readouterr().err
+
+
 def test_a_command_runs_in_any_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run_command, parser_of(lambda _: None), [], "").result() == 0

@@ -213,7 +213,7 @@ def test_an_interrupted_conversion_is_never_taken_for_a_whole_one_and_goes_on(
             raise OSError("no space left on device")
         save_file(dict(tensors), path, dict(metadata))
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(module, "save_weights", fail)
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors cannot be written \(no space left"):
         convert(tmp_path, fp16=False, remove=remove)
     monkeypatch.undo()
@@ -241,6 +241,7 @@ def test_full_weights_are_halved_where_half_precision_is_asked_for(tmp_path: Pat
     written = convert(tmp_path, fp16=True)
     names = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert [path.name for path in written] == [*names, "model.safetensors.index.fp16.json"]
+    assert len({path.stat().st_mode for path in written}) == 1  # for all who may read the others
     assert [path.name for path in weight_files(tmp_path, prefer_fp16=False)] == names
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     assert_equal(contents(written[:2]), half)

@@ -13,12 +13,15 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 PROGRAMS = {"show1-rt": "runtime.cli", "python -m export": "export.__main__", "python -m bench": "bench.__main__"}
 
 
+BEFORE = r"(?:[A-Z_]+=\S+ |taskset -c \S+ )*(?:\.venv\\Scripts\\)?"
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """(module, arguments) of every command in an indented or fenced block."""
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         for program, module in PROGRAMS.items():
-            for line in re.findall(rf"^(?: {{4,}}|\$ )(?:[A-Z_]+=\S+ )*{program} (.+)$", text, re.MULTILINE):
+            for line in re.findall(rf"^(?: {{4,}}|\$ ){BEFORE}{program} (.+)$", text, re.MULTILINE):
                 yield module, shlex.split(line, comments=True)
 
 
@@ -37,5 +40,6 @@ def test_all_packages_and_their_data_are_shipped() -> None:
     assert sorted(setuptools["packages"]) == sorted(
         home.relative_to(ROOT).as_posix().replace("/", ".") for home in homes
     )
-    for package, files in setuptools["package-data"].items():
-        assert all((ROOT / package.replace(".", "/") / file).is_file() for file in files)
+    listed = {ROOT / package.replace(".", "/") / f for package, fs in setuptools["package-data"].items() for f in fs}
+    files = [path for home in homes for path in home.iterdir() if path.is_file() and not path.name.startswith(".")]
+    assert listed == {path for path in files if path.suffix not in (".py", ".pyc")}

@@ -96,6 +96,10 @@ def test_a_card_without_kernels_in_onnx_runtimes_wheel_is_not_promised_any(machi
     found = machine([blackwell], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
     assert "onnxruntime (CUDA)" not in found.runs
     assert any("no kernels for NVIDIA B200 (sm100): build with --engine inductor" in line for line in found.problems)
+    (hint,) = machine([blackwell], {"onnxruntime": "1.31", **EXPORT}).hints
+    assert hint == "onnxruntime-gpu has no kernels for NVIDIA B200 (sm100): build with --engine inductor."
+    pascal = machine([Gpu("GTX 1080", (6, 1), 2**33, (13, 0))], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
+    assert any("no kernels for GTX 1080 (sm61). Or run on the CPU" in line for line in pascal.problems)
 
 
 def test_tensorrt_without_what_it_runs_by_is_not_said_to_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,16 @@ The UNet is the smallest that has every kind of layer: one level, from the golde
 
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -361,10 +363,41 @@ def test_a_package_that_is_too_large_for_its_device_is_told_as_such(
     with pytest.raises(BundleError, match=r"step\.pt2: torch .* cannot load it \(create_func_"):
         InductorRunner(plan)
     monkeypatch.setattr(runner_inductor, "available_memory", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    if DEVICE == "cpu":  # there may be a card besides, with less memory, or one that is lost
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     with pytest.raises(EngineError, match=r"step\.pt2: too little memory to load it \(create_func_.*Close what else"):
         InductorRunner(plan)
     assert not [*tmp_path.iterdir()]
+    for_a_card = tmp_path / "step.pt2"
+    shutil.copyfile(plan, for_a_card)
+    with zipfile.ZipFile(for_a_card, "a") as package:
+        package.writestr("model/kernel.cubin", b"")
+    monkeypatch.setattr(runner_inductor, "available_memory", lambda: 2**60)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, error in ((lambda: (0, 0), EngineError), (lambda: (2**60, 0), BundleError), (fail, BundleError)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+        with pytest.raises(error):
+            InductorRunner(for_a_card)
+
+
+def test_packages_that_two_threads_load_are_unpacked_each_in_its_folder(
+    float32: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        before = os.environ["TMPDIR"]
+        time.sleep(0.05)
+        folders.append(before)
+        raise RuntimeError("the same" if os.environ["TMPDIR"] == before else "another")
+
+    folders: list[str] = []
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    plan = float32.path(float32.engine("interp").graphs["step"].plan)
+    with ThreadPoolExecutor(3) as threads:
+        errors = [load.exception() for load in [threads.submit(InductorRunner, plan) for _ in range(3)]]
+    assert all("cannot load it (the same)" in str(error) for error in errors), errors
+    assert len(set(folders)) == 3 and "TMPDIR" not in os.environ
 
 
 def test_a_disk_without_room_to_unpack_a_package_is_told_before(
@@ -588,6 +621,13 @@ def test_attention_over_frames_asks_for_tensors_of_one_kind() -> None:
     for k in (q[:, :2], q.float()):
         with pytest.raises(EngineError, match="q, k and v are of different shapes or types"):
             temporal_attention(q, k, q, 2)
+
+
+def test_attention_over_more_values_than_the_kernel_counts_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_inductor, "_kernels", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(runner_inductor, "_MAX_ELEMENTS", 2 * 3 * 4 * 16 - 1)
+    q, k, v = torch.randn(3, 2, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    torch.testing.assert_close(temporal_attention(q, k, v, 2), plain_temporal_attention(q, k, v, 2))
 
 
 def test_attention_over_more_frames_than_the_kernel_takes_stays_in_the_range_of_float16() -> None:

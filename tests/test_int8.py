@@ -367,7 +367,7 @@ def test_what_is_not_built_again_stays_and_keeps_its_size(
     built = Bundle.open(tmp_path / "576")
     assert built.engine("base") == halved and built.manifest.schedulers == schedulers
     assert set(built.manifest.tokenizers) == {"t5"} and built.manifest.defaults["base"] == kept["base"]
-    message = r"--size 576x320: .*640 is for 640x384, and base would stay so\. Give --size 640x384, or --stage all"
+    message = r"640 is for 640x384, not 576x320, and base would stay so\. Give --size 640x384, or --stage all, or"
     with pytest.raises(SettingsError, match=message):
         build_int8(whole, tmp_path / "640", [], ["text"], settings=SETTINGS)
 
@@ -506,6 +506,25 @@ def test_a_float32_bundle_of_another_size_is_refused(
     assert main(command(bundle, tmp_path / "out", "--size", "640x384")) == 1
     assert f"--size 640x384: {bundle} was built for 576x320. Leave --size out" in capsys.readouterr().err
     assert main(command(bundle, tmp_path / "out", "--size", "576x320")) == 0 and len(asked) == 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", RTX])
+def test_a_bundle_of_another_size_is_refused_before_anything_is_built(
+    bundle: Path,
+    tmp_path: Path,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    """Of which float32 engines, calibration and judging take hours."""
+    monkeypatch.setattr(Backend, "choose", lambda name, *_: Backend(name))
+    monkeypatch.setattr("export.build.build", lambda *_, **__: pytest.fail("built"))
+    arguments = ["build", "--precision", "int8", "--engine", engine, "--stage", "base", "--size", "640x384"]
+    (tmp_path / "out").symlink_to(bundle)
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {tmp_path / 'out'} is for 576x320, not 640x384, and clip, " in capsys.readouterr().err
+    assert not asked
 
 
 def test_plans_are_built_for_the_size_of_the_float32_bundle(

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def _gpu() -> Kernels:
 def test_a_library_for_another_card_serves_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cards, asked = [Gpu("", (8, 6), 0, (13, 0)), Gpu("", (12, 0), 0, (13, 0)), Gpu("", (8, 6), 0, (13, 0))], []
 
-    def configure(library: str, folder: Path, option: str) -> tuple[Path, str]:
+    def configure(library: str, folder: Path, chosen: Callable[[], list[str]]) -> tuple[Path, str]:
+        (option,) = chosen()
         asked.append(option)
         folder.mkdir(exist_ok=True)
         (folder / "CMakeCache.txt").write_text(option.removeprefix("-D").replace("=", ":STRING="))
@@ -100,8 +101,9 @@ def test_a_library_for_another_card_serves_the_one_before(monkeypatch: pytest.Mo
 
 
 def test_a_compiler_that_only_cxx_names_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", f"{sys.executable} -O2")  # anything that is a program
+    (compiler := tmp_path / "cc.exe").touch(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", f"{compiler} -O2")
     assert "a C++ compiler" not in missing_programs(REFERENCE)
     monkeypatch.delenv("CXX")
     assert "a C++ compiler" in missing_programs(REFERENCE)

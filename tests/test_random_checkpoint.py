@@ -120,7 +120,7 @@ def test_what_exists_is_left_alone_and_a_full_disk_is_noticed_first(
         random_checkpoint.random_checkpoint(tmp_path / "new", "huge")
     monkeypatch.setattr(random_checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
     assert main(["random-checkpoint", "--size", "published", "--out", str(tmp_path / "new")]) == 1
-    assert "24.2 GB needed, 1.0 GB free" in capsys.readouterr().err
+    assert "24.2 GB needed, 1 GB free" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
 

@@ -274,6 +274,11 @@ def test_strengths_out_of_range_are_refused(strength: float) -> None:
         make_schedule(published("sr2"), 50, strength)
 
 
+def test_a_schedule_whose_end_is_clipped_has_a_step_whatever_the_strength() -> None:
+    clipped = published("sr2", lambda_min_clipped=-2.0)
+    assert len(make_schedule(clipped, 50, strength=0.02, spacing="trailing")) == 1
+
+
 def test_a_strength_below_one_step_runs_the_last() -> None:
     whole, part = make_schedule(published("sr2"), 4), make_schedule(published("sr2"), 4, strength=0.1)
     assert part.timesteps.tolist() == whole.timesteps[-1:].tolist()

@@ -259,6 +259,16 @@ def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkey
     brain = Bundle(bundle.root, replace(bundle.manifest, engines={**bundle.manifest.engines, "clip": in_bf16}))
     assert "--engine onnxruntime --precision fp16" in str(reason(brain, monkeypatch, HOPPER)), "which has no bf16"
     assert f"--engine {RTX} --precision fp16 --target sm75" in str(reason(brain, monkeypatch, TURING)), "nor this"
+    assert "--engine onnxruntime --precision fp32" in str(reason(brain, monkeypatch)), "on a processor"
+    blackwell = Gpu("B200", (10, 0), 180 * 2**30, (13, 0))
+    assert "--engine inductor --precision fp16" in str(reason(bundle, monkeypatch, blackwell))
+    engines = {**bundle.manifest.engines, "t5": replace(bundle.engine("t5"), precision="int8")}
+    integers = Bundle(bundle.root, replace(bundle.manifest, engines=engines))
+    assert "--engine onnxruntime --precision int8" in str(reason(integers, monkeypatch))
+    assert "--engine onnxruntime --precision fp16" in str(reason(integers, monkeypatch, HOPPER)), "not int8 on cards"
+    proper = replace(in_bf16, backend="tensorrt", targets=("sm89",))
+    there = Bundle(bundle.root, replace(bundle.manifest, engines={"clip": proper}))
+    assert "--engine tensorrt --precision fp16 --target sm75" in str(reason(there, monkeypatch, TURING))
     monkeypatch.setattr(tensorrt, "installed_version", lambda _: None)
     assert "needs tensorrt-rtx" in str(tensorrt.why_unusable(bundle, bundle.engine("clip")))
 

@@ -1,5 +1,6 @@
 """`export verify`: all golden cases hold, and it notices when one does not."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_a_reference_of_another_shape_fails_and_names_the_case(
     code, out, err = run_verify(bundle, trimmed, capsys)
     assert code == 1
     assert "t5 prompt" in out + err
+
+
+def test_a_reference_of_other_networks_is_told_as_such(
+    bundle: Path, trimmed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not as a video's size that the engines do not take."""
+    clip = np.zeros((1, 5, 2, 8, 8), np.float32)
+    case = {"sample": clip, "out": clip, "ehs": np.zeros((1, 3, 7), np.float32), "timestep": np.ones(1, np.float32)}
+    np.savez(trimmed / "unet_base.npz", **case)
+    code, _, err = run_verify(bundle, trimmed, capsys)
+    assert code == 1
+    assert re.search(r"engines do not take what \S+ gives them: base/.* has shape .*, or a bundle built from", err), err
 
 
 @pytest.mark.parametrize(

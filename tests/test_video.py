@@ -230,6 +230,19 @@ def test_a_picture_that_cannot_be_read_is_foreign(frames: np.ndarray, tmp_path: 
         read_metadata(tmp_path / "clip")
 
 
+@pytest.mark.parametrize("exif", [b"garbage!garbage", b"II*\0"])
+def test_a_picture_of_another_program_is_told_as_one_that_cannot_be_read(tmp_path: Path, exif: bytes) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.webp", exif=exif)
+    with pytest.raises(OutputError, match="cannot read it as a video"):
+        read_metadata(tmp_path / "other.webp")
+
+
+def test_a_description_that_no_reader_can_take_is_none_of_ours(tmp_path: Path) -> None:
+    (description := PngImagePlugin.PngInfo()).add_text("Description", "[" * 100_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "deep.png", pnginfo=description)
+    assert read_metadata(tmp_path / "deep.png") == {}
+
+
 def test_what_a_file_manager_left_there_is_no_reason_to_refuse_a_folder(frames: np.ndarray, tmp_path: Path) -> None:
     save_video(frames, tmp_path / "clip")
     (tmp_path / "clip" / ".DS_Store").write_bytes(b"Bud1")
