@@ -1103,6 +1103,8 @@ def test_on_a_gpu_onnx_runtimes_engines_are_built_one_at_a_time_unless_asked(
     """They are compared there, and might not fit side by side."""
     noted: list[int | None] = []
     monkeypatch.setattr("export.build.build_all", lambda _bundle, _pending, jobs: noted.append(jobs))
+    card = Gpu("H200", (9, 0), 2**37, (13, 0))
+    monkeypatch.setattr("runtime.runner_ort.find_gpus", lambda: [card])
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: on_gpu)
     build_text_encoders(checkpoint, tmp_path / "out", jobs=asked)
     assert noted == [built]

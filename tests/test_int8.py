@@ -22,6 +22,7 @@ from engines import quantize
 from engines.catalog import CATALOG
 from engines.compile_ort import compile_int8
 from engines.errors import EngineError, SettingsError
+from engines.gpu import Gpu
 from engines.passes import unsigned_activations
 from engines.quantize import LayerPlan, layers, quantize_weight
 from engines.spec import INT8, Axis, Binding, GraphSpec
@@ -726,6 +727,7 @@ def test_calibration_asks_for_float32_engines(quantised: Path, tmp_path: Path) -
 def test_int8_is_refused_where_onnx_runtime_uses_the_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("runtime.runner_ort.find_gpus", lambda: [Gpu("H200", (9, 0), 2**37, (13, 0))])
     monkeypatch.setattr("runtime.runner_ort.tries_cuda", lambda: True)
     assert main(["build", "--checkpoint", "demo", "--precision", "int8"]) == 1
     assert "no convolutions in int8 for CUDA" in capsys.readouterr().err
