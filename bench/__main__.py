@@ -126,7 +126,8 @@ def _e2e(arguments: argparse.Namespace) -> None:
 
     def built() -> list[Path]:  # which takes long: what would be refused afterwards is refused before
         _check_windows(_settings({}, arguments, guided=True), _choices("stages", arguments.stages, STAGES))
-        if place.device == "cuda" and arguments.baseline != "none" and choose_backend()[0] == "onnxruntime":
+        beside = place.device == "cuda" and arguments.baseline != "none"
+        if beside and find_gpus() and choose_backend()[0] == "onnxruntime":
             _check_onnxruntime_uses_it()
         return [random_bundle(arguments.size)]
 
@@ -310,7 +311,7 @@ def _check_onnxruntime_uses_it() -> None:
 
     if not tries_cuda():
         reason = onnxruntime_idle(find_gpus()[0])
-        raise EngineError(f"{reason}. The baselines would not. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU.")
+        raise EngineError(f"{reason}. The baselines would use it. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU.")
     check_card()
 
 

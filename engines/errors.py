@@ -1,6 +1,7 @@
 """Errors that a user can act on: each message says what was given, what is allowed and what to do."""
 
 import json
+import shlex
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,4 +52,5 @@ def install(extras: str) -> str:
         place = f"{source['vcs']}+{url}@{source['commit_id']}" if source else url
         return f"`pip install 'show1-rt{wanted} @ {place}'`"
     folder = url2pathname(urlsplit(url).path)
-    return f"`pip install -e '{'.' if not url or Path(folder) == Path.cwd() else folder}{wanted}'`"
+    place = "." if not url or Path(folder) == Path.cwd() else folder
+    return f"`pip install -e {shlex.quote(f'{place}{wanted}')}`"

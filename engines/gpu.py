@@ -8,7 +8,7 @@ from importlib.util import find_spec
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 CUDA = (13, 0)  # what the libraries of TensorRT's flavours and of ONNX Runtime are built with, and our kernels
-TURING = "sm75"  # the oldest target
+TURING, OLDEST = "sm75", (7, 5)  # the oldest target, and its compute capability
 NO_ONNXRUNTIME = (10, 11)  # onnxruntime-gpu (1.31) has kernels for 7.5, 8.x, 9.0 and 12.x, and no PTX
 NO_BF16 = f"Turing ({TURING}) does not compute in bf16: use --precision fp16."
 
@@ -66,7 +66,7 @@ def why_no_onnxruntime(gpu: Gpu) -> str | None:
     no_kernels = f"onnxruntime-gpu has no kernels for {gpu.name} ({gpu.target})"
     if gpu.capability[0] in NO_ONNXRUNTIME:
         return f"{no_kernels}: build with --engine inductor"
-    if gpu.capability < (7, 5):
+    if gpu.capability < OLDEST:
         return no_kernels
     return old_driver(gpu, "onnxruntime-gpu")
 

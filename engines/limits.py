@@ -10,7 +10,7 @@ _MOUNTED = Path("/sys/fs/cgroup")
 
 
 def processors() -> int:
-    """Logical processors that this process may keep busy; a part of one counts as one."""
+    """Logical processors that this process may keep busy, whole ones; one at least."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _groups("cpu"):
         with contextlib.suppress(OSError, ValueError):

@@ -105,13 +105,13 @@ class Bundle:
         """Why an engine is not what was built; reads all of its files."""
         return list(filter(None, [entry.edited, *map(self.damage, entry.files())]))
 
-    def check_size(self, size: tuple[int, int], rebuilt: Collection[str]) -> None:
-        """Raises SettingsError where engines other than `rebuilt` would stay for another size."""
+    def check_size(self, size: tuple[int, int], rebuilt: Collection[str], option: str = "--size") -> None:
+        """Raises SettingsError where engines other than `rebuilt` would stay for another size than `option` has."""
         if size != self.manifest.size and (others := set(self.manifest.engines) - set(rebuilt)):
             asked, was = ("{}x{}".format(*pair) for pair in (size, self.manifest.size))
             raise SettingsError(
                 f"{self.root} is for {was}, not {asked}, and {', '.join(sorted(others))} would stay so. "
-                f"Give --size {was}, or --stage all, or choose another --out."
+                f"Give {option} {was}, or --stage all, or choose another --out."
             )
 
     def why_stale(self, name: str, source: Mapping[str, str]) -> str | None:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engines.errors import EngineError, SettingsError, install
-from engines.gpu import NO_BF16, NO_ONNXRUNTIME, TURING, Gpu, find_gpus, old_driver, wheel_folders
+from engines.gpu import NO_BF16, NO_ONNXRUNTIME, OLDEST, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 
@@ -97,11 +97,12 @@ def version_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
 def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     other = {"engine": "onnxruntime", "target": None, "attention": None}
     gpus = find_gpus()
-    if not gpus:
+    if not gpus or gpus[0].capability < OLDEST:
         if entry.precision == "bf16":
             other["precision"] = "fp32"
         command = bundle.rebuild_command(entry.name, **other, stage="all", out="NEW")
-        return f"needs an NVIDIA GPU, and this machine shows none. For the CPU: {command}"
+        shows = f"{gpus[0].name} ({gpus[0].target}), which is older than Turing" if gpus else "none"
+        return f"needs an NVIDIA GPU, and this machine shows {shows}. For the CPU: {command}"
     if serves(entry.targets, gpus[0].target):
         return old_driver(gpus[0], entry.backend)
     there = f"built for {', '.join(entry.targets)}, this is {gpus[0].name} ({gpus[0].target})"

@@ -1,6 +1,7 @@
 """`python -m export`: build, list, check and verify bundles; download, convert and train checkpoints."""
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -99,9 +100,12 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     stages, size = arguments.stage.split(","), parse_size(arguments.size or SIZE)
     floats = Bundle.open(arguments.calibration) if arguments.calibration is not None else None
     for folder in {out, arguments.out}:  # hours before they are written to
-        if (folder / MANIFEST).is_file():
+        if os.path.isfile(folder / MANIFEST):  # False in folders that may not be entered, whatever Python's version
             built = {network.name for network in networks_of(stages)}
-            Bundle.open(folder).check_size(floats.manifest.size if floats else size, built)
+            if floats:
+                Bundle.open(folder).check_size(floats.manifest.size, built, "a --calibration of")
+            else:
+                Bundle.open(folder).check_size(size, built)
     if floats is not None:
         if arguments.calibration.resolve() == arguments.out.resolve():
             raise SettingsError(

@@ -143,7 +143,7 @@ def settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, An
     names = stay | ({"strength"} if "sr2" in stay else set())
     kept = {}
     for name in names & bundle.manifest.defaults.keys():
-        with contextlib.suppress(SettingsError, TypeError, ValueError):  # edited, or another version's
+        with contextlib.suppress(SettingsError):  # edited, or another version's
             Settings.from_dict(value := {name: bundle.manifest.defaults[name]})
             kept |= value
     return kept

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from engines.errors import EngineError
-from engines.gpu import find_gpus
+from engines.gpu import OLDEST, find_gpus
 from engines.limits import processors
 from runtime.kernels import (
     BUILD,
@@ -90,7 +90,7 @@ def native(folder: Path | None = None) -> str:
 
     With a build folder also those that it was built for: cards hidden today, which other bundles run on.
     """
-    cards = {gpu.target.removeprefix("sm") for gpu in find_gpus() if gpu.capability >= (7, 5)}
+    cards = {gpu.target.removeprefix("sm") for gpu in find_gpus() if gpu.capability >= OLDEST}
     if cards and folder:
         cards |= set(filter(str.isdigit, _configured(folder, "CMAKE_CUDA_ARCHITECTURES").split(";")))
     return ";".join(sorted(cards)) or "native"

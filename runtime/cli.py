@@ -11,12 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from engines.errors import OutputError
+from engines.tensorrt import installed_version
 from runtime.command import add_stage_options, path, run_command, stage_options, unused
 from runtime.config import DIFFUSION_STAGES, NEGATIVE_PROMPT, PRESETS, SEED
 
@@ -34,7 +34,7 @@ def _output(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="show1-rt", description="Text-to-video with the Show-1 cascade.")
-    parser.add_argument("--version", action="version", version=f"show1-rt {version('show1-rt')}")
+    parser.add_argument("--version", action="version", version=_software())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="what this machine can build and run, and what mends the rest")
     doctor.set_defaults(run=_doctor)
@@ -153,7 +153,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _software() -> str:
-    return f"show1-rt {version('show1-rt')}"
+    return f"show1-rt {installed_version('show1-rt') or '(not installed)'}"
 
 
 def _save(frames: Any, asked: str | None, free_name: Callable[[], str], fps: float, about: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ def stage_options(arguments: argparse.Namespace) -> dict[str, str | None]:
 def unused(file: Path) -> Path:
     """The file, its name numbered where there is one of that name already."""
     numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
-    return next(free for free in chain([file], numbered) if not free.exists())
+    return next(free for free in chain([file], numbered) if not os.path.exists(free))
 
 
 @contextlib.contextmanager

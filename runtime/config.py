@@ -126,8 +126,8 @@ class Settings:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON's types, NumPy's numbers among them."""
-        return json.loads(json.dumps(asdict(self), default=lambda number: number.item()))
+        """As JSON's types, NumPy's numbers and arrays among them."""
+        return json.loads(json.dumps(asdict(self), default=lambda value: value.tolist()))
 
     def with_preset(self, preset: str) -> "Settings":
         if preset not in PRESETS:

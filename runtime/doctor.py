@@ -46,13 +46,14 @@ def diagnose() -> Diagnosis:
         )
     if not gpus:
         result.found["GPU"] = "none that an NVIDIA driver shows"
-    _onnxruntime(result, gpus)
-    _tensorrt(result, gpus)
-    _inductor(result, gpus)
+    exports = _onnxruntime(result, gpus)
+    _tensorrt(result, gpus, exports)
+    _inductor(result, gpus, exports)
     return result
 
 
-def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
+def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> bool:
+    """Whether there is what every build needs."""
     cpu, gpu = installed_version("onnxruntime"), installed_version("onnxruntime-gpu")
     if cpu and gpu:
         result.problems.append(
@@ -65,11 +66,12 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     except ImportError as error:
         result.found["ONNX Runtime"] = "none"
         result.hints.append(f"ONNX Runtime is not usable ({error}): {install('cuda' if gpus else 'cpu')}.")
-        return
+        return False
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     result.found["ONNX Runtime"] = f"{ort.__version__} ({', '.join(providers)})"
     on_gpu = "CUDA" in providers and bool(gpus)
-    if on_gpu and (reason := why_no_onnxruntime(gpus[0])):
+    reason = why_no_onnxruntime(gpus[0]) if on_gpu else None
+    if reason:
         result.problems.append(
             f"{reason}. Or run on the CPU: `pip uninstall -y onnxruntime-gpu`, then {install('cpu')}."
         )
@@ -80,9 +82,10 @@ def _onnxruntime(result: Diagnosis, gpus: list[Gpu]) -> None:
     missing = [package for package in _EXPORT if find_spec(package) is None]
     if missing:
         result.hints.append(f"building needs {', '.join(missing)}: {install('export')}.")
-    else:
+    elif not reason:
         precisions = ["fp32", *([] if why_not_half() else ["fp16"]), *([] if on_gpu else ["int8"])]
         result.builds.append(f"onnxruntime ({', '.join(precisions)})")
+    return not missing
 
 
 def onnxruntime_idle(gpu: Gpu) -> str:
@@ -91,8 +94,7 @@ def onnxruntime_idle(gpu: Gpu) -> str:
     return why_no_onnxruntime(gpu) or idle
 
 
-def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
-    exports = bool(result.builds)
+def _tensorrt(result: Diagnosis, gpus: list[Gpu], exports: bool) -> None:
     for flavour in FLAVOURS:
         installed = installed_version(flavour)
         result.found[flavour] = installed or "none"
@@ -120,7 +122,7 @@ def _tensorrt(result: Diagnosis, gpus: list[Gpu]) -> None:
         result.hints.append(f"for this card there is TensorRT-RTX, but {why_not_here('tensorrt-rtx', gpus[0])}")
 
 
-def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
+def _inductor(result: Diagnosis, gpus: list[Gpu], exports: bool) -> None:
     if find_spec("torch") is None:
         result.found["torch"] = "none"
         return
@@ -136,9 +138,9 @@ def _inductor(result: Diagnosis, gpus: list[Gpu]) -> None:
     else:
         result.runs.append(f"inductor ({'CUDA' if on_gpu else 'CPU'})")
     missing = missing_programs(CUDA if on_gpu else REFERENCE) + missing_headers("cuda" if on_gpu else "cpu")
-    if result.builds and missing:
+    if exports and missing:
         result.hints.append(f"building inductor's engines needs {' and '.join(missing)}.")
-    elif result.builds:
+    elif exports:
         result.builds.append(f"inductor (fp32, fp16{'' if target == TURING else ', bf16'}) for {target}")
     if idle:
         result.hints.append(f"{idle}.")

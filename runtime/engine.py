@@ -100,7 +100,10 @@ class Engine:
             try:
                 self._runners[name] = open_runner(self._entry.backend, plan, self._entry.precision, self._entry.name)
             except BundleError as error:
-                if not any(map(self._bundle.damage, filter(None, (graph.plan, graph.weights)))):
+                files = [file for file in (graph.plan, graph.weights) if file]
+                for file in files:
+                    self._bundle.path(file)  # says so where the bundle was built again meanwhile
+                if not any(map(self._bundle.damage, files)):
                     raise EngineError(
                         f"{error} Its files are as they were built; `show1-rt doctor` says what this machine can run."
                     ) from None

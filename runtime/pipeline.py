@@ -136,7 +136,7 @@ def settings_of(bundle: Bundle) -> Settings:
     """A bundle's own. Raises BundleError for impossible ones."""
     try:
         return Settings.from_dict(bundle.manifest.defaults)
-    except (SettingsError, TypeError, ValueError) as error:
+    except SettingsError as error:
         raise BundleError(f"{bundle.root}: its settings: {error} Build the bundle again.") from None
 
 

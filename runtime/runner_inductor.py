@@ -376,20 +376,22 @@ def _check_room(plan: Path) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise EngineError(
-            f"{plan}: to load it {need / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free. "
+            f"{plan}: to load it {need / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free. "
             "Make room, or let TMPDIR name another folder."
         )
 
 
 def _is_too_large(plan: Path) -> bool:
     """A whole package, for the memory that is free where it is to lie."""
-    if not zipfile.is_zipfile(plan):
+    try:
+        with zipfile.ZipFile(plan) as package:
+            for_card = any(name.endswith(".cubin") for name in package.namelist())
+    except (OSError, zipfile.BadZipFile):
         return False
     free = available_memory()
-    with zipfile.ZipFile(plan) as package:
-        if torch.cuda.is_available() and any(name.endswith(".cubin") for name in package.namelist()):
-            with contextlib.suppress(RuntimeError):  # of a card that is lost
-                free = torch.cuda.mem_get_info()[0]
+    if for_card and torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # of a card that is lost
+            free = torch.cuda.mem_get_info()[0]
     return plan.stat().st_size > free
 
 

@@ -120,7 +120,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
     target = Path(path)
     try:
         if target.suffix.lower() == ".mp4" and not target.is_dir():
-            with av.open(str(target)) as container:
+            with av.open(os.path.abspath(target)) as container:  # FFmpeg takes a:b for a URL
                 text = container.metadata.get("comment")
         else:
             with Image.open(target / "0000.png" if target.is_dir() else target) as image:
@@ -204,7 +204,10 @@ def _parse(path: StrPath) -> tuple[Path, str]:
     Files are written where links to them lead.
     """
     text = os.fspath(path)
-    target = Path(os.path.abspath(text))
+    try:
+        target = Path(os.path.abspath(text))
+    except OSError as error:
+        raise OutputError(f"{text}: the current folder has gone ({error.strerror}). Give a whole path.") from None
     if not target.suffix or text[-1:] in (os.sep, os.altsep):
         return target, ""
     return Path(os.path.realpath(target)), target.suffix.lower()
@@ -272,11 +275,14 @@ def _move(temporary: Path, target: Path) -> None:
         return
     _check_replaceable(target)
     older = _temporary(target)
-    move(target, older)  # only files can be renamed over one another everywhere
     try:
+        move(target, older)  # only files can be renamed over one another everywhere
         move(temporary, target)
     except BaseException:
-        move(older, target)
+        if target.exists():  # the first move has failed, or Ctrl-C came when both were done
+            _remove(older)
+        else:
+            move(older, target)
         raise
     _remove(older)
 

@@ -512,11 +512,20 @@ def test_a_first_build_that_fails_at_its_tokenizers_can_be_run_again(
     assert pending == ["t5", "clip"]
 
 
-def test_an_engine_that_a_build_has_replaced_meanwhile_is_not_called_damaged(checkpoint: Path, out: Path) -> None:
-    opened = Bundle.open(out)
-    change_weights(checkpoint)
-    build_text_encoders(checkpoint, out)
-    with pytest.raises(BundleError, match=r"its engines were built again while this ran\. Run this again"):
+def test_an_engine_that_a_build_has_replaced_meanwhile_is_not_called_damaged(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built_again(*_: object) -> None:
+        change_weights(checkpoint)
+        build_text_encoders(checkpoint, out)
+        raise BundleError("a file is not there")
+
+    opened, again = Bundle.open(out), r"its engines were built again while this ran\. Run this again"
+    with monkeypatch.context() as loading:
+        loading.setattr("runtime.engine.open_runner", built_again)
+        with pytest.raises(BundleError, match=again):
+            Engine(opened, opened.engine("clip"))
+    with pytest.raises(BundleError, match=again):
         Engine(opened, opened.engine("clip"))
 
 

@@ -505,6 +505,24 @@ def test_a_video_whose_place_has_gone_is_kept_in_another(
         generate("--out", "gone/x.mp4").assert_one_line("there is no folder")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps a folder that a process is in")
+@pytest.mark.parametrize("options", [[], ["--out", "x.mp4"], ["--save-stages", "stages"]])
+def test_a_video_outlives_the_folder_that_it_was_begun_in(
+    generate: Callable[..., Result],
+    made_already: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    (folder := tmp_path / "removed").mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made_already(lambda: shutil.rmtree(folder))
+    generate(*options).assert_one_line("the current folder has gone")
+    (kept,) = tmp_path.glob("*/*.mp4")
+    assert read_metadata(kept)["prompt"] == PROMPT
+
+
 def test_paths_are_read_as_the_shell_would(
     generate: Callable[..., Result], made_already: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,8 @@ def test_what_are_no_settings_are_refused(wrong: Any) -> None:
 def test_numbers_of_numpy_are_written_as_plain_ones() -> None:
     settings = Settings(keyframes=np.int64(5), strength=np.float32(0.5))  # type: ignore[arg-type]
     assert json.loads(json.dumps(settings.to_dict())) == Settings(keyframes=5, strength=0.5).to_dict()
+    arrays = Settings(size=np.array([576, 320])).with_guided({"sr1": np.array([0.25, 0.5])})  # type: ignore[arg-type]
+    assert arrays.to_dict() == Settings().with_guided({"sr1": (0.25, 0.5)}).to_dict()
 
 
 def test_an_unknown_preset_is_refused() -> None:

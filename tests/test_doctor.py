@@ -96,6 +96,7 @@ def test_a_card_without_kernels_in_onnx_runtimes_wheel_is_not_promised_any(machi
     found = machine([blackwell], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
     assert "onnxruntime (CUDA)" not in found.runs
     assert any("no kernels for NVIDIA B200 (sm100): build with --engine inductor" in line for line in found.problems)
+    assert [built.split()[0] for built in found.builds] == ["inductor"]
     (hint,) = machine([blackwell], {"onnxruntime": "1.31", **EXPORT}).hints
     assert hint == "onnxruntime-gpu has no kernels for NVIDIA B200 (sm100): build with --engine inductor."
     pascal = machine([Gpu("GTX 1080", (6, 1), 2**33, (13, 0))], {"onnxruntime-gpu": "1.31", **EXPORT}, ("CUDA", "CPU"))
@@ -377,6 +378,7 @@ def test_pythons_headers_are_asked_for_where_triton_compiles(machine, monkeypatc
     ("origin", "command"),
     [
         (None, "`pip install -e '.[cpu]'`"),
+        ({"url": Path("/o'b/x").as_uri(), "dir_info": {"editable": True}}, "`pip install -e '/o'\"'\"'b/x[cpu]'`"),
         ({"url": Path("/src/show1-rt").as_uri(), "dir_info": {"editable": True}}, "`pip install -e '{}[cpu]'`"),
         (
             {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "a1b2"}},

@@ -262,6 +262,8 @@ def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkey
     assert "--engine onnxruntime --precision fp32" in str(reason(brain, monkeypatch)), "on a processor"
     blackwell = Gpu("B200", (10, 0), 180 * 2**30, (13, 0))
     assert "--engine inductor --precision fp16" in str(reason(bundle, monkeypatch, blackwell))
+    volta = str(reason(bundle, monkeypatch, Gpu("V100", (7, 0), 2**34, (13, 0))))
+    assert "shows V100 (sm70), which is older than Turing. For the CPU: " in volta
     engines = {**bundle.manifest.engines, "t5": replace(bundle.engine("t5"), precision="int8")}
     integers = Bundle(bundle.root, replace(bundle.manifest, engines=engines))
     assert "--engine onnxruntime --precision int8" in str(reason(integers, monkeypatch))

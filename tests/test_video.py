@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,36 @@ def test_a_file_that_appears_in_the_folder_meanwhile_is_kept(
         save_video(frames[:2], tmp_path / "clip")
     assert os.listdir(tmp_path) == ["clip"]
     assert len(os.listdir(tmp_path / "clip")) == 8
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_frames_that_are_replaced_when_ctrl_c_comes_are_the_old_or_the_new(
+    frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    calls: list[Path] = []
+
+    def interrupt(source: Path, target: Path) -> None:
+        move(source, target)
+        calls.append(source)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+
+    save_video(frames, tmp_path / "clip")
+    move = video.move
+    monkeypatch.setattr(video, "move", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_video(frames[:2], tmp_path / "clip")
+    assert os.listdir(tmp_path) == ["clip"]
+    assert len(os.listdir(tmp_path / "clip")) == {1: 7, 2: 2}[interrupted]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
+def test_a_name_that_looks_like_an_address_is_a_file(
+    frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_video(frames, "12:30.mp4", metadata={"prompt": "x"})
+    assert read_metadata("12:30.mp4") == {"prompt": "x"}
 
 
 # Failing
