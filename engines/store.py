@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from engines.catalog import CATALOG
-from engines.errors import BundleError, SettingsError
+from engines.errors import BundleError
 from engines.manifest import EngineEntry, FileEntry, Manifest
 from engines.spec import INT8
 
@@ -84,9 +84,11 @@ class Bundle:
         entry = self.manifest.engines.get(name) or next(iter(self.manifest.engines.values()), None)
         options: dict[str, str | None] = {"stage": CATALOG[name].stage}
         if entry:
-            # A bundle of int8 has engines that stayed what they were (`export.int8`).
+            # A bundle of int8 has engines that stayed what they were (`export.int8`): ONNX Runtime's say so.
             others = [other for other in self.manifest.engines.values() if other.backend == entry.backend]
             int8 = any(other.precision == INT8 for other in others)
+            if entry.backend == "onnxruntime":
+                int8 = "calibration" in entry.source
             options |= {"engine": entry.backend, "precision": INT8 if int8 else entry.precision}
             if entry.targets:
                 options |= {"target": ",".join(entry.targets) if entry.backend == "tensorrt-rtx" else None}
@@ -104,15 +106,6 @@ class Bundle:
     def problems(self, entry: EngineEntry) -> list[str]:
         """Why an engine is not what was built; reads all of its files."""
         return list(filter(None, [entry.edited, *map(self.damage, entry.files())]))
-
-    def check_size(self, size: tuple[int, int], rebuilt: Collection[str], option: str = "--size") -> None:
-        """Raises SettingsError where engines other than `rebuilt` would stay for another size than `option` has."""
-        if size != self.manifest.size and (others := set(self.manifest.engines) - set(rebuilt)):
-            asked, was = ("{}x{}".format(*pair) for pair in (size, self.manifest.size))
-            raise SettingsError(
-                f"{self.root} is for {was}, not {asked}, and {', '.join(sorted(others))} would stay so. "
-                f"Give {option} {was}, or --stage all, or choose another --out."
-            )
 
     def why_stale(self, name: str, source: Mapping[str, str]) -> str | None:
         """The reason to build an engine that is to be made from `source`, or None when this one is, and sound."""

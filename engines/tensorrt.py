@@ -13,6 +13,7 @@ from typing import Any
 
 from engines.errors import EngineError, SettingsError, install
 from engines.gpu import NO_BF16, NO_ONNXRUNTIME, OLDEST, TURING, Gpu, find_gpus, old_driver, wheel_folders
+from engines.limits import is_arm
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 
@@ -98,7 +99,7 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     other = {"engine": "onnxruntime", "target": None, "attention": None}
     gpus = find_gpus()
     if not gpus or gpus[0].capability < OLDEST:
-        if entry.precision == "bf16":
+        if entry.precision == "bf16" or (entry.precision == "fp16" and is_arm()):
             other["precision"] = "fp32"
         command = bundle.rebuild_command(entry.name, **other, stage="all", out="NEW")
         shows = f"{gpus[0].name} ({gpus[0].target}), which is older than Turing" if gpus else "none"

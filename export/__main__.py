@@ -72,7 +72,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     """ONNX Runtime's int8 engines: the result, or beside it what another backend's are made by."""
-    from export.build import build
+    from export.build import build, check_size
     from export.demo.faithfulness import load_prompts
     from export.int8 import JUDGE_PROMPTS, build_int8, check_calibration
 
@@ -102,10 +102,8 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     for folder in {out, arguments.out}:  # hours before they are written to
         if os.path.isfile(folder / MANIFEST):  # False in folders that may not be entered, whatever Python's version
             built = {network.name for network in networks_of(stages)}
-            if floats:
-                Bundle.open(folder).check_size(floats.manifest.size, built, "a --calibration of")
-            else:
-                Bundle.open(folder).check_size(size, built)
+            option = "a --calibration of" if floats else "--size"
+            check_size(Bundle.open(folder), floats.manifest.size if floats else size, built, option)
     if floats is not None:
         if arguments.calibration.resolve() == arguments.out.resolve():
             raise SettingsError(
@@ -118,9 +116,10 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     else:
         beside = named.with_name(f"{named.name}-fp32")
         print(f"float32 engines to calibrate with, in {beside}:", file=sys.stderr)
-        floats = build(_checkpoint(arguments.checkpoint), beside, size=size, force=arguments.force, jobs=arguments.jobs)
+        checkpoint = _checkpoint(arguments.checkpoint)
+        floats = build(checkpoint, beside, size=size, force=arguments.force, jobs=arguments.jobs)
     print(f"int8 engines for ONNX Runtime, in {out}:", file=sys.stderr)
-    return build_int8(floats, out, prompts[:judge], stages, arguments.force, for_memory=for_memory)
+    return build_int8(floats, out, prompts[:judge], stages, arguments.force, None, for_memory, checkpoint)
 
 
 def _checkpoint(given: Path | str | None) -> Path:

@@ -17,7 +17,7 @@ from engines.quantize import LayerPlan
 from engines.store import Bundle
 from export import kernels, networks
 from export.checkpoint import find_folder, read_config
-from export.job import ORT_PACKAGES, Backend, Job
+from export.job import ORT_PACKAGES, Backend, Job, tuned_for
 from export.networks import Source
 from export.tokenizers import convert_clip, convert_t5
 from export.workers import build_all
@@ -71,8 +71,9 @@ def build(
         for source in sources
     ]
 
+    rebuilt = {job.name for job in all_jobs}
     with Bundle.writer(out) as bundle:
-        bundle.check_size(size, {job.name for job in all_jobs})
+        check_size(bundle, size, rebuilt)
         pending, foreign = [], set()
         for job in all_jobs:
             reason = "--force" if force else why_stale(bundle, job)
@@ -80,7 +81,7 @@ def build(
             if reason:
                 pending.append(job)
                 may_be = force or "config" in reason or "weights" in reason  # to tell, all weights are read again
-                if may_be and not _of_checkpoint(bundle, job.source.network, checkpoint):
+                if may_be and not of_checkpoint(bundle, job.source.network, checkpoint):
                     foreign.add(job.name)
         _check_disk(bundle.root, pending)
         if backend.name == INDUCTOR:  # what its engines run with
@@ -90,7 +91,7 @@ def build(
             tokenizers,
             versions={name: found for name in _PACKAGES if (found := tensorrt.installed_version(name))},
             size=size,
-            defaults={**defaults.to_dict(), **settings_of_others(bundle, {job.name for job in all_jobs})},
+            defaults={**defaults.to_dict(), **settings_of_others(bundle, rebuilt)},
             schedulers={**bundle.manifest.schedulers, **schedulers},
         )
         if not pending:
@@ -109,7 +110,7 @@ def build(
         return Bundle(bundle.root, bundle.manifest)
 
 
-def _of_checkpoint(bundle: Bundle, network: Network, checkpoint: Path) -> bool:
+def of_checkpoint(bundle: Bundle, network: Network, checkpoint: Path) -> bool:
     """Whether a bundle's engine was made from these weights, in whatever precision they are there."""
     entry = bundle.manifest.engines.get(network.name)
     if entry is None:
@@ -135,6 +136,23 @@ def recommended_settings(checkpoint: Path, size: tuple[int, int]) -> Settings:
         return replace(settings, strength=strength).with_guidance(recommended.get("guidance", {}))
     except (SettingsError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def check_size(bundle: Bundle, size: tuple[int, int], rebuilt: Collection[str], option: str = "--size") -> None:
+    """Raises SettingsError where engines other than `rebuilt` would stay for another size than `option` has."""
+
+    def staying(size: tuple[int, int]) -> list[str]:
+        tuned, engines = tuned_for(size), bundle.manifest.engines.items()
+        return [name for name, entry in engines if name not in rebuilt and entry.source.get("size") != tuned[name]]
+
+    if others := staying(size):
+        asked, was = ("{}x{}".format(*pair) for pair in (size, bundle.manifest.size))
+        # After a build for another size that was interrupted no one size is everybody's.
+        keep = "" if staying(bundle.manifest.size) else f"{option} {was}, or "
+        raise SettingsError(
+            f"{bundle.root}: {', '.join(others)} would stay for another size than {asked}. Give {keep}--stage all, or "
+            "choose another --out."
+        )
 
 
 def settings_of_others(bundle: Bundle, rebuilt: Collection[str]) -> dict[str, Any]:

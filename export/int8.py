@@ -23,14 +23,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines import quantize
-from engines.catalog import TOKENIZERS, networks_of, predictions
+from engines.catalog import CATALOG, TOKENIZERS, networks_of, predictions
 from engines.compile_ort import BACKEND, compile_int8
 from engines.errors import SettingsError
 from engines.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from engines.quantize import LayerPlan, Mode, main_graph, signal_to_noise
 from engines.spec import INT8
 from engines.store import Bundle, BundleWriter, file_entry
-from export.build import settings_of_others
+from export.build import check_size, of_checkpoint, settings_of_others
 from export.demo.faithfulness import Faithfulness, Prompt, faithfulness
 from export.demo.judge import read
 from export.job import Job
@@ -240,15 +240,17 @@ def build_int8(
     force: bool = False,
     settings: Settings | None = None,
     for_memory: bool = False,
+    checkpoint: Path | None = None,
 ) -> Bundle:
     """Quantise the engines of `stages` of a float32 ONNX Runtime bundle into the bundle `out`.
 
     Engines that int8 does not serve are taken over as they are. `prompts` are those that faithfulness is judged by,
     two at least; without any it is not measured. `settings` are those of the videos made for it, by default the
     bundle's with few steps. `for_memory`: layers that do not bear int8 get int8 weights, and so do all layers of an
-    engine that changes the video otherwise; engines that are not faster here are judged as well, for `plans_of`. Raises
-    SettingsError for a bundle of other engines or in the place of `out` and for impossible settings, BundleError where
-    one is missing or `out` cannot take the result.
+    engine that changes the video otherwise; engines that are not faster here are judged as well, for `plans_of`.
+    `checkpoint`, where it is known, tells engines of the same weights in another precision from another checkpoint's.
+    Raises SettingsError for a bundle of other engines or in the place of `out` and for impossible settings, BundleError
+    where one is missing or `out` cannot take the result.
     """
     if out.resolve() == floats.root.resolve():
         raise SettingsError(f"{out} is the float32 bundle that int8 is calibrated with. Choose another --out.")
@@ -271,11 +273,12 @@ def build_int8(
             if reason:
                 pending.append((name, source))
         manifest, engines = floats.manifest, bundle.manifest.engines
-        bundle.check_size(manifest.size, wanted)
+        check_size(bundle, manifest.size, wanted)
         schedulers = {name: it for name, it in manifest.schedulers.items() if name.partition(".")[0] in wanted}
         replaced = {name: engines[name].source["weights"] for name, _ in pending if name in engines}
+        others = [name for name, weights in replaced.items() if weights != floats.engine(name).source["weights"]]
         bundle.announce(
-            {name for name, weights in replaced.items() if weights != floats.engine(name).source["weights"]},
+            {name for name in others if not (checkpoint and of_checkpoint(bundle, CATALOG[name], checkpoint))},
             {name: floats.tokenizer(name).read_text(encoding="utf-8") for name in TOKENIZERS if name in wanted},
             versions=manifest.versions,
             size=manifest.size,

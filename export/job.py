@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from engines import compile_ort, compile_trt, tensorrt
-from engines.catalog import TEXT_ENCODERS, TOKENIZERS
+from engines.catalog import CATALOG, TEXT_ENCODERS, TOKENIZERS
 from engines.compile_trt import DetachedModel, Report
 from engines.errors import SettingsError
 from engines.gpu import NO_BF16, TURING, find_gpus
@@ -38,6 +38,12 @@ from runtime.runner_inductor import target, torch_version, why_idle
 
 ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # either brings ONNX Runtime
 _LIBRARIES = 1.5 * GIB  # bytes that a process holds before it has loaded a weight
+
+
+def tuned_for(size: tuple[int, int]) -> dict[str, str]:
+    """What a video's size is to every network, as its engine's `source` says it: nothing to text encoders."""
+    sizes = stage_sizes(size)
+    return {name: str(None if name in TOKENIZERS else sizes[network.stage]) for name, network in CATALOG.items()}
 
 
 @dataclass(frozen=True)
@@ -153,12 +159,11 @@ class Job:
 
     def made_from(self) -> dict[str, str]:
         """Everything the engine depends on. When one of these changes, it is stale."""
-        tuned_for = None if self.name in TOKENIZERS else stage_sizes(self.size)[self.source.network.stage]
         made_from = {
             **self.source.fingerprint(),
             "learned_variance": str(self.source.learned_variance),
             "precision": self.precision,
-            "size": str(tuned_for),
+            "size": tuned_for(self.size)[self.name],
             "exporter": _exporter_hash(self.backend.name),
             "backend": self.backend.name,
         }

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from engines import tensorrt
 from engines.catalog import DEEP, TEXT_ENCODERS
 from engines.errors import BundleError, EngineError
+from engines.limits import is_arm
 from engines.manifest import EngineEntry
 from engines.memory import is_short_of_memory, return_memory
 from engines.spec import GraphSpec
@@ -58,7 +58,7 @@ def why_not_half() -> str | None:
     On x86-64 it has next to no kernels for it, and computes in float32. Those for ARM (1.32) sum in half precision, and
     of some layouts there are none.
     """
-    if platform.machine().lower() not in ("aarch64", "arm64"):
+    if not is_arm():
         return None
     from runtime.runner_ort import tries_cuda
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engines.errors import EngineError, install
 from engines.gpu import find_gpus, why_no_onnxruntime
 from engines.limits import available_memory, processors
+from engines.spec import INT8
 from runtime.runner import first_line, load_error
 
 try:
@@ -95,6 +96,8 @@ class OrtRunner:
         options.enable_mem_pattern = False
         providers = _providers(precision)
         on_cpu, half = providers == [_CPU], precision in _HALF
+        if precision == INT8:  # by itself it rounds what products with int8 weights read to 8 bits, too
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.positions_at_once = _POSITIONS if on_cpu else math.inf
         if on_cpu and (once or (half and _WIDENED * _weight_bytes(plan) > available_memory())):
             options.add_session_config_entry("session.disable_prepacking", "1")

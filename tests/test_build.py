@@ -239,11 +239,18 @@ def test_stages_that_stay_keep_what_their_checkpoint_recommended(checkpoint: Pat
 
 def test_a_part_of_a_bundle_is_not_built_for_another_size(checkpoint: Path, out: Path) -> None:
     before = Bundle.open(out).manifest
-    engines = {**before.engines, "base": replace(before.engines["t5"], name="base").sealed()}
+    tuned = {**before.engines["t5"].source, "size": "(64, 40)"}
+    engines = {**before.engines, "base": replace(before.engines["t5"], name="base", source=tuned).sealed()}
     (out / "manifest.json").write_text(replace(before, engines=engines).to_json())
-    message = r" is for 576x320, not 640x384, and base would stay so\. Give --size 576x320, or --stage all, or"
+    message = r": base would stay for another size than 640x384\. Give --size 576x320, or --stage all, or"
     with pytest.raises(SettingsError, match=message):
         build_text_encoders(checkpoint, out, size=(640, 384))
+    assert Bundle.open(out).manifest.size == (576, 320)
+    # After a build of all for another size that ended early the manifest has the new size, base the old one.
+    (out / "manifest.json").write_text(replace(before, engines=engines, size=(640, 384)).to_json())
+    with pytest.raises(SettingsError, match=r"another size than 640x384\. Give --stage all, or choose"):
+        build_text_encoders(checkpoint, out, size=(640, 384))
+    build_text_encoders(checkpoint, out)
     assert Bundle.open(out).manifest.size == (576, 320)
 
 
@@ -976,14 +983,18 @@ def test_what_a_manifest_says_is_quoted_in_a_command(bundle: Path) -> None:
 
 def test_engines_of_one_backend_are_not_asked_for_in_anothers_int8(bundle: Path) -> None:
     opened = Bundle.open(bundle)
+    clip = opened.engine("clip")
     engines = {
         **opened.manifest.engines,
         "t5": replace(opened.engine("t5"), precision="int8"),
+        "clip": replace(clip, source={**clip.source, "calibration": "of int8"}),
         "base": replace(opened.engine("base"), backend="inductor", precision="fp16"),
     }
     mixed = Bundle(bundle, replace(opened.manifest, engines=engines))
     assert "--engine inductor --precision fp16" in mixed.rebuild_command("base")
-    assert "--engine onnxruntime --precision int8" in mixed.rebuild_command("clip")
+    assert "--engine onnxruntime --precision int8" in mixed.rebuild_command("t5")
+    assert "--engine onnxruntime --precision int8" in mixed.rebuild_command("clip"), "which int8 left as it was"
+    assert "--engine onnxruntime --precision fp32" in mixed.rebuild_command("sr1"), "which was not asked for in int8"
 
 
 def run_check(bundle: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:

@@ -585,7 +585,11 @@ def test_a_quota_is_a_full_disk_and_other_errors_of_the_system_are_not() -> None
         "def run(_): raise OSError(int(sys.argv[1]), 'what it was')\n"
         "parser.set_defaults(run=run); sys.exit(run_command(parser, [], ''))"
     )
-    for number, start in ((errno.EDQUOT, "error: a file, or what was"), (errno.ENOENT, "Traceback (most recent")):
+    for number, start in (
+        (errno.EDQUOT, "error: a file, or what was"),
+        (errno.EACCES, "error: None: "),  # of those that the system raises it is the file
+        (errno.ENOENT, "Traceback (most recent"),
+    ):
         command = [sys.executable, "-c", code, str(number)]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert process.returncode == 1 and process.stderr.startswith(start) and "what it was" in process.stderr
