@@ -15,6 +15,7 @@ from engines.errors import EngineError, SettingsError, install
 from engines.gpu import NO_BF16, NO_ONNXRUNTIME, OLDEST, TURING, Gpu, find_gpus, old_driver, wheel_folders
 from engines.limits import is_arm
 from engines.manifest import EngineEntry
+from engines.spec import INT8
 from engines.store import Bundle
 
 FLAVOURS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -99,7 +100,8 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     other = {"engine": "onnxruntime", "target": None, "attention": None}
     gpus = find_gpus()
     if not gpus or gpus[0].capability < OLDEST:
-        if entry.precision == "bf16" or (entry.precision == "fp16" and is_arm()):
+        int8 = any(other.precision == INT8 for other in bundle.manifest.engines.values())
+        if entry.precision == "bf16" or (entry.precision == "fp16" and is_arm() and not int8):
             other["precision"] = "fp32"
         command = bundle.rebuild_command(entry.name, **other, stage="all", out="NEW")
         shows = f"{gpus[0].name} ({gpus[0].target}), which is older than Turing" if gpus else "none"

@@ -100,7 +100,7 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     stages, size = arguments.stage.split(","), parse_size(arguments.size or SIZE)
     floats = Bundle.open(arguments.calibration) if arguments.calibration is not None else None
     for folder in {out, arguments.out}:  # hours before they are written to
-        if os.path.isfile(folder / MANIFEST):  # False in folders that may not be entered, whatever Python's version
+        if folder.is_dir() and MANIFEST in os.listdir(folder):  # raises where it may not be entered
             built = {network.name for network in networks_of(stages)}
             option = "a --calibration of" if floats else "--size"
             check_size(Bundle.open(folder), floats.manifest.size if floats else size, built, option)

@@ -143,12 +143,15 @@ def check_size(bundle: Bundle, size: tuple[int, int], rebuilt: Collection[str], 
 
     def staying(size: tuple[int, int]) -> list[str]:
         tuned, engines = tuned_for(size), bundle.manifest.engines.items()
-        return [name for name, entry in engines if name not in rebuilt and entry.source.get("size") != tuned[name]]
+        stay = [(name, entry) for name, entry in engines if name in tuned and name not in rebuilt]
+        return [name for name, entry in stay if entry.source.get("size") != tuned[name]]
 
     if others := staying(size):
         asked, was = ("{}x{}".format(*pair) for pair in (size, bundle.manifest.size))
-        # After a build for another size that was interrupted no one size is everybody's.
-        keep = "" if staying(bundle.manifest.size) else f"{option} {was}, or "
+        keep = ""
+        with contextlib.suppress(SettingsError, TypeError):  # an edited manifest's
+            if not staying(bundle.manifest.size):  # as after a build for another size that was interrupted
+                keep = f"{option} {was}, or "
         raise SettingsError(
             f"{bundle.root}: {', '.join(others)} would stay for another size than {asked}. Give {keep}--stage all, or "
             "choose another --out."

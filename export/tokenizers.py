@@ -109,8 +109,8 @@ def _convert_clip(folder: Path) -> str:
 
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unk, end_of_word_suffix="</w>"))
     # Python, by which the reference lower-cases, has another small sigma at the end of a word.
-    after, before = r"(?<=\p{Cased}|\p{Cased}\p{Case_Ignorable})", r"(?!\p{Case_Ignorable}*\p{Cased})"
-    final_sigma = normalizers.Replace(Regex(f"{after}Σ{before}"), "ς")
+    cased, between = r"[\p{Cased}&&\P{Case_Ignorable}]", r"\p{Case_Ignorable}*"
+    final_sigma = normalizers.Replace(Regex(rf"{cased}{between}\KΣ(?!{between}{cased})"), "ς")
     tokenizer.normalizer = normalizers.Sequence([*_ftfy_steps(), final_sigma, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

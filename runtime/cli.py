@@ -101,7 +101,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         **stage_options(arguments),
     )
-    check_run(pipeline.engines.bundle, settings)
+    bundle = pipeline.engines.bundle
+    made_by = f"{bundle.root.resolve().name} {bundle.id}"  # now: the current folder may go meanwhile
+    check_run(bundle, settings)
     NoiseStream(arguments.seed)  # raises for one out of range
     if arguments.save_stages:
         _prepare_stages(arguments.save_stages)
@@ -140,8 +142,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             on_cut=say_cut,
             on_clip=save_stage,
         )
-    bundle = pipeline.engines.bundle
-    about = {**video.metadata(), "bundle": f"{bundle.root.resolve().name} {bundle.id}", "software": _software()}
+    about = {**video.metadata(), "bundle": made_by, "software": _software()}
     out = _save(video.frames, arguments.out, partial(_free_name, prompt, arguments.seed), settings.fps, about)
     if arguments.json:
         times = {"seconds": time.perf_counter() - start, "stage_seconds": seconds}

@@ -108,7 +108,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, int
         _drop_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except OSError as error:
-        if error.errno == errno.EACCES:
+        if error.errno == errno.EACCES and error.filename is not None:
             return _failed(f"error: {error.filename}: {error.strerror}. Mend that, or give another file or folder.")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise

@@ -94,13 +94,11 @@ class Engine:
         """A graph's, opened at its first use."""
         if name not in self._runners:
             graph = self._entry.graphs[name]
-            if graph.weights:
-                self._bundle.path(graph.weights)
-            plan = self._bundle.path(graph.plan)
+            files = [file for file in (graph.plan, graph.weights) if file]
+            plan, *_ = map(self._bundle.path, files)
             try:
                 self._runners[name] = open_runner(self._entry.backend, plan, self._entry.precision, self._entry.name)
             except BundleError as error:
-                files = [file for file in (graph.plan, graph.weights) if file]
                 for file in files:
                     self._bundle.path(file)  # says so where the bundle was built again meanwhile
                 if not any(map(self._bundle.damage, files)):

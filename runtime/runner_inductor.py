@@ -386,7 +386,7 @@ def _is_too_large(plan: Path) -> bool:
     try:
         with zipfile.ZipFile(plan) as package:
             for_card = any(name.endswith(".cubin") for name in package.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # a damaged one
         return False
     free = available_memory()
     if for_card and torch.cuda.is_available():

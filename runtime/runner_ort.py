@@ -102,8 +102,7 @@ class OrtRunner:
         if on_cpu and (once or (half and _WIDENED * _weight_bytes(plan) > available_memory())):
             options.add_session_config_entry("session.disable_prepacking", "1")
             if precision != "fp32":
-                # A level that makes no copy (the next one fuses int8 weights with products that read in int8, too); an
-                # order in which weights are widened when they are needed.
+                # A level that makes no copy; an order in which weights are widened when they are needed.
                 levels = ort.GraphOptimizationLevel
                 options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if half else levels.ORT_ENABLE_BASIC
                 options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

@@ -213,13 +213,20 @@ def _parse(path: StrPath) -> tuple[Path, str]:
     return Path(os.path.realpath(target)), target.suffix.lower()
 
 
+def _is_current(folder: Path) -> bool:
+    try:
+        return folder == Path.cwd()
+    except OSError:  # it has gone
+        return False
+
+
 def _check_replaceable(folder: Path) -> None:
     """Raise unless there is nothing of that name, or a folder with nothing but frames made here and what shows them."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise OutputError(f"{folder}: is a file. For a video choose {_ALLOWED}.")
-    if folder.is_symlink() or os.path.ismount(folder) or folder == Path.cwd():  # frames replace the folder as a whole
+    if folder.is_symlink() or os.path.ismount(folder) or _is_current(folder):  # frames replace it as a whole
         raise OutputError(
             f"{folder}: is a link, a mount point or the current folder, which cannot be replaced. "
             f"Name a new folder below it, e.g. {folder / 'frames'}."

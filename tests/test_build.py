@@ -44,11 +44,11 @@ from export import networks, workers
 from export.__main__ import main
 from export.build import build
 from export.checkpoint import file_hash
-from export.job import Backend, Job, _compare, _exporter_hash, build_engine
+from export.job import Backend, Job, _compare, _exporter_hash, build_engine, tuned_for
 from export.kernels import build_library
 from export.networks import Source
 from export.parity import check_parity, example_sizes, package_sizes, parity_sizes
-from runtime.config import Settings
+from runtime.config import DIFFUSION_STAGES, Settings
 from runtime.engine import Engine
 from runtime.kernels import REFERENCE, missing_programs
 from runtime.pipeline import settings_of
@@ -221,10 +221,10 @@ def test_schedulers_of_the_checkpoint_replace_those_of_the_bundle_and_no_others(
 
 def test_stages_that_stay_keep_what_their_checkpoint_recommended(checkpoint: Path, out: Path) -> None:
     before = Bundle.open(out).manifest
-    engines = {
-        **before.engines,
-        **{name: replace(before.engines["t5"], name=name).sealed() for name in ("base", "sr2")},
-    }
+    engines = dict(before.engines)
+    for name in ("base", "sr2"):
+        source = {**engines["t5"].source, "size": tuned_for(before.size)[name]}
+        engines[name] = replace(engines["t5"], name=name, source=source).sealed()
     kept = Settings(strength=0.3).with_guidance({"base": 5.0, "interp": 5.0}).to_dict()
     (out / "manifest.json").write_text(replace(before, engines=engines, defaults=kept).to_json())
     build_text_encoders(checkpoint, out)
@@ -343,7 +343,7 @@ def test_engines_are_stale_where_their_own_size_is_another(golden: Path, monkeyp
     assert stale((640, 384)) == latent | {"base", "interp", "if2", "sr1"}
     job = Job(Source.find(CATALOG["base"], golden / "models", "fp32"), "fp32", (576, 320))
     before = job.made_from()
-    monkeypatch.setattr("export.job.stage_sizes", lambda size: {"base": size})
+    monkeypatch.setattr("export.job.stage_sizes", lambda size: dict.fromkeys(DIFFUSION_STAGES, size))
     assert job.made_from() != before
 
 

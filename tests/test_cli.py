@@ -510,6 +510,7 @@ def test_a_video_whose_place_has_gone_is_kept_in_another(
 def test_a_video_outlives_the_folder_that_it_was_begun_in(
     generate: Callable[..., Result],
     made_already: Any,
+    bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
@@ -518,7 +519,7 @@ def test_a_video_outlives_the_folder_that_it_was_begun_in(
     monkeypatch.chdir(folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     made_already(lambda: shutil.rmtree(folder))
-    generate(*options).assert_one_line("the current folder has gone")
+    generate(*options, "--bundle", os.path.relpath(bundle, folder)).assert_one_line("the current folder has gone")
     (kept,) = tmp_path.glob("*/*.mp4")
     assert read_metadata(kept)["prompt"] == PROMPT
 
@@ -582,15 +583,16 @@ def test_what_was_printed_before_a_failure_and_cannot_be_written_is_no_second_fa
 def test_a_quota_is_a_full_disk_and_other_errors_of_the_system_are_not() -> None:
     code = (
         "import argparse, errno, sys; from runtime.command import run_command; parser = argparse.ArgumentParser()\n"
-        "def run(_): raise OSError(int(sys.argv[1]), 'what it was')\n"
+        "def run(_): raise OSError(int(sys.argv[1]), 'what it was', *sys.argv[2:])\n"
         "parser.set_defaults(run=run); sys.exit(run_command(parser, [], ''))"
     )
-    for number, start in (
-        (errno.EDQUOT, "error: a file, or what was"),
-        (errno.EACCES, "error: None: "),  # of those that the system raises it is the file
-        (errno.ENOENT, "Traceback (most recent"),
+    for number, files, start in (
+        (errno.EDQUOT, [], "error: a file, or what was"),
+        (errno.EACCES, ["x"], "error: x: "),
+        (errno.EACCES, [], "Traceback (most recent"),
+        (errno.ENOENT, [], "Traceback (most recent"),
     ):
-        command = [sys.executable, "-c", code, str(number)]
+        command = [sys.executable, "-c", code, str(number), *files]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert process.returncode == 1 and process.stderr.startswith(start) and "what it was" in process.stderr
 

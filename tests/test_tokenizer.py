@@ -30,7 +30,7 @@ AWKWARD = [
     "日本語のテキスト, 中文，한국어!",
     "emoji 👍🏽 👨‍👩‍👧 🇩🇪 ❤️",
     "ＡＢＣ ｱｲｳ ﬁne ﬂow “quoted” ‘text’ don’t…",
-    "e\u0301 and é, ЖЁЛТЫЙ, İ ß, ΟΔΟΣ ΣΑΣ Σ ΟΔΟΣ's 合計Σ ΟΔΟΣ日本",
+    "e\u0301 and é, ЖЁЛТЫЙ, İ ß, ΟΔΟΣ ΣΑΣ Σ ΟΔΟΣ's 合計Σ ΟΔΟΣ日本 Ο..Σ",
     "\u200b\ufeffzero\u200dwidth\u00adhyphen\u00a0nbsp\u3000wide",
     "▁literal ▁ underline ▁",
     "control \x01\x1f\x7f\x85 end \x1b[31mred",

@@ -243,6 +243,10 @@ def reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, version:
 
 def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(plans)
+    monkeypatch.setattr(tensorrt, "is_arm", lambda: True)
+    assert "--engine onnxruntime --precision fp32" in str(reason(bundle, monkeypatch)), "which is exact there"
+    monkeypatch.setattr(tensorrt, "is_arm", lambda: False)
+    assert "--engine onnxruntime --precision fp16" in str(reason(bundle, monkeypatch))
     assert reason(bundle, monkeypatch, ADA) is None
     assert "this machine shows none" in str(reason(bundle, monkeypatch))
     command = "`python -m export build --checkpoint FOLDER --stage sr2 --engine {} --precision fp16"
@@ -266,7 +270,9 @@ def test_a_plan_is_usable_with_its_version_on_its_cards_only(plans: Path, monkey
     assert "shows V100 (sm70), which is older than Turing. For the CPU: " in volta
     engines = {**bundle.manifest.engines, "t5": replace(bundle.engine("t5"), precision="int8")}
     integers = Bundle(bundle.root, replace(bundle.manifest, engines=engines))
-    assert "--engine onnxruntime --precision int8" in str(reason(integers, monkeypatch))
+    for arm in (True, False):
+        monkeypatch.setattr(tensorrt, "is_arm", lambda arm=arm: arm)
+        assert "--engine onnxruntime --precision int8" in str(reason(integers, monkeypatch))
     assert "--engine onnxruntime --precision fp16" in str(reason(integers, monkeypatch, HOPPER)), "not int8 on cards"
     proper = replace(in_bf16, backend="tensorrt", targets=("sm89",))
     there = Bundle(bundle.root, replace(bundle.manifest, engines={"clip": proper}))
