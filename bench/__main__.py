@@ -12,6 +12,7 @@ from engines.errors import EngineError, SettingsError
 from engines.gpu import find_gpus
 from runtime.command import DEMO, add_stage_options, checkpoint_path, path, run_command, stage_options, unused
 from runtime.config import ALL_STEPS, DIFFUSION_STAGES, PRESETS, SEED, Settings
+from runtime.engine import INDUCTOR
 
 if TYPE_CHECKING:
     from bench.quality import Task
@@ -123,11 +124,11 @@ def _e2e(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
 
     place = e2e.Place.here()
+    place.limit_threads()
 
     def built() -> list[Path]:  # which takes long: what would be refused afterwards is refused before
         _check_windows(_settings({}, arguments, guided=True), _choices("stages", arguments.stages, STAGES))
-        beside = place.device == "cuda" and arguments.baseline != "none"
-        if beside and find_gpus() and choose_backend()[0] == "onnxruntime":
+        if place.device == "cuda" and find_gpus() and choose_backend()[0] == "onnxruntime":
             _check_onnxruntime_uses_it()
         return [random_bundle(arguments.size)]
 
@@ -140,8 +141,7 @@ def _e2e(arguments: argparse.Namespace) -> None:
     device = "cpu"
     if place.device == "cuda":
         device = card_name(describe_gpu(torch_with_gpu()))
-        if setup.kinds:
-            _check_card_is_used(setup.bundles)
+        _check_card_is_used(setup.bundles)
     out = _out(arguments, "e2e", device, arguments.size, _size(setup.settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
@@ -300,9 +300,16 @@ def _task_report(benchmark: str, arguments: argparse.Namespace, task: "Task", as
 
 def _check_card_is_used(bundles: Sequence[Any]) -> None:
     """What is measured beside torch on a card shall be on it, too."""
-    engines = [item for bundle in bundles for item in bundle.manifest.engines.items()]
-    if find_gpus() and any(name in DIFFUSION_STAGES and entry.backend == "onnxruntime" for name, entry in engines):
+    if not find_gpus():
+        return
+    unets = [bundle.engine(name) for bundle in bundles for name in DIFFUSION_STAGES if name in bundle.manifest.engines]
+    if any(entry.backend == "onnxruntime" for entry in unets):
         _check_onnxruntime_uses_it()
+    if any(entry.backend == INDUCTOR and not entry.needs_gpu for entry in unets):
+        raise EngineError(
+            "these engines of inductor are for the CPU, and what they are compared with would run on the card. Build "
+            "them on this machine. Or CUDA_VISIBLE_DEVICES=-1, for everything on the CPU."
+        )
 
 
 def _check_onnxruntime_uses_it() -> None:
@@ -311,7 +318,7 @@ def _check_onnxruntime_uses_it() -> None:
 
     if not tries_cuda():
         reason = onnxruntime_idle(find_gpus()[0])
-        raise EngineError(f"{reason}. The baselines would use it. Or CUDA_VISIBLE_DEVICES=-1, for both on the CPU.")
+        raise EngineError(f"{reason}. Or CUDA_VISIBLE_DEVICES=-1, for everything on the CPU.")
     check_card()
 
 

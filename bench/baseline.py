@@ -18,6 +18,7 @@ from typing import Any
 
 from engines.catalog import UNETS
 from engines.errors import EngineError
+from engines.limits import processors
 
 try:
     import torch
@@ -238,6 +239,11 @@ class Place:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    def limit_threads(self) -> None:
+        """To what ONNX Runtime gets: torch does not know of a container's quota of processors."""
+        if self.device == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), processors()))
 
     def synchronize(self) -> None:
         if self.device == "cuda":

@@ -6,6 +6,7 @@ Results say which is which.
 """
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,20 +94,19 @@ def count_work(
     return {name: Work(call, baseline.network_flop(found[name], call)) for name, call in wanted.items()}
 
 
-def stage_work(work: Mapping[str, Work], stages: Iterable[str]) -> dict[str, int]:
-    """FLOP by stage."""
-    return {stage: sum(w.total for w in work.values() if w.calls.stage == stage) for stage in stages}
-
-
 def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> StageTime:
     """What a stage of the reference video takes, whose denoising loops are `length` steps long."""
     run = result.runs[0]
     if not run.loop:
         return StageTime(run.wall, True, None)
     loops = len(run.step_ends) // run.loop
-    steps = summarize([s.engine + s.outside for s in run.steps()])
-    # The median, as of a baseline's calls: a first step is slower. A loop of a single step has nothing else.
-    step = steps.median if steps else (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
+    times, timed = [s.engine + s.outside for s in run.steps()], run.loop - 1
+    steps = summarize(times)
+    if steps:
+        # Medians, as of a baseline's calls: a first step is slower. One of each loop: gaps may not part evenly.
+        step = statistics.fmean(statistics.median(times[i : i + timed]) for i in range(0, len(times), timed))
+    else:  # a loop of a single step has nothing else
+        step = (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
     full = run.loop == length
     seconds = run.wall if full else run.set_up() + loops * length * step + run.finish()
     per_step = work[result.stage].calls.count / (loops * length)  # reference calls: 7 gaps go through one step
@@ -195,7 +195,7 @@ def difference_of(bundle: Bundle, source: Source, unet: Any, place: Place) -> fl
     try:
         profile = engine.specs["step"].profile
         # Not the least: norms over one pixel or two at the coarsest level magnify every rounding.
-        height, width = 4 * profile["height"].min, 4 * profile["width"].min
+        height, width = (axis.nearest(4 * axis.min) for axis in (profile["height"], profile["width"]))
         channels = engine.specs["step"].inputs[0].axes[1]
         random = np.random.default_rng(0)
         sample = random.standard_normal((2, channels, 1 if name == "if2" else 3, height, width), np.float32)
@@ -315,7 +315,8 @@ class Result:
 
     @property
     def flop(self) -> dict[str, int]:
-        return stage_work(self.work, self.stages)
+        """By stage."""
+        return {stage: sum(w.total for w in self.work.values() if w.calls.stage == stage) for stage in self.stages}
 
     def tables(self) -> list[Table]:
         return [self._video(), self._calls()]

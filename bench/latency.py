@@ -219,7 +219,7 @@ def run_latency(
     seed: int,
     warmup: int,
     repeats: int,
-    on_stage: Callable[[StageResult], None] | None = None,
+    on_stage: Callable[[StageResult], None],
 ) -> list[StageResult]:
     """Measure `stages` in the cascade's order. A stage's engines are loaded before its first run and dropped after."""
     lengths = loop_lengths(bundle, settings, stages)
@@ -235,8 +235,7 @@ def run_latency(
             guided = _guided(settings, stage, lengths[stage])
             result = _measure_stage(cascade, stage, guided, warmup, repeats)
         results.append(result)
-        if on_stage is not None:
-            on_stage(result)
+        on_stage(result)
     return results
 
 

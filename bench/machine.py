@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.gpu import find_gpus
 from engines.limits import processors
 from engines.memory import GIB
 from engines.tensorrt import installed_version
@@ -49,7 +50,7 @@ def describe_host() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "usable_cores": processors(),
         **size,
-        "gpu": _gpu(),
+        "gpu": _gpu() if find_gpus() else None,  # which a variable may hide
         "os": _os_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -69,7 +69,7 @@ def faithfulness_table(result: Faithfulness) -> Table:
             name,
             f"{len(scores)} videos",
             percent(statistics.mean(scores)),
-            percent_range(bootstrap(scores)),
+            percent_range(bootstrap(scores)) if len(scores) > 1 else NOTHING,
             chance,
             *(NOTHING for _ in result.of_things),
         ]

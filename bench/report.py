@@ -166,7 +166,8 @@ def write_text(path: Path, text: str) -> None:
     """Without paths of this machine: results are for others to read."""
     for folder, name in ((str(ROOT), "."), (os.path.expanduser("~"), "~")):
         if len(folder) > 1:
-            text = re.sub(re.escape(folder) + r"(?![\w.-])", name, text)
+            written = "|".join(map(re.escape, (folder, json.dumps(folder)[1:-1])))  # Windows' in JSON
+            text = re.sub(rf"(?:{written})(?![\w.-])", name, text)
     write_bytes(path, text.encode())
 
 

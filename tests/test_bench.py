@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.__main__ import _settings, main
@@ -20,6 +21,7 @@ from bench.machine import describe_host, describe_machine, device, git_commit
 from bench.report import Table, check_output, facts, number, share, spread, write_json, write_text
 from bench.timing import Summary, measure, summarize
 from engines.errors import EngineError, OutputError, SettingsError
+from engines.gpu import Gpu
 from engines.memory import peak_memory
 from engines.store import Bundle
 from runtime.command import checkpoint_path
@@ -217,6 +219,24 @@ def test_results_tell_no_folder_of_this_machine_and_others_stay_as_they_are(
     monkeypatch.setattr("bench.report.os.path.expanduser", lambda _: "/home/me")
     write_text(tmp_path / "x.md", f"{ROOT}/bundle {ROOT} {ROOT}-2/bundle /home/me/x.mp4 /home/meg/x.mp4")
     assert (tmp_path / "x.md").read_text() == f"./bundle . {ROOT}-2/bundle ~/x.mp4 /home/meg/x.mp4"
+    monkeypatch.setattr("bench.report.os.path.expanduser", lambda _: r"C:\Users\me")
+    write_json(tmp_path / "x.json", {"plan": r"C:\Users\me\x C:\Users\meg"})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"plan": r"~\x C:\Users\meg"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process begins anew")
+def test_the_peak_is_this_processs_and_not_its_parents() -> None:
+    block = np.ones(2**29, np.uint8)
+    code = "from engines.memory import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(child.stdout) < len(block)
+
+
+def test_a_card_that_is_hidden_is_none_of_the_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.machine._gpu", lambda: "NVIDIA H200")
+    for gpus, told in (([], None), ([Gpu("H200", (9, 0), 2**37, (13, 0))], "NVIDIA H200")):
+        monkeypatch.setattr("bench.machine.find_gpus", lambda gpus=gpus: gpus)
+        assert describe_host()["gpu"] == told
 
 
 @pytest.fixture

@@ -74,6 +74,43 @@ def test_fewer_steps_are_reckoned_up_to_the_reference() -> None:
     assert (single.seconds, single.call, single.spread) == (pytest.approx(15.5), 1.0, None)
 
 
+def test_gaps_that_do_not_part_evenly_are_reckoned_loop_by_loop() -> None:
+    """Batches of 2, 2, 2 and 1: of all their steps together the median is that of a large one."""
+    ends, calls, now = [], [], 0.0
+    for seconds in (2.0, 2.0, 2.0, 1.0):
+        for _ in range(3):
+            calls.append(EngineCall("step", now, seconds))
+            now += seconds
+            ends.append(now)
+    run = StageResult("interp", [StageRun(0.0, now, calls, ends, [True] * 3)], 0.1, 2**30)
+    work = {"interp": Work(Calls("interp", 49, (2, 7, 5, 8, 8)), 10**12)}
+    time = from_latency(run, 7, work)
+    assert time.seconds == pytest.approx(7 * (2 + 2 + 2 + 1)) and time.call == pytest.approx(1.0)
+
+
+def test_threads_are_no_more_than_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("bench.baseline.processors", lambda: 1)
+    try:
+        Place("cpu", "float32").limit_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packages_for_the_cpu_are_not_compared_with_a_card(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Bundle.open(bundle)
+    engines = {name: replace(entry, backend="inductor") for name, entry in opened.manifest.engines.items()}
+    (tmp_path / "manifest.json").write_text(replace(opened.manifest, engines=engines).to_json())
+    monkeypatch.setattr("bench.__main__.find_gpus", lambda: [Gpu("H200", (9, 0), 2**37, (13, 0))])
+    monkeypatch.setattr("bench.kernels.torch_with_gpu", lambda: None)
+    monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {})
+    assert main(["gpu", "--bundle", str(tmp_path), "--parts", "memory"]) == 1
+    assert "these engines of inductor are for the CPU" in capsys.readouterr().err
+
+
 def test_ratios_and_rates_are_of_useful_work() -> None:
     ours = Contender("ours", {"interp": StageTime(14.0, True, 1.0, (0.9, 1.1))})
     eager = Contender("eager", {"interp": StageTime(56.0, False, 4.0, (3.9, 4.1))})
