@@ -83,7 +83,8 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         # The layout is forced: its heuristic gives up where shapes are dynamic.
         options |= {"max_autotune": autotune, "force_layout_optimization": True}
         set_up_cuda()
-    if cpu_level() == X86_LEVEL:  # for all processors of the level, whatever this one can do besides
+    # For all processors of the level, whatever this one can do besides; before torch 2.13 there is no such option.
+    if cpu_level() == X86_LEVEL and hasattr(torch._inductor.config.cpp, "march"):
         options |= {"cpp.march": X86_LEVEL, "cpp.simdlen": 256}
     if sys.platform == "linux":
         # The C++ library that the process has. Where g++ finds the static one alone, a package would get a copy, whose

@@ -25,7 +25,7 @@ from runtime.schedulers import Schedule
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 VARIANCES = {"learned_range": 1, "learned": 2}  # every other is fixed: 0
-LIMITS = {"none": 0, "clip": 1, "dynamic": 2}
+LIMITS = {"clip": 1, "dynamic": 2}  # 0: x0 is left as it is
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2}
 NORM_PARTS = 64  # SHOW1_NORM_PARTS
 INVALID = 1
@@ -97,9 +97,9 @@ def step_table(schedule: Schedule, guidance: NDArray[np.float32] | float) -> NDA
 
 
 def step_modes(schedule: Schedule) -> dict[str, int | float]:
-    """How the kernel treats variance and x0, as fields of DenoiseArgs."""
+    """How the kernel treats variance and x0, as fields of DenoiseArgs; those left out are 0."""
     config = schedule.config
-    modes: dict[str, int | float] = {"variance": 0, "limit": LIMITS["none"]}
+    modes: dict[str, int | float] = {}
     if config.learned_variance:
         modes["variance"] = VARIANCES[str(config.variance_type)]
     if config.thresholding:

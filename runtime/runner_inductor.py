@@ -307,6 +307,9 @@ class InductorRunner:
             self.inputs, self._outputs = (metadata[key].split() for key in BINDINGS)
         except Exception as error:  # its exceptions share no base class
             self._unpacked.cleanup()
+            if torch.cuda.is_initialized():
+                with contextlib.suppress(RuntimeError):  # CUDA's last error, which would be the next launch's
+                    torch.ones(1, device="cuda")
             # torch says only what call has failed.
             reason = MemoryError(first_line(error)) if _is_too_large(plan) else error
             raise load_error(plan, f"torch {torch.__version__}", reason) from None
@@ -348,7 +351,7 @@ class InductorRunner:
         with _failures():
             if loop is None:
                 if len(self._loops) == _LOOPS:
-                    del self._loops[next(iter(self._loops))]  # the one not used for longest
+                    self._loops.pop(next(iter(self._loops))).close()  # the one not used for longest
                 loop = DeviceLoop(self, shallow, layout)
             try:
                 loop.start(start, kinds, context)
@@ -360,14 +363,16 @@ class InductorRunner:
 
     def close(self) -> None:
         if self.device == "cuda":
-            torch.cuda.synchronize()  # a step may be under way, after Ctrl-C
+            with contextlib.suppress(RuntimeError):  # of a card that is lost, which what has failed there has told
+                torch.cuda.synchronize()  # a step may be under way, after Ctrl-C
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
         del self._package
         self._unpacked.cleanup()
         if self.device == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
 
 def _check_room(plan: Path) -> None:

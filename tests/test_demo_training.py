@@ -488,7 +488,13 @@ def test_a_state_or_checkpoint_of_another_version_is_refused(tmp_path: Path, che
     assert f"text: continues from {state}, --init is not read" in lines
     with safe_open(state, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    for content in (b"cut short", save({"weights/other": torch.zeros(1)}, about), save(tensors, {"about": "{}"})):
+    fewer = {key: value for key, value in tensors.items() if key != min(k for k in tensors if k.startswith("weights"))}
+    for content in (
+        b"cut short",
+        save({"weights/other": torch.zeros(1)}, about),
+        save(fewer, about),
+        save(tensors, {"about": "{}"}),
+    ):
         state.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"text\.safetensors is damaged, or another version's"):
             train(tmp_path, ["text"], **options)
@@ -496,8 +502,12 @@ def test_a_state_or_checkpoint_of_another_version_is_refused(tmp_path: Path, che
     shutil.copytree(checkpoint, tmp_path / "old")
     weights = tmp_path / "old/base/text_encoder/model.safetensors"
     weights.write_bytes(save({"shared.weight": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match=r"old: another version's networks, or damaged"):
+    damaged = r"base.text_encoder.model\.safetensors: another version's network, or damaged"
+    with pytest.raises(CheckpointError, match=damaged):
         train(tmp_path, ["text"], init=tmp_path / "old", **options)
+    (tmp_path / "old/base/unet/diffusion_pytorch_model.safetensors").unlink()  # else it is finished
+    with pytest.raises(CheckpointError, match=damaged):
+        train(tmp_path / "old", ["base"], **options)
 
 
 def test_what_is_no_part_of_a_checkpoint_is_not_packed(tmp_path: Path, checkpoint: Path) -> None:
@@ -668,6 +678,22 @@ def test_a_lesson_that_was_planned_too_short_leaves_its_time_to_the_next(
     planned = [int(line.split()[-3]) for line in lines if "steps planned" in line]
     assert planned[0] == 40  # of 40 s, 10 were left at 1 s each
     assert planned[1] == 90  # begun after 35 s, so it has 45
+
+
+def test_a_lesson_is_not_planned_by_a_busy_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take 10 ms, of which a card has done 30 in a moment; the first 40 take ten times as long."""
+    recipe = replace(RECIPES["text"], lessons=(Lesson(1.0, (1, 1)),))
+    monkeypatch.setitem(RECIPES, "text", recipe)
+    monkeypatch.setattr(
+        Trainer, "advance", lambda trainer: setattr(trainer, "step", trainer.step + 1) or torch.ones(())
+    )
+    monkeypatch.setattr(
+        "export.demo.train._now", lambda trainer: 0.1 * min(trainer.step, 40) + 0.01 * max(0, trainer.step - 40)
+    )
+    lines: list[str] = []
+    assert train(tmp_path, ["text"], minutes=200 / 60, batch=1, pool=4, report=lines.append)
+    (planned,) = (int(line.split()[-3]) for line in lines if "steps planned" in line)
+    assert planned > 5000, "by the first 30 steps alone 2000"
 
 
 def test_a_state_saved_among_the_timed_steps_is_none_of_their_time(

@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -100,6 +100,9 @@ def library() -> Path:
     return prepare_inductor(DEVICE)
 
 
+Build = tuple[Future[None], Path]  # a bundle's, and its folder
+
+
 def built(checkpoint: Path, out: Path, precision: str) -> None:
     """A bundle of the small network; in float32 with the variance that its scheduler does not read."""
     with Bundle.writer(out) as bundle, bundle.scratch() as scratch:
@@ -109,23 +112,28 @@ def built(checkpoint: Path, out: Path, precision: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundles(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+def builds(library: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Build]:
     """By precision, both built at once: tracing and lowering keep a single core busy."""
     folders = {precision: tmp_path_factory.mktemp(precision) / "bundle" for precision in ("fp32", "fp16")}
     with ProcessPoolExecutor(len(folders), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(built, checkpoint, folder, name) for name, folder in folders.items()]:
-            done.result()
-    return {precision: Bundle.open(folder) for precision, folder in folders.items()}
+        return {name: (pool.submit(built, checkpoint, folder, name), folder) for name, folder in folders.items()}
+
+
+def opened(build: Build) -> Bundle:
+    """Raises what its build has: that of one precision is none of the other's."""
+    done, folder = build
+    done.result()
+    return Bundle.open(folder)
 
 
 @pytest.fixture(scope="module")
-def float32(bundles: dict[str, Bundle]) -> Bundle:
-    return bundles["fp32"]
+def float32(builds: dict[str, Build]) -> Bundle:
+    return opened(builds["fp32"])
 
 
 @pytest.fixture(scope="module")
-def float16(bundles: dict[str, Bundle]) -> Bundle:
-    return bundles["fp16"]
+def float16(builds: dict[str, Build]) -> Bundle:
+    return opened(builds["fp16"])
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ _PIECES = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), *(f"▁{w
 
 
 def _clip_vocabulary() -> tuple[list[str], list[str]]:
-    """CLIP's byte alphabet, alone and at the end of a word, and merges that spell the captions' words left to right."""
+    """CLIP's byte alphabet, alone and at the end of a word, and merges that spell the captions' words left to right.
+
+    A word that another's merge cuts into, as "an" does "orange", is several pieces.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     pieces = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters)])
@@ -133,9 +137,16 @@ def has_network(checkpoint: Path, name: str) -> bool:
 
 
 def load_network(checkpoint: Path, name: str) -> Any:
-    """A finished network in float32, with the values that were rounded; frozen."""
-    module = make_network(name)
-    module.load_state_dict({key: value.float() for key, value in load_file(_weights(checkpoint, name)).items()})
+    """A finished network in float32, with the values that were rounded; frozen.
+
+    Raises FileNotFoundError, CheckpointError for the file of another version's network or a damaged one.
+    """
+    module, path = make_network(name), _weights(checkpoint, name)
+    try:
+        module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except (RuntimeError, SafetensorError) as error:
+        what = type(error).__name__
+        raise CheckpointError(f"{path}: another version's network, or damaged ({what}). Train it again.") from error
     return module.eval().requires_grad_(False)
 
 

@@ -16,8 +16,8 @@ from runtime.ops import Frames
 
 Mask = NDArray[np.bool_]
 
-_ROWS = 160  # the picture's height for measuring: fine textures are averaged away
-_CONTRAST = 0.2  # distance in RGB that sets a thing off; the backgrounds' own texture stays below 0.13
+_ROWS = 160  # the picture's height for measuring
+_CONTRAST = 0.2  # distance in RGB that sets a thing off; backgrounds reach 0.21 in single pixels, which are eroded
 _APART = 0.28  # distance between the colours of two things; shading stays below
 _LEAST_AREA = 0.003  # of the frame, eroded: below this nothing is called a thing
 _PRESENT = 0.7  # share of frames that a thing must be seen in

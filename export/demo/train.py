@@ -32,7 +32,8 @@ from export.demo.muon import Muon
 from export.demo.stages import FULL_SIZE, KEYFRAME_SIZE, LARGE_SIZE, Batch, Lesson, Pool, Stage
 from runtime.config import INTERP_FRAMES
 
-_TIMED_STEPS = 30  # at the start of a lesson, to plan how many fit into its time
+_TIMED_STEPS = 30  # at least, at the start of a lesson, to plan how many fit into its time
+_TIMED_SECONDS, _TIMED_SHARE = 5.0, 0.05  # at least one of the two, the latter of the lesson's time
 _EAGER_STEPS = 3  # of these, before a CUDA graph is captured: libraries choose their algorithms in them
 _UNTIMED_STEPS = _EAGER_STEPS + 2
 _MATRIX_RATE, _OTHER_RATE = 0.03, 3e-3  # learning rates of Muon and of AdamW
@@ -293,6 +294,8 @@ class Trainer:
                     else:
                         value = self.trained[name]
                         owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
+            if missing := {f"{k}/{name}" for k in ("weights", "average") for name in self.weights} - set(file.keys()):
+                raise KeyError(min(missing))
         self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
@@ -410,8 +413,6 @@ def _make(recipe: Recipe, clips: Pool, out: Path, init: Path | None, fresh: bool
             network.load_state_dict(cascade.load_network(init, name).state_dict())
     except FileNotFoundError as error:
         raise CheckpointError(f"{error}: --init needs a finished demo checkpoint.") from None
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{init}: another version's networks, or damaged ({type(error).__name__}).") from error
     if init is None and recipe.parent:
         if not _finished(out, recipe.parent):
             raise CheckpointError(f"{out}: {stage.ships[0]} starts from {recipe.parent}'s weights. Train that first.")
@@ -449,14 +450,16 @@ def _run(
         if budget is not None and trainer.lesson == len(trainer.plan):
             if here == _UNTIMED_STEPS:
                 timed = _now(trainer)
-            elif here > _UNTIMED_STEPS and in_lesson >= _TIMED_STEPS:
+            elif here > _UNTIMED_STEPS and in_lesson >= _TIMED_STEPS and (trainer.device != "cuda" or here % 10 == 0):
                 now = _now(trainer)
-                each = (now - timed) / (here - _UNTIMED_STEPS)
                 shares = [lesson.share for lesson in trainer.recipe.lessons[: trainer.lesson + 1]]
-                left = max(origin + budget * sum(shares) - now, budget * shares[-1] / 2 - in_lesson * each)
-                steps = in_lesson + max(0, int(left / each))
-                trainer.plan.append(steps)
-                report(f"{name}: lesson {len(trainer.plan)}: {each:.3f} s a step, {steps} steps planned")
+                # Of what a card does in a second a busy moment would decide; short calls would never time more.
+                if now - timed >= min(_TIMED_SECONDS, _TIMED_SHARE * budget * shares[-1]) or now > deadline:
+                    each = (now - timed) / (here - _UNTIMED_STEPS)
+                    left = max(origin + budget * sum(shares) - now, budget * shares[-1] / 2 - in_lesson * each)
+                    steps = in_lesson + max(0, int(left / each))
+                    trainer.plan.append(steps)
+                    report(f"{name}: lesson {len(trainer.plan)}: {each:.3f} s a step, {steps} steps planned")
         if trainer.step == sum(trainer.plan):
             first = trainer.step
         if trainer.device == "cuda" and here % 10 and not trainer.done:
