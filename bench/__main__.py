@@ -128,8 +128,11 @@ def _e2e(arguments: argparse.Namespace) -> None:
 
     def built() -> list[Path]:  # which takes long: what would be refused afterwards is refused before
         _check_windows(_settings({}, arguments, guided=True), _choices("stages", arguments.stages, STAGES))
-        if place.device == "cuda" and find_gpus() and choose_backend()[0] == "onnxruntime":
-            _check_onnxruntime_uses_it()
+        backend = choose_backend()[0]
+        if place.device == "cuda" and find_gpus() and backend == "onnxruntime":
+            _check_onnxruntime_uses_it(_ON_CPU)
+        elif place.device == "cpu":
+            _check_card_is_idle([backend])
         return [random_bundle(arguments.size)]
 
     setup, asked = _setup(arguments, arguments.repeats, built)
@@ -141,7 +144,11 @@ def _e2e(arguments: argparse.Namespace) -> None:
     device = "cpu"
     if place.device == "cuda":
         device = card_name(describe_gpu(torch_with_gpu()))
-        _check_card_is_used(setup.bundles)
+        _check_card_is_used(setup.bundles, _ON_CPU)
+    else:
+        _check_card_is_idle(
+            [entry.backend for entry in _unets(setup.bundles) if entry.needs_gpu or entry.backend == _ORT]
+        )
     out = _out(arguments, "e2e", device, arguments.size, _size(setup.settings), arguments.preset)
     report = Report("e2e", out, conditions, arguments.markdown)
 
@@ -207,7 +214,8 @@ def _gpu(arguments: argparse.Namespace) -> None:
     setup, asked = _setup(arguments, repeats=3)
     if "e2e" in parts:
         _check_windows(setup.settings, setup.stages)
-    _check_card_is_used(setup.bundles)
+    if {"e2e", "memory"} & set(parts):
+        _check_card_is_used(setup.bundles)
     asked = {"minutes": arguments.minutes, "parts": parts, **asked}
     conditions = {"machine": describe_host(), "gpu": card, **_described(setup.bundles), "run": asked}
     report = Report("gpu", _out(arguments, "gpu", kernels.card_name(card)), conditions, arguments.markdown)
@@ -298,28 +306,44 @@ def _task_report(benchmark: str, arguments: argparse.Namespace, task: "Task", as
     return Report(benchmark, task.out / "report.json", conditions)
 
 
-def _check_card_is_used(bundles: Sequence[Any]) -> None:
+_ORT = "onnxruntime"
+_ON_CPU = " Or CUDA_VISIBLE_DEVICES=-1, for everything on the CPU."
+
+
+def _unets(bundles: Sequence[Any]) -> list[Any]:
+    """Their engines' entries."""
+    return [bundle.engine(name) for bundle in bundles for name in DIFFUSION_STAGES if name in bundle.manifest.engines]
+
+
+def _check_card_is_used(bundles: Sequence[Any], otherwise: str = "") -> None:
     """What is measured beside torch on a card shall be on it, too."""
     if not find_gpus():
         return
-    unets = [bundle.engine(name) for bundle in bundles for name in DIFFUSION_STAGES if name in bundle.manifest.engines]
-    if any(entry.backend == "onnxruntime" for entry in unets):
-        _check_onnxruntime_uses_it()
-    if any(entry.backend == INDUCTOR and not entry.needs_gpu for entry in unets):
+    if any(entry.backend == _ORT for entry in _unets(bundles)):
+        _check_onnxruntime_uses_it(otherwise)
+    if any(entry.backend == INDUCTOR and not entry.needs_gpu for entry in _unets(bundles)):
         raise EngineError(
-            "these engines of inductor are for the CPU, and what they are compared with would run on the card. Build "
-            "them on this machine. Or CUDA_VISIBLE_DEVICES=-1, for everything on the CPU."
+            f"these engines of inductor are for the CPU, and this measures on the card. Build them here.{otherwise}"
         )
 
 
-def _check_onnxruntime_uses_it() -> None:
+def _check_onnxruntime_uses_it(otherwise: str) -> None:
     from runtime.doctor import onnxruntime_idle
     from runtime.runner_ort import check_card, tries_cuda
 
     if not tries_cuda():
-        reason = onnxruntime_idle(find_gpus()[0])
-        raise EngineError(f"{reason}. Or CUDA_VISIBLE_DEVICES=-1, for everything on the CPU.")
+        raise EngineError(f"{onnxruntime_idle(find_gpus()[0])}.{otherwise}")
     check_card()
+
+
+def _check_card_is_idle(backends: Sequence[str]) -> None:
+    """What is measured beside torch on the CPU shall be there, too."""
+    from runtime.runner_inductor import why_idle
+    from runtime.runner_ort import tries_cuda
+
+    gpus = find_gpus()
+    if gpus and any(backend != _ORT or tries_cuda() for backend in backends):
+        raise EngineError(f"{why_idle(gpus[0])}, the engines would run on it.{_ON_CPU}")
 
 
 def _parser() -> argparse.ArgumentParser:

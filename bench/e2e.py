@@ -101,12 +101,12 @@ def from_latency(result: StageResult, length: int, work: Mapping[str, Work]) -> 
         return StageTime(run.wall, True, None)
     loops = len(run.step_ends) // run.loop
     times, timed = [s.engine + s.outside for s in run.steps()], run.loop - 1
-    steps = summarize(times)
-    if steps:
-        # Medians, as of a baseline's calls: a first step is slower. One of each loop: gaps may not part evenly.
-        step = statistics.fmean(statistics.median(times[i : i + timed]) for i in range(0, len(times), timed))
-    else:  # a loop of a single step has nothing else
-        step = (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
+    # Medians, as of a baseline's calls: a first step is slower. One of each loop: gaps may not part evenly.
+    by_loop = [times[i : i + timed] for i in range(0, len(times), timed)] if timed else []
+    medians = [statistics.median(of_loop) for of_loop in by_loop]
+    # A loop of a single step has nothing else.
+    step = statistics.fmean(medians) if medians else (run.wall - run.set_up() - run.finish()) / len(run.step_ends)
+    steps = summarize([t * step / median for of_loop, median in zip(by_loop, medians, strict=True) for t in of_loop])
     full = run.loop == length
     seconds = run.wall if full else run.set_up() + loops * length * step + run.finish()
     per_step = work[result.stage].calls.count / (loops * length)  # reference calls: 7 gaps go through one step

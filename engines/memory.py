@@ -31,8 +31,8 @@ def peak_memory() -> int:
 
         return int(psutil.Process().memory_info().peak_wset)
     with contextlib.suppress(OSError, StopIteration):  # what getrusage counts on Linux begins with the parent's
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        lines = Path("/proc/self/status").read_bytes().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(b"VmHWM:")).split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

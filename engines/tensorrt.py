@@ -100,7 +100,7 @@ def _card_mismatch(bundle: Bundle, entry: EngineEntry) -> str | None:
     other = {"engine": "onnxruntime", "target": None, "attention": None}
     gpus = find_gpus()
     if not gpus or gpus[0].capability < OLDEST:
-        int8 = any(other.precision == INT8 for other in bundle.manifest.engines.values())
+        int8 = any(e.precision == INT8 and e.backend == entry.backend for e in bundle.manifest.engines.values())
         if entry.precision == "bf16" or (entry.precision == "fp16" and is_arm() and not int8):
             other["precision"] = "fp32"
         command = bundle.rebuild_command(entry.name, **other, stage="all", out="NEW")

@@ -1,7 +1,6 @@
 """`python -m export`: build, list, check and verify bundles; download, convert and train checkpoints."""
 
 import argparse
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from engines.errors import BundleError, SettingsError, Show1Error
 from engines.gpu import find_gpus
 from engines.manifest import EngineEntry
 from engines.spec import INT8, PRECISIONS
-from engines.store import MANIFEST, Bundle
+from engines.store import Bundle
 from export.unpack import demo_checkpoint
 from runtime.command import DEMO, checkpoint_path, path, run_command
 from runtime.config import parse_size
@@ -100,10 +99,11 @@ def _build_int8(arguments: argparse.Namespace, backend: "Backend") -> Bundle:
     stages, size = arguments.stage.split(","), parse_size(arguments.size or SIZE)
     floats = Bundle.open(arguments.calibration) if arguments.calibration is not None else None
     for folder in {out, arguments.out}:  # hours before they are written to
-        if folder.is_dir() and MANIFEST in os.listdir(folder):  # raises where it may not be entered
+        if folder.is_dir():
             built = {network.name for network in networks_of(stages)}
             option = "a --calibration of" if floats else "--size"
-            check_size(Bundle.open(folder), floats.manifest.size if floats else size, built, option)
+            with Bundle.writer(folder) as bundle:
+                check_size(bundle, floats.manifest.size if floats else size, built, option)
     if floats is not None:
         if arguments.calibration.resolve() == arguments.out.resolve():
             raise SettingsError(

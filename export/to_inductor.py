@@ -21,6 +21,7 @@ from torch._inductor.package import package_aoti
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.errors import EngineError
+from engines.limits import processors
 from engines.memory import is_short_of_memory
 from engines.spec import GraphSpec
 from export.modules import ops
@@ -83,9 +84,12 @@ def compile_inductor(graph: Graph, package: Path, target: str, autotune: bool = 
         # The layout is forced: its heuristic gives up where shapes are dynamic.
         options |= {"max_autotune": autotune, "force_layout_optimization": True}
         set_up_cuda()
-    # For all processors of the level, whatever this one can do besides; before torch 2.13 there is no such option.
-    if cpu_level() == X86_LEVEL and hasattr(torch._inductor.config.cpp, "march"):
-        options |= {"cpp.march": X86_LEVEL, "cpp.simdlen": 256}
+    else:  # as many threads as it will run with, not as this process has for its share of the processors
+        options |= {"cpp.dynamic_threads": True, "cpp.threads": processors()}
+    if cpu_level() == X86_LEVEL:  # for all processors of the level, whatever this one can do besides
+        options |= {"cpp.simdlen": 256}
+        if hasattr(torch._inductor.config.cpp, "march"):  # not before torch 2.13
+            options |= {"cpp.march": X86_LEVEL}
     if sys.platform == "linux":
         # The C++ library that the process has. Where g++ finds the static one alone, a package would get a copy, whose
         # locales the other's parts get into: it crashes when it is loaded, at its first regular expression.

@@ -25,7 +25,7 @@ import numpy as np
 from engines.catalog import DEEP
 from engines.errors import EngineError, Show1Error, install
 from engines.gpu import TURING, Gpu, find_gpus, old_driver
-from engines.limits import available_memory
+from engines.limits import available_memory, processors
 from engines.manifest import EngineEntry
 from engines.store import Bundle
 from runtime.kernels import (
@@ -316,6 +316,8 @@ class InductorRunner:
         self.device = metadata["AOTI_DEVICE_KEY"]
         if self.device == "cuda":
             set_up_cuda()
+        else:  # torch does not know of a container's quota of processors
+            torch.set_num_threads(min(torch.get_num_threads(), processors()))
         self._loops: dict[_Layout, DeviceLoop] = {}
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

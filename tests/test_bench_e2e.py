@@ -40,6 +40,7 @@ pytestmark = pytest.mark.torch
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the bundle's engines are, whatever card is here."""
+    monkeypatch.setattr("bench.__main__.find_gpus", list)
     monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cpu", "float32")))
 
 
@@ -86,6 +87,7 @@ def test_gaps_that_do_not_part_evenly_are_reckoned_loop_by_loop() -> None:
     work = {"interp": Work(Calls("interp", 49, (2, 7, 5, 8, 8)), 10**12)}
     time = from_latency(run, 7, work)
     assert time.seconds == pytest.approx(7 * (2 + 2 + 2 + 1)) and time.call == pytest.approx(1.0)
+    assert time.spread == pytest.approx((1.0, 1.0)), "nothing varied but what is in a loop"
 
 
 def test_threads_are_no_more_than_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +111,11 @@ def test_packages_for_the_cpu_are_not_compared_with_a_card(
     monkeypatch.setattr("bench.kernels.describe_gpu", lambda torch: {})
     assert main(["gpu", "--bundle", str(tmp_path), "--parts", "memory"]) == 1
     assert "these engines of inductor are for the CPU" in capsys.readouterr().err
+    engines = {name: replace(entry, targets=("sm90",)) for name, entry in engines.items()}
+    (tmp_path / "manifest.json").write_text(replace(opened.manifest, engines=engines).to_json())
+    monkeypatch.setattr("runtime.runner_inductor.why_idle", lambda gpu: f"torch leaves {gpu.name} idle")
+    assert main(["e2e", "--bundle", str(tmp_path)]) == 1
+    assert "torch leaves H200 idle, the engines would run on it" in capsys.readouterr().err
 
 
 def test_ratios_and_rates_are_of_useful_work() -> None:
@@ -235,6 +242,7 @@ def test_nothing_is_built_for_onnx_runtime_where_it_would_leave_the_card_idle(
     monkeypatch.setattr("bench.exporter.random_bundle", build)
     assert main(["e2e", "--baseline", "none"]) == 1
     assert capsys.readouterr().err == "error: built\n"
+    cards.clear()
     monkeypatch.setattr(Place, "here", classmethod(lambda cls: cls("cpu", "float32")))
     assert main(["e2e"]) == 1
     assert capsys.readouterr().err == "error: built\n"

@@ -105,6 +105,7 @@ Build = tuple[Future[None], Path]  # a bundle's, and its folder
 
 def built(checkpoint: Path, out: Path, precision: str) -> None:
     """A bundle of the small network; in float32 with the variance that its scheduler does not read."""
+    torch.set_num_threads(1)  # as those of the exporter's processes, of which each has its share
     with Bundle.writer(out) as bundle, bundle.scratch() as scratch:
         folder = scratch / "interp"
         folder.mkdir()
@@ -154,6 +155,13 @@ def test_a_package_was_compared_at_every_batch_before_it_was_installed(
     assert {(row["batch"], row["frames"]) for row in rows} == {(b, f) for b in (1, 2, 14) for f in (2, 5)}
     assert all(row["max_error"] <= row["tolerance"] for row in rows)
     assert entry.targets == (runner_inductor.target(),) and entry.backend_version == runner_inductor.torch_version()
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or sys.platform == "win32", reason="of code for the CPU; MSVC names it otherwise")
+def test_packages_run_with_more_threads_than_they_were_built_with(float32: Bundle) -> None:
+    with zipfile.ZipFile(float32.path(float32.engine("interp").graphs["step"].plan)) as package:
+        library = b"".join(package.read(file) for file in package.namelist() if file.endswith(".so"))
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library, "g++'s or clang's"
 
 
 def test_half_precision_attends_over_frames_and_normalises_with_our_kernels_and_float32_without(

@@ -287,15 +287,13 @@ class Trainer:
                 )
             owners = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             with torch.no_grad():
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                mine = {f"{kind}/{n}": v for kind in ("weights", "average") for n, v in getattr(self, kind).items()}
+                for key, value in mine.items():
+                    value.copy_(file.get_tensor(key))
+                for key in set(file.keys()) - mine.keys():
                     kind, name = key.split("/")
-                    if kind in ("weights", "average"):
-                        getattr(self, kind)[name].copy_(file.get_tensor(key))
-                    else:
-                        value = self.trained[name]
-                        owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
-            if missing := {f"{k}/{name}" for k in ("weights", "average") for name in self.weights} - set(file.keys()):
-                raise KeyError(min(missing))
+                    value = self.trained[name]
+                    owners[id(value)].state[value][kind] = file.get_tensor(key).to(self.device)
         self.plan, self.step = about["plan"], about["step"]
 
     def finish(self, checkpoint: Path) -> None:
